@@ -1,0 +1,54 @@
+"""The uncompressed model as the reference of every job, measured once per sweep for each model, data and device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+
+from pq_sweep import measure
+from pq_sweep.measure import Protocol, Result
+from pq_sweep.progress import write_json
+from pq_sweep.runtimes import TorchSession
+from pq_sweep.types import Data, Model, Workspace
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Figures of the uncompressed model, and the class it predicts for every evaluation image (N,)."""
+
+    result: Result
+    predictions: np.ndarray
+
+    def compare(self, accuracy: Result, predictions: np.ndarray) -> Result:
+        """Return accuracy's drop in points, and the share of images that get the same answer."""
+        drop = (self.result["top1"] - accuracy["top1"]) * 100
+        return {"drop_points": drop, "agreement": float((self.predictions == predictions).mean())}
+
+
+def load_baseline(cfg: DictConfig, model: Model, data: Data, work: Workspace, protocol: Protocol) -> Baseline:
+    """Read the reference from the sweep's folder, or measure it first; jobs that run at once wait for one of them."""
+    parts = [OmegaConf.to_container(part, resolve=True) for part in (cfg.model, cfg.dataset)]
+    key = hashlib.sha256(json.dumps([*parts, cfg.seed, work.device], sort_keys=True).encode()).hexdigest()[:16]
+    folder = work.folder.parent / "baseline" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "baseline.json").exists():
+            _measure(model, data, work.device, protocol, folder)
+    return Baseline(json.loads((folder / "baseline.json").read_text()), np.load(folder / "predictions.npy"))
+
+
+def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: Path) -> None:
+    """Evaluate the model in FP32 under torch, and save its state_dict for its size."""
+    artifact = folder / "model.pt"
+    torch.save(model.module.state_dict(), artifact)
+    session = TorchSession(model.module, torch.float32, device, artifact, {})
+    accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
+    np.save(folder / "predictions.npy", predictions)
+    write_json(folder / "baseline.json", accuracy | measure.network(model) | {"size_bytes": artifact.stat().st_size})

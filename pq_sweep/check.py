@@ -1,0 +1,110 @@
+"""What can be refused before anything is loaded: values out of range and combinations that cannot exist."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class, get_method
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from pq_sweep.quantizers import CALIBRATIONS
+from pq_sweep.runtimes import precision_of
+from pq_sweep.types import UserError
+
+WEIGHT_FILES = (".pt", ".pth", ".safetensors")
+# Keys that a component or protocol may have, with the least value that makes sense.
+AT_LEAST_ONE = ("calibration", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
+                "epochs", "round_to", "num_classes", "window")  # fmt: skip
+AT_LEAST_ZERO = ("warmup_iterations", "warmup_s", "warmup_max_s", "min_s", "max_s", "agreement", "lr")
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise a UserError that says all that is wrong with a job's config."""
+    found = problems(cfg)
+    if found:
+        raise UserError(" ".join(found))
+
+
+def problems(cfg: DictConfig) -> list[str]:
+    """List what is wrong with a job's config, one sentence each."""
+    missing = [f"{key} has no value; give {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
+    return missing or [*_values(cfg), *_files(cfg), *_combination(cfg)]
+
+
+def _values(cfg: DictConfig) -> Iterator[str]:
+    """Check single values."""
+    amount = OmegaConf.select(cfg, "pruner.amount")
+    if amount is not None and not (_is_number(amount) and 0 <= amount < 1):
+        yield f"pruner.amount={amount} is out of range; give the share to prune, 0 <= amount < 1."
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(cfg.device)):
+        yield f"device={cfg.device} is not known; valid are: auto, cpu, cuda, cuda:N."
+    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+        yield f"seed={cfg.seed} is out of range; give a whole number from 0 on."
+    sizes = cfg.measure.batch_sizes
+    if not isinstance(sizes, ListConfig) or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        yield f"measure.batch_sizes={sizes} is not valid; give whole numbers from 1 on, such as [1,8]."
+    calibration = OmegaConf.select(cfg, "quantizer.calibration")
+    if calibration is not None and calibration not in CALIBRATIONS:
+        yield f"quantizer.calibration={calibration} is not known; valid are: {', '.join(CALIBRATIONS)}."
+    for group in ("model", "dataset", "pruner", "quantizer", "recovery", "measure"):
+        yield from _numbers(group, cfg[group])
+
+
+def _numbers(group: str, options: DictConfig) -> Iterator[str]:
+    """Check the numbers whose names say their range; null is left to the component."""
+    for least, names in ((1, AT_LEAST_ONE), (0, AT_LEAST_ZERO)):
+        for name in names:
+            value = options.get(name)
+            if value is None or (group, name) == ("quantizer", "calibration"):
+                continue
+            if not _is_number(value) or value < least:
+                yield f"{group}.{name}={value} is out of range; give a number from {least} on."
+
+
+def _files(cfg: DictConfig) -> Iterator[str]:
+    """Check that files and folders are there."""
+    root = cfg.dataset.get("root")
+    if root is not None and not Path(root).expanduser().is_dir():
+        yield f"dataset.root={root} is not a folder; give a folder with one sub-folder of images per class."
+    weights = cfg.model.get("weights")
+    if weights is not None and _looks_like_path(str(weights)) and not Path(weights).expanduser().is_file():
+        yield f"model.weights={weights} is no file; give DEFAULT, null or the path of a state_dict."
+
+
+def _combination(cfg: DictConfig) -> Iterator[str]:
+    """Check that the runtime realises the quantizer's precision on the device, or on any if the device is open."""
+    try:
+        precision = precision_of(get_method(cfg.quantizer._target_))
+        runtime: Any = get_class(cfg.runtime._target_)
+    except Exception as error:
+        yield " ".join(str(error).split())
+        return
+    kinds = ("cpu", "cuda") if cfg.device == "auto" else (str(cfg.device).partition(":")[0],)
+    if any(precision in runtime.precisions.get(kind, ()) for kind in kinds):
+        return
+    name = runtime.__name__.lower()
+    possible = [f"{', '.join(names)} on {kind}" for kind, names in runtime.precisions.items() if names]
+    yield (
+        f"runtime={name} cannot run precision {precision} on device={cfg.device}; it runs {' and '.join(possible)}."
+        f" Precision {precision} runs with: {', '.join(_realisers(precision))}."
+    )
+
+
+def _realisers(precision: str) -> list[str]:
+    """Name the runtimes and devices of this package that realise a precision."""
+    from pq_sweep.runtimes import OnnxRuntime, TensorRT, Torch
+
+    runtimes = (Torch, OnnxRuntime, TensorRT)
+    return [f"runtime={runtime.__name__.lower()} device={kind}" for runtime in runtimes
+            for kind, names in runtime.precisions.items() if precision in names]  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _looks_like_path(weights: str) -> bool:
+    return "/" in weights or weights.endswith(WEIGHT_FILES)

@@ -1,0 +1,112 @@
+"""What a number depends on: versions, code, machine, device."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from pq_sweep.types import UserError
+
+PACKAGES = (
+    "pq-sweep", "torch", "torchvision", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
+    "tensorrt", "numpy", "scikit-learn", "pillow", "hydra-core", "omegaconf", "mlflow",
+)  # fmt: skip
+
+
+def describe(device: str, threads: int) -> dict[str, Any]:
+    """Return the environment of this process as plain values."""
+    return {
+        "host": socket.gethostname(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "git": git_state(),
+        "command": shlex.join(sys.orig_argv),
+        "cpu": {"name": _cpu_name(), "cores_usable": len(os.sched_getaffinity(0)), "threads": threads},
+        "device": device_name(device),
+        "gpu": _gpu(device),
+        "slurm": {key.lower(): value for key, value in os.environ.items() if key in SLURM},
+    }
+
+
+SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURMD_NODENAME", "SLURM_JOB_PARTITION")
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return the commit of this package's checkout and whether it has changes, or None outside one."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(here, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def resolve_device(device: str) -> str:
+    """Turn auto, cpu, cuda or cuda:N into "cpu" or "cuda:N"; refuse CUDA where torch has none."""
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    if not torch.cuda.is_available():
+        if device == "auto":
+            return "cpu"
+        raise UserError(f"device={device} was asked for and torch {torch.__version__} finds no CUDA device here; use device=cpu.")
+    index = int(device.partition(":")[2] or torch.cuda.current_device()) if device != "auto" else torch.cuda.current_device()
+    if index >= torch.cuda.device_count():
+        raise UserError(f"device={device} does not exist; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}.")
+    return f"cuda:{index}"
+
+
+def device_name(device: str) -> str:
+    """Return the product name of the CPU or GPU."""
+    if device == "cpu":
+        return _cpu_name()
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def _gpu(device: str) -> dict[str, Any] | None:
+    if device == "cpu":
+        return None
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
+    return {
+        "name": properties.name,
+        "uuid": str(getattr(properties, "uuid", "")),
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_mb": properties.total_memory / 1e6,
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _cpu_name() -> str:
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

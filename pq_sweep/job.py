@@ -1,0 +1,86 @@
+"""One job, from its config to its `result.json`."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from pq_sweep import measure
+from pq_sweep.baseline import load_baseline
+from pq_sweep.check import check
+from pq_sweep.environment import describe, resolve_device
+from pq_sweep.measure import Protocol, Result
+from pq_sweep.progress import Stages, write_json
+from pq_sweep.runtimes import precision_of
+from pq_sweep.types import Data, Model, Session, Workspace
+
+component = partial(instantiate, _partial_=True, _convert_="all")
+
+
+def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
+    """Compress and measure one model as `cfg` says; leave the artifact and `result.json` in `folder`."""
+    stage = Stages(folder, label)
+    with stage.keeping_errors():
+        check(cfg)
+        torch.manual_seed(cfg.seed)
+        protocol: Protocol = instantiate(cfg.measure, _convert_="all")
+        work = Workspace(folder, resolve_device(cfg.device), measure.use_threads(protocol.threads), stage)
+        quantizer = component(cfg.quantizer)
+        runtime = instantiate(cfg.runtime).resolve(precision_of(quantizer), work.device)
+        runtime.require(work.device)
+
+        with stage("load"):
+            model: Model = component(cfg.model)()
+            data: Data = component(cfg.dataset)(model)
+            model.module.to(work.device)
+        with stage("baseline"):
+            baseline = load_baseline(cfg, model, data, work, protocol)
+        with stage("prune"):
+            removal = component(cfg.pruner)(model, data)
+        with stage("recover"):
+            component(cfg.recovery)(model, data)
+        network = measure.network(model)
+        session = runtime.open(model, quantizer, data, work)
+        with stage("accuracy"):
+            accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
+        speed = measure.speed(session, data, protocol, stage)
+        session.close()
+
+        result = {
+            "status": "finished",
+            "started": stage.started,
+            "seconds": time.time() - stage.started,
+            "accuracy": accuracy | baseline.compare(accuracy, predictions),
+            **speed,
+            "network": network,
+            "size_bytes": {"original": baseline.result["size_bytes"], "compressed": session.artifact.stat().st_size},
+            "prep_s": stage.prep,
+            "stage_s": stage.seconds,
+            "baseline": baseline.result,
+            "session": describe_session(session, quantizer, folder),
+            "config": OmegaConf.to_container(cfg, resolve=True),
+            "environment": describe(work.device, work.threads),
+        }
+        np.save(folder / "predictions.npy", predictions)
+        if removal:
+            write_json(folder / "removal.json", removal)
+        write_json(folder / "result.json", result)
+    return result
+
+
+def describe_session(session: Session, quantizer: object, folder: Path) -> Result:
+    """Return what really ran."""
+    return {
+        "runtime": session.runtime,
+        "device": session.device,
+        "engine": session.engine,
+        "precision": precision_of(quantizer),
+        "artifact": str(session.artifact.relative_to(folder)),
+        **session.details,
+    }

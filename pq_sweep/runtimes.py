@@ -1,0 +1,266 @@
+"""Runtimes: each opens a Session that runs a model on the device asked for, or refuses to.
+
+A runtime lists the precisions that it realises on each kind of device, so that combinations that cannot exist are
+refused before anything is loaded. Frameworks are imported when a session is opened.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pq_sweep.types import Data, Model, Runtime, Session, UserError, Workspace
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from torch import Tensor
+
+Precisions = dict[str, tuple[str, ...]]
+
+
+class RuntimeMismatch(RuntimeError):
+    """A session runs on something else than was asked for."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """PyTorch in eager mode."""
+
+    # FP16 on a CPU is emulated, some 26 times slower than FP32: no number worth having.
+    precisions: ClassVar[Precisions] = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "fp16", "bf16")}
+
+    def resolve(self, precision: str, device: str) -> Runtime:
+        return self
+
+    def require(self, device: str) -> None:
+        """Torch is always there."""
+
+    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
+        """Convert the network to the quantizer's precision, save its state_dict and run it."""
+        import torch
+
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision_of(quantizer)]
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        with work.stage("quantize"):
+            module = model.module.to(dtype).to(work.device).eval()
+        artifact = work.folder / "model.pt"
+        torch.save(module.state_dict(), artifact)
+        details = {"dtype": str(dtype).removeprefix("torch."), "tf32": False}
+        return TorchSession(module, dtype, work.device, artifact, details)
+
+
+@dataclass
+class TorchSession:
+    """A torch module on one device."""
+
+    module: Any
+    dtype: Any
+    device: str
+    artifact: Path
+    details: dict[str, Any]
+    runtime: str = "torch"
+
+    @property
+    def engine(self) -> str:
+        import torch
+
+        return f"torch {torch.__version__} eager"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        import torch
+
+        with torch.inference_mode():
+            return self.module(images.to(self.dtype)).float()
+
+    def close(self) -> None:
+        self.module = None
+
+
+@dataclass(frozen=True)
+class OnnxRuntime:
+    """ONNX Runtime on the CPU, or its CUDA provider."""
+
+    precisions: ClassVar[Precisions] = {"cpu": ("fp32", "fp16", "int8", "int8_dynamic"), "cuda": ("fp32", "fp16")}
+
+    def resolve(self, precision: str, device: str) -> Runtime:
+        return self
+
+    def require(self, device: str) -> None:
+        """Refuse a device for which the installed package has no provider."""
+        _require_provider(_provider(device))
+
+    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
+        """Export, check, quantize and load the graph."""
+        graph, details = make_graph(model, quantizer, data, work, form="cpu")
+        with work.stage("build"):
+            session = _ort_session(graph, _provider(work.device), {}, work)
+        return OrtSession(session, work.device, graph, details | _placement(session), "onnxruntime")
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """TensorRT through ONNX Runtime's provider; the precision is in the graph, never a builder flag."""
+
+    precisions: ClassVar[Precisions] = {"cpu": (), "cuda": ("fp32", "fp16", "int8")}
+
+    def resolve(self, precision: str, device: str) -> Runtime:
+        return self
+
+    def require(self, device: str) -> None:
+        """Refuse to start without TensorRT's libraries and the provider that uses them."""
+        if find_spec("tensorrt") is None:
+            raise UserError("runtime=tensorrt needs TensorRT; install it with: pip install 'pq-sweep[gpu]', or use runtime=onnxruntime.")
+        _require_provider("TensorrtExecutionProvider")
+
+    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
+        """Export, check and quantize the graph and build its engine in the job's folder."""
+        import tensorrt  # noqa: F401  (loads the libraries that the provider links)
+
+        graph, details = make_graph(model, quantizer, data, work, form="tensorrt")
+        cache = work.folder / "engine"
+        cache.mkdir(exist_ok=True)
+        options = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache), "trt_timing_cache_enable": "1"}
+        with work.stage("build"):
+            session = _ort_session(graph, "TensorrtExecutionProvider", options, work)
+            OrtSession(session, work.device, graph, {}, "tensorrt")(model.sample(1).to(work.device))
+        engines = sorted(cache.glob("*.engine"))
+        if len(engines) != 1:
+            raise RuntimeMismatch(f"TensorRT built {len(engines)} engines where one for the whole graph was expected; see {cache}.")
+        return OrtSession(session, work.device, engines[0], details | _placement(session), "tensorrt")
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Torch for a model that is not quantized to integers or FP16, else TensorRT on CUDA, else ONNX Runtime."""
+
+    precisions: ClassVar[Precisions] = {
+        "cpu": ("fp32", "fp16", "bf16", "int8", "int8_dynamic"),
+        "cuda": ("fp32", "fp16", "bf16", "int8"),
+    }
+
+    def resolve(self, precision: str, device: str) -> Runtime:
+        """Return the runtime that is meant."""
+        if precision in ("fp32", "bf16"):
+            return Torch()
+        return TensorRT() if device.startswith("cuda") else OnnxRuntime()
+
+    def require(self, device: str) -> None:
+        raise AssertionError("resolve auto first")
+
+    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
+        raise AssertionError("resolve auto first")
+
+
+@dataclass
+class OrtSession:
+    """A graph in ONNX Runtime; on CUDA inputs and logits stay on the device (IO binding)."""
+
+    session: Any
+    device: str
+    artifact: Path
+    details: dict[str, Any]
+    runtime: str
+
+    @property
+    def engine(self) -> str:
+        import onnxruntime
+
+        return f"onnxruntime {onnxruntime.__version__} {self.session.get_providers()[0]}"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._on_cpu(images) if self.device == "cpu" else self._on_cuda(images)
+
+    def _on_cpu(self, images: Tensor) -> Tensor:
+        import torch
+
+        return torch.from_numpy(self.session.run(None, {"input": images.numpy()})[0])
+
+    def _on_cuda(self, images: Tensor) -> Tensor:
+        import numpy as np
+        import torch
+
+        images = images.contiguous()
+        logits = torch.empty((len(images), self.session.get_outputs()[0].shape[1]), device=images.device)
+        binding = self.session.io_binding()
+        index = images.device.index or 0
+        binding.bind_input("input", "cuda", index, np.float32, tuple(images.shape), images.data_ptr())
+        binding.bind_output("logits", "cuda", index, np.float32, tuple(logits.shape), logits.data_ptr())
+        self.session.run_with_iobinding(binding)
+        return logits
+
+    def close(self) -> None:
+        """Drop the session: the threads of an idle one would spin and disturb whatever is timed next."""
+        self.session = None
+
+
+def precision_of(quantizer: Callable[..., Any]) -> str:
+    """Return the precision of a quantizer function or of a partial of one."""
+    function = getattr(quantizer, "func", quantizer)
+    if not hasattr(function, "precision"):
+        raise UserError(f"{function.__module__}.{function.__qualname__} is no quantizer; mark it with @quantizer('int8') or another precision.")
+    return str(function.precision)
+
+
+def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, form: str) -> tuple[Path, dict[str, Any]]:
+    """Export the network, prove the export, and let the quantizer write `model.onnx`."""
+    from pq_sweep.export import check_export, export_onnx
+
+    source, target = work.folder / "export.onnx", work.folder / "model.onnx"
+    with work.stage("export"):
+        export_onnx(model, source)
+    with work.stage("check_export"):
+        error = check_export(model, source)
+    record = quantizer(source, target, data, form=form, stage=work.stage)
+    details = {"export_error": error, "exported_bytes": source.stat().st_size, "quantizer": record or {}}
+    source.unlink()
+    return target, details
+
+
+def _provider(device: str) -> str:
+    return "CPUExecutionProvider" if device == "cpu" else "CUDAExecutionProvider"
+
+
+def _require_provider(provider: str) -> None:
+    """A listed provider may still fail to load, so the session is verified too; an unlisted one never loads."""
+    import onnxruntime
+
+    if provider not in onnxruntime.get_available_providers():
+        raise UserError(f"the installed onnxruntime has no {provider}; install it with: pip install 'pq-sweep[gpu]', or use device=cpu.")
+
+
+def _ort_session(graph: Path, provider: str, options: dict[str, str], work: Workspace) -> onnxruntime.InferenceSession:
+    """Load a graph on `provider` and nothing else."""
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = work.threads
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if provider != "CPUExecutionProvider":
+        import torch
+
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        device = torch.device(work.device).index or 0
+        stream = torch.cuda.current_stream(device).cuda_stream
+        options = options | {"device_id": str(device), "user_compute_stream": str(stream)}
+    try:
+        session = onnxruntime.InferenceSession(graph, settings, providers=[(provider, options)], enable_fallback=0)
+    except Exception as error:
+        raise RuntimeMismatch(f"{provider} cannot run {graph.name}: {error}") from error
+    if session.get_providers()[0] != provider:
+        raise RuntimeMismatch(f"asked for {provider}, got {session.get_providers()[0]}; check CUDA and TensorRT libraries.")
+    return session
+
+
+def _placement(session: Any) -> dict[str, Any]:
+    """Count the nodes on each provider; onnxruntime says it from 1.24 on."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return {}
+    counts: Counter[str] = Counter()
+    for group in session.get_provider_graph_assignment_info():
+        counts[group.ep_name] += len(group.get_nodes())
+    return {"nodes_per_provider": dict(counts)}
