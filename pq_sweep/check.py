@@ -10,9 +10,13 @@ from typing import Any
 from hydra.utils import get_class, get_method
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from pq_sweep.quantizers import CALIBRATIONS
 from pq_sweep.runtimes import precision_of
 from pq_sweep.types import UserError
+
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+CALIBRATIONS = ("minmax", "entropy", "percentile")
+IMPORTANCES = ("random", "magnitude", "taylor", "sensitivity", "bn_scale", "lamp")
+CHOICES = {"quantizer.calibration": CALIBRATIONS, "pruner.importance": IMPORTANCES}
 
 WEIGHT_FILES = (".pt", ".pth", ".safetensors")
 # Keys that a component or protocol may have, with the least value that makes sense.
@@ -39,16 +43,20 @@ def _values(cfg: DictConfig) -> Iterator[str]:
     amount = OmegaConf.select(cfg, "pruner.amount")
     if amount is not None and not (_is_number(amount) and 0 <= amount < 1):
         yield f"pruner.amount={amount} is out of range; give the share to prune, 0 <= amount < 1."
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(cfg.device)):
+    if not DEVICE.fullmatch(str(cfg.device)):
         yield f"device={cfg.device} is not known; valid are: auto, cpu, cuda, cuda:N."
     if not isinstance(cfg.seed, int) or cfg.seed < 0:
         yield f"seed={cfg.seed} is out of range; give a whole number from 0 on."
     sizes = cfg.measure.batch_sizes
     if not isinstance(sizes, ListConfig) or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
         yield f"measure.batch_sizes={sizes} is not valid; give whole numbers from 1 on, such as [1,8]."
-    calibration = OmegaConf.select(cfg, "quantizer.calibration")
-    if calibration is not None and calibration not in CALIBRATIONS:
-        yield f"quantizer.calibration={calibration} is not known; valid are: {', '.join(CALIBRATIONS)}."
+    for key, valid in CHOICES.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and value not in valid:
+            yield f"{key}={value} is not known; valid are: {', '.join(valid)}."
+    images, available = OmegaConf.select(cfg, "quantizer.images"), cfg.dataset.get("calibration")
+    if _is_number(images) and _is_number(available) and images > available:
+        yield f"quantizer.images={images} is more than dataset.calibration={available}; lower it or raise that."
     for group in ("model", "dataset", "pruner", "quantizer", "recovery", "measure"):
         yield from _numbers(group, cfg[group])
 
@@ -76,6 +84,8 @@ def _files(cfg: DictConfig) -> Iterator[str]:
 
 def _combination(cfg: DictConfig) -> Iterator[str]:
     """Check that the runtime realises the quantizer's precision on the device, or on any if the device is open."""
+    if not DEVICE.fullmatch(str(cfg.device)):
+        return
     try:
         precision = precision_of(get_method(cfg.quantizer._target_))
         runtime: Any = get_class(cfg.runtime._target_)

@@ -30,7 +30,9 @@ def digits(model: Model, *, calibration: int = DIGITS_CALIBRATION) -> Data:
     from sklearn.datasets import load_digits
 
     if not 1 <= calibration <= DIGITS_CALIBRATION:
-        raise UserError(f"dataset.calibration={calibration} does not fit: digits keeps 1 to {DIGITS_CALIBRATION} images.")
+        raise UserError(
+            f"dataset.calibration={calibration} does not fit: digits keeps 1 to {DIGITS_CALIBRATION} images."
+        )
     raw = load_digits()
     labels = torch.as_tensor(raw.target, dtype=torch.int64)
     images = _fit(torch.as_tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16, model.preprocess)
@@ -59,7 +61,9 @@ def image_folder(model: Model, *, root: str, calibration: int = 64, seed: int = 
             raise UserError(f"{parts[0]} and {parts[1]} do not have the same class folders.")
         pool = without_copies(pool, evaluation)
     if not 1 <= calibration < len(pool) + split:
-        raise UserError(f"dataset.calibration={calibration} does not fit: {folder} has {len(pool)} images to take it from.")
+        raise UserError(
+            f"dataset.calibration={calibration} does not fit: {folder} has {len(pool)} images to take it from."
+        )
     order = stratified_order([label for _, label in pool], seed=seed)
     chosen, rest = [pool[i] for i in order[:calibration]], [pool[i] for i in sorted(order[calibration:])]
     if not split:
@@ -85,7 +89,9 @@ def find_images(folder: Path) -> tuple[Labelled, tuple[str, ...]]:
     entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     found = {entry.name: sorted(p for p in entry.rglob("*") if p.suffix.lower() in EXTENSIONS) for entry in entries}
     if not any(found.values()):
-        raise UserError(f"{folder} holds no images; expected one sub-folder per class with {', '.join(sorted(EXTENSIONS))}.")
+        raise UserError(
+            f"{folder} holds no images; expected one sub-folder per class with {', '.join(sorted(EXTENSIONS))}."
+        )
     empty = [name for name, images in found.items() if not images]
     if empty:
         raise UserError(f"{folder} has class folders without images: {', '.join(empty)}; fill or remove them.")

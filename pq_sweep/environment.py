@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
@@ -28,7 +29,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "git": git_state(),
-        "command": shlex.join(sys.orig_argv),
+        "command": command_line(),
         "cpu": {"name": _cpu_name(), "cores_usable": len(os.sched_getaffinity(0)), "threads": threads},
         "device": device_name(device),
         "gpu": _gpu(device),
@@ -37,6 +38,16 @@ def describe(device: str, threads: int) -> dict[str, Any]:
 
 
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURMD_NODENAME", "SLURM_JOB_PARTITION")
+
+
+def command_line() -> str:
+    """Return the command that started this process."""
+    return without_password(shlex.join(sys.orig_argv))
+
+
+def without_password(text: str) -> str:
+    """Blot out the passwords in addresses such as postgresql://user:password@host/name."""
+    return re.sub(r"(://[^:/@\s]*):[^@\s]+@", r"\1:***@", text)
 
 
 def git_state() -> dict[str, Any] | None:
@@ -58,10 +69,18 @@ def resolve_device(device: str) -> str:
     if not torch.cuda.is_available():
         if device == "auto":
             return "cpu"
-        raise UserError(f"device={device} was asked for and torch {torch.__version__} finds no CUDA device here; use device=cpu.")
-    index = int(device.partition(":")[2] or torch.cuda.current_device()) if device != "auto" else torch.cuda.current_device()
+        raise UserError(
+            f"device={device} was asked for and torch {torch.__version__} finds no CUDA device here; use device=cpu."
+        )
+    index = (
+        int(device.partition(":")[2] or torch.cuda.current_device())
+        if device != "auto"
+        else torch.cuda.current_device()
+    )
     if index >= torch.cuda.device_count():
-        raise UserError(f"device={device} does not exist; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}.")
+        raise UserError(
+            f"device={device} does not exist; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}."
+        )
     return f"cuda:{index}"
 
 

@@ -48,7 +48,9 @@ def check_export(model: Model, path: Path) -> float:
     actual = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
     error = float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-12))
     if not error <= TOLERANCE:
-        raise ExportError(f"the exported graph differs from the network by {error:.1e} relative; at most {TOLERANCE:.0e} is accepted.")
+        raise ExportError(
+            f"the exported graph differs from the network by {error:.1e} relative; at most {TOLERANCE:.0e} is accepted."
+        )
     return error
 
 

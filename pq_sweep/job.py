@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +52,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         with stage("accuracy"):
             accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
         speed = measure.speed(session, data, protocol, stage)
+        ran = describe_session(session, quantizer, folder)
         session.close()
 
         result = {
@@ -63,8 +66,8 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             "prep_s": stage.prep,
             "stage_s": stage.seconds,
             "baseline": baseline.result,
-            "session": describe_session(session, quantizer, folder),
-            "config": OmegaConf.to_container(cfg, resolve=True),
+            "session": ran,
+            "config": {key: value for key, value in resolved(cfg).items() if key != "tracking"},
             "environment": describe(work.device, work.threads),
         }
         np.save(folder / "predictions.npy", predictions)
@@ -74,7 +77,14 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
     return result
 
 
-def describe_session(session: Session, quantizer: object, folder: Path) -> Result:
+def resolved(cfg: DictConfig) -> dict[Any, Any]:
+    """Return the config as plain values."""
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    return values
+
+
+def describe_session(session: Session, quantizer: Callable[..., Any], folder: Path) -> Result:
     """Return what really ran."""
     return {
         "runtime": session.runtime,

@@ -193,7 +193,9 @@ def latency_images(data: Data, batch_size: int, device: str) -> Tensor:
 def network(model: Model) -> Result:
     """Count parameters, multiply-accumulates of one image, and zeros among the prunable weights."""
     weights = [getattr(part, name) for part, name in prunable(model.module)]
-    zeros, total = (sum(int(n) for n in counts) for counts in zip(*((w.eq(0).sum(), w.numel()) for w in weights), strict=True))
+    zeros, total = (
+        sum(int(n) for n in counts) for counts in zip(*((w.eq(0).sum(), w.numel()) for w in weights), strict=True)
+    )
     return {
         "params": sum(parameter.numel() for parameter in model.module.parameters()),
         "nonzero_params": sum(int(parameter.count_nonzero()) for parameter in model.module.parameters()),

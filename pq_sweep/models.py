@@ -40,7 +40,9 @@ def torchvision_model(*, name: str, weights: str | None = "DEFAULT", num_classes
     published = get_model_weights(name)
     chosen = published.__members__.get(weights or "")
     if chosen is not None and num_classes != len(chosen.meta["categories"]):
-        raise UserError(f"model.num_classes={num_classes} does not fit model.weights={weights}; give weights as a path, or null.")
+        raise UserError(
+            f"model.num_classes={num_classes} does not fit model.weights={weights}; give weights as a path, or null."
+        )
     try:
         module = get_model(name, weights=chosen, **({} if chosen else {"num_classes": num_classes})).eval()
     except OSError as error:

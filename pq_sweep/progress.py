@@ -35,7 +35,10 @@ class Stages:
     def __call__(self, name: str) -> Iterator[None]:
         log.info("%s | %s", self.label, name)
         self.current = name
-        write_json(self.folder / "status.json", {"stage": name, "since": time.time(), "pid": os.getpid()})
+        write_json(
+            self.folder / "status.json",
+            {"stage": name, "since": time.time(), "pid": os.getpid(), "host": os.uname().nodename},
+        )
         start = time.perf_counter()
         try:
             yield
@@ -52,7 +55,9 @@ class Stages:
         except Exception as error:
             message = " ".join(str(error).split()) or type(error).__name__
             record = {"type": type(error).__name__, "message": message, "stage": self.current}
-            write_json(self.folder / "error.json", record | {"started": self.started, "traceback": traceback.format_exc()})
+            write_json(
+                self.folder / "error.json", record | {"started": self.started, "traceback": traceback.format_exc()}
+            )
             raise
 
     def move(self, seconds: float, *, source: str, target: str) -> None:

@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from tqdm import tqdm
 
+from pq_sweep.check import IMPORTANCES
 from pq_sweep.types import Data, Model, UserError, choose
 
 Target = tuple[nn.Module, str]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
-IMPORTANCES = ("random", "magnitude", "taylor", "sensitivity", "bn_scale", "lamp")
 
 
 def none(model: Model, data: Data, *, amount: float = 0.0) -> None:
@@ -120,7 +120,11 @@ def prunable(module: nn.Module, every_weight: bool = False) -> list[Target]:
     found: list[Target] = []
     for part in module.modules():
         if isinstance(part, nn.MultiheadAttention):
-            names = ["in_proj_weight"] if part.in_proj_weight is not None else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+            names = (
+                ["in_proj_weight"]
+                if part.in_proj_weight is not None
+                else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+            )
             found += [(part, name) for name in names]
         elif isinstance(part, LAYERS) or (every_weight and isinstance(getattr(part, "weight", None), nn.Parameter)):
             found.append((part, "weight"))
@@ -171,8 +175,12 @@ def _importance(model: Model, data: Data, name: str, p: int) -> Any:
     import torch_pruning as tp
 
     choose("pruner.importance", name, IMPORTANCES)
-    if name == "bn_scale" and not any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.module.modules()):
-        raise UserError("pruner.importance=bn_scale needs BatchNorm and this model has none; use magnitude, taylor or lamp.")
+    if name == "bn_scale" and not any(
+        isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.module.modules()
+    ):
+        raise UserError(
+            "pruner.importance=bn_scale needs BatchNorm and this model has none; use magnitude, taylor or lamp."
+        )
     if name in ("taylor", "sensitivity"):
         _gradients(model, data, absolute=name == "sensitivity")
     makers = {
@@ -225,5 +233,6 @@ def _rounding(module: nn.Module, round_to: int | None) -> int | None:
 
 def _refresh(module: nn.Module) -> None:
     """Bring attributes in line with the removed channels: torchvision's ViT keeps its width in `hidden_dim`."""
-    if hasattr(module, "hidden_dim") and hasattr(module, "conv_proj"):
-        module.hidden_dim = module.conv_proj.out_channels
+    projection = getattr(module, "conv_proj", None)
+    if isinstance(projection, nn.Conv2d) and hasattr(module, "hidden_dim"):
+        setattr(module, "hidden_dim", projection.out_channels)  # noqa: B010  (mypy takes it for a parameter)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pq_sweep.check import CALIBRATIONS
 from pq_sweep.types import Data, Split, Stage, UserError, choose
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 Record = dict[str, Any]
 
-CALIBRATIONS = ("minmax", "entropy", "percentile")
 # What an attention network loses least by: 23 dB of output SNR for ViT instead of 4.5 with every operator.
 MATRIX_OPERATORS = ["Conv", "Gemm", "MatMul"]
 TENSORRT_OPERATORS = [*MATRIX_OPERATORS, "Add"]
@@ -112,7 +112,11 @@ def int8(
             )
         stage.move(reader.seconds, source="quantize", target="calibrate")
     prepared.unlink()
-    return {"excluded_nodes": excluded, "calibration_images": len(reader), "reduce_range": options.get("reduce_range", False)}
+    return {
+        "excluded_nodes": excluded,
+        "calibration_images": len(reader),
+        "reduce_range": options.get("reduce_range", False),
+    }
 
 
 @quantizer("int8_dynamic")
@@ -212,7 +216,7 @@ def _calibration_reader(graph: onnx.ModelProto, split: Split, stage: Stage) -> A
 
     name = graph.graph.input[0].name
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         # Activations are kept for one stride only; it has to divide the number of images.
         stride = next(size for size in range(min(8, len(split)), 0, -1) if len(split) % size == 0)
 

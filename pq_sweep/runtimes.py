@@ -43,6 +43,10 @@ class Torch:
         """Convert the network to the quantizer's precision, save its state_dict and run it."""
         import torch
 
+        if excluded := getattr(quantizer, "keywords", {}).get("exclude"):
+            raise UserError(
+                f"runtime=torch converts every layer, so quantizer.exclude={excluded} needs runtime=onnxruntime."
+            )
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision_of(quantizer)]
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         with work.stage("quantize"):
@@ -113,7 +117,9 @@ class TensorRT:
     def require(self, device: str) -> None:
         """Refuse to start without TensorRT's libraries and the provider that uses them."""
         if find_spec("tensorrt") is None:
-            raise UserError("runtime=tensorrt needs TensorRT; install it with: pip install 'pq-sweep[gpu]', or use runtime=onnxruntime.")
+            raise UserError(
+                "runtime=tensorrt needs TensorRT; install pq-sweep[gpu] (pip install '.[gpu]'), or use onnxruntime."
+            )
         _require_provider("TensorrtExecutionProvider")
 
     def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
@@ -129,7 +135,9 @@ class TensorRT:
             OrtSession(session, work.device, graph, {}, "tensorrt")(model.sample(1).to(work.device))
         engines = sorted(cache.glob("*.engine"))
         if len(engines) != 1:
-            raise RuntimeMismatch(f"TensorRT built {len(engines)} engines where one for the whole graph was expected; see {cache}.")
+            raise RuntimeMismatch(
+                f"TensorRT built {len(engines)} engines where one for the whole graph was expected; see {cache}."
+            )
         return OrtSession(session, work.device, engines[0], details | _placement(session), "tensorrt")
 
 
@@ -201,7 +209,9 @@ def precision_of(quantizer: Callable[..., Any]) -> str:
     """Return the precision of a quantizer function or of a partial of one."""
     function = getattr(quantizer, "func", quantizer)
     if not hasattr(function, "precision"):
-        raise UserError(f"{function.__module__}.{function.__qualname__} is no quantizer; mark it with @quantizer('int8') or another precision.")
+        raise UserError(
+            f"{function.__module__}.{function.__qualname__} is no quantizer; mark it with @quantizer('int8') or such."
+        )
     return str(function.precision)
 
 
@@ -229,7 +239,9 @@ def _require_provider(provider: str) -> None:
     import onnxruntime
 
     if provider not in onnxruntime.get_available_providers():
-        raise UserError(f"the installed onnxruntime has no {provider}; install it with: pip install 'pq-sweep[gpu]', or use device=cpu.")
+        raise UserError(
+            f"this onnxruntime has no {provider}; install pq-sweep[gpu] (pip install '.[gpu]'), or use device=cpu."
+        )
 
 
 def _ort_session(graph: Path, provider: str, options: dict[str, str], work: Workspace) -> onnxruntime.InferenceSession:
@@ -252,7 +264,9 @@ def _ort_session(graph: Path, provider: str, options: dict[str, str], work: Work
     except Exception as error:
         raise RuntimeMismatch(f"{provider} cannot run {graph.name}: {error}") from error
     if session.get_providers()[0] != provider:
-        raise RuntimeMismatch(f"asked for {provider}, got {session.get_providers()[0]}; check CUDA and TensorRT libraries.")
+        raise RuntimeMismatch(
+            f"asked for {provider}, got {session.get_providers()[0]}; check CUDA and TensorRT libraries."
+        )
     return session
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -141,9 +141,13 @@ class Session(Protocol):
 
     runtime: str
     device: str
-    engine: str
     artifact: Path
     details: dict[str, Any]
+
+    @property
+    def engine(self) -> str:
+        """Name the library, its version and what of it executes."""
+        ...
 
     def __call__(self, images: Tensor) -> Tensor:
         """Map images on the session's device to float32 logits on that device."""
@@ -165,7 +169,7 @@ class Quantizer(Protocol):
 class Runtime(Protocol):
     """Realises a precision on a device kind; `precisions` lists which."""
 
-    precisions: dict[str, tuple[str, ...]]
+    precisions: ClassVar[dict[str, tuple[str, ...]]]
 
     def resolve(self, precision: str, device: str) -> Runtime: ...
 

@@ -1,0 +1,34 @@
+# Two commands do everything on a fresh machine: `make sweep` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export MLFLOW_DISABLE_TELEMETRY := true
+
+.PHONY: install sweep test lint ui weights gpu-check
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
+	touch $@
+
+sweep: install
+	$(BIN)/python launch.py -m pruner=l1_global pruner.amount=0.1,0.5,0.9
+
+test: install lint
+	$(BIN)/pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: install
+	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1
+
+weights: install
+	$(BIN)/python -m pq_sweep.digits_cnn pq_sweep/weights/digits_cnn.safetensors
+
+gpu-check: install
+	$(BIN)/pytest -m gpu

@@ -1,0 +1,289 @@
+"""Results on disk as rows, a CSV and a table: `python -m pq_sweep.results FOLDER...`.
+
+The folders are the source of truth, so this works at any time: during a sweep, after a crash, on another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pq_sweep.types import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Row = dict[str, Any]
+
+# PQ Bench's columns (Schulze 2024, tables 1 and 2), at the first batch size; sizes in MB of 10^6 bytes.
+PQ_BENCH = (
+    "Model", "Pruner", "Quantizer", "Dataset", "Amount", "Accuracy", "Inf. Time (ms)", "Original Size (MB)",
+    "Compressed Size (MB)", "Batch Size", "Prep Time (s)",
+)  # fmt: skip
+
+
+GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime")
+TEXTS = ("job", "model", "dataset", "pruner", "quantizer", "runtime", "device")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep folder and the rows of its jobs."""
+
+    folder: Path
+    rows: list[Row]
+
+    def count(self, status: str) -> int:
+        """Count the jobs with a status: finished, failed, running or missing."""
+        return sum(row["status"] == status for row in self.rows)
+
+    @property
+    def summary(self) -> str:
+        """Return how many jobs are done, failed, running and missing."""
+        named = {"finished": "done", "failed": "failed", "running": "running", "missing": "missing"}
+        return ", ".join(
+            f"{self.count(status)} {name}" for status, name in named.items() if self.count(status) or name == "done"
+        )
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Read the jobs that `sweep.json` announces, and any other job folder that has a result or an error."""
+    manifest = read_json(folder / "sweep.json") or {}
+    announced = {job["folder"]: job for job in manifest.get("jobs") or []}
+    found = {
+        str(path.parent.relative_to(folder))
+        for name in ("result.json", "error.json")
+        for path in folder.glob(f"*/{name}")
+    }
+    extra = sorted(found - announced.keys(), key=_natural)
+    return Sweep(folder, [_row(folder / name, announced.get(name, {})) for name in [*announced, *extra]])
+
+
+def find_sweeps(folders: list[Path]) -> list[Sweep]:
+    """Find the sweeps at, above (a job folder was given) or below the folders."""
+    found: dict[Path, Sweep] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give a sweep folder such as multirun/<date>/<time>.")
+        given = folder.parent if (folder / "result.json").exists() or (folder / "error.json").exists() else folder
+        inside = {path.parent for path in given.rglob("sweep.json")} or {
+            path.parent.parent for path in given.rglob("result.json")
+        }
+        if not inside:
+            raise UserError(
+                f"{folder} holds no sweep and no result.json; give a sweep folder such as multirun/<date>/<time>."
+            )
+        found |= {path.resolve(): read_sweep(path) for path in sorted(inside)}
+    return list(found.values())
+
+
+def write_csv(sweep: Sweep) -> Path:
+    """Write `results.csv` into the sweep's folder: a row per job, PQ Bench's columns first."""
+    rows = [_pq_bench(row) | row for row in sweep.rows]
+    columns = dict.fromkeys([*PQ_BENCH, *(key for row in rows for key in row)])
+    path = sweep.folder / "results.csv"
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    aside.rename(path)
+    return path
+
+
+def table(sweep: Sweep, *, fold: bool = False) -> Table:
+    """Draw the rows, with p50 / p99 latency at every batch size; `fold` moves columns of one value into the title."""
+    from rich.table import Table
+
+    sizes = batch_sizes(sweep.rows)
+    rows = [_cells(row, sizes) for row in sweep.rows]
+    same = {name for name in TEXTS if fold and len({row[name] for row in rows}) == 1}
+    title = ", ".join(
+        [f"{sweep.folder}: {sweep.summary}", *(f"{name} {rows[0][name]}" for name in TEXTS if name in same)]
+    )
+    drawn = Table(title=title, title_justify="left", header_style="bold")
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in same]
+    for name in columns:
+        drawn.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name not in TEXTS)
+    for row, cells in zip(sweep.rows, rows, strict=True):
+        drawn.add_row(
+            *(cells.get(name, "-") for name in columns), style=None if row["status"] == "finished" else "yellow"
+        )
+    return drawn
+
+
+def show(sweep: Sweep) -> None:
+    """Print the table, the failed and missing jobs, and where the CSV lies."""
+    from rich.console import Console
+
+    # Without a terminal nothing may be cut off; in a narrow one, columns that say the same in every row go first.
+    console = Console() if sys.stdout.isatty() else Console(width=250)
+    whole = table(sweep)
+    fits = console.measure(whole).maximum <= console.width
+    console.print(whole if fits else table(sweep, fold=True))
+    for row in sweep.rows:
+        if row["status"] == "failed":
+            place = sweep.folder / row["job"] / "job.log"
+            console.print(
+                f"job {row['job']} ({row['name']}) failed at {row['stage']}: {row['error']} Traceback: {place}",
+                markup=False,
+            )
+        elif row["status"] != "finished":
+            console.print(f"job {row['job']} ({row['name']}) is {row['status']} (stage {row['stage']})", markup=False)
+    console.print(f"CSV: {write_csv(sweep)}", markup=False)
+
+
+def batch_sizes(rows: list[Row]) -> list[int]:
+    """Return all batch sizes at which latency was measured."""
+    prefix = "latency_ms/b"
+    return sorted({int(key.removeprefix(prefix)) for row in rows for key in row if key.startswith(prefix)})
+
+
+def metrics(result: dict[str, Any]) -> dict[str, float]:
+    """Flatten a result to its figures, by the names used in MLflow and the CSV; what was not measured is left out."""
+    accuracy, network = result["accuracy"], result["network"]
+    original = result["baseline"]
+    flat = {
+        "accuracy": accuracy["top1"],
+        "accuracy_ci95_low": accuracy["top1_ci95"][0],
+        "accuracy_ci95_high": accuracy["top1_ci95"][1],
+        "accuracy_top5": accuracy["top5"],
+        "accuracy_drop_points": accuracy["drop_points"],
+        "agreement": accuracy["agreement"],
+        "original_size_mb": result["size_bytes"]["original"] / 1e6,
+        "engine_size_mb": result["size_bytes"]["compressed"] / 1e6,
+        "sparsity": network["sparsity"],
+        "params": network["params"],
+        "params_removed": 1 - network["params"] / original["params"],
+        "macs": network["macs"],
+        "peak_memory_mb": result["peak_memory_mb"],
+        "prep_time_s": sum(result["prep_s"].values()),
+        "baseline_accuracy": original["top1"],
+    }
+    flat |= {f"prep_time_s/{stage}": seconds for stage, seconds in result["prep_s"].items()}
+    for size, timed in result["latency"].items():
+        flat |= {f"latency_ms/b{size}": timed["p50_ms"], f"throughput/b{size}": timed["throughput"]}
+        flat |= {f"latency_{name}_ms/b{size}": timed[f"{name}_ms"] for name in ("p90", "p99", "mean", "std")}
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, or None if there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def job_name(choices: dict[str, Any]) -> str:
+    """Say in a few words what a job is: "resnet18 l1_global 0.5 int8 tensorrt"."""
+    pruner = [choices["pruner"], choices.get("amount")] if choices["pruner"] != "none" else ["none"]
+    recovery = [] if choices["recovery"] == "none" else [choices["recovery"]]
+    parts = [choices["model"], *pruner, *recovery, choices["quantizer"], choices["runtime"]]
+    return " ".join(str(part) for part in parts if part is not None)
+
+
+def _row(folder: Path, announced: Row) -> Row:
+    """Return a job as one flat row, whatever state it is in."""
+    result, error, status = (read_json(folder / f"{name}.json") for name in ("result", "error", "status"))
+    row = {
+        "job": folder.name,
+        "name": announced.get("name", folder.name),
+        "status": "missing",
+        "stage": "",
+        "error": "",
+    }
+    row |= announced.get("choices", {})
+    if result:
+        session, environment = result["session"], result["environment"]
+        ran = {"runtime": session["runtime"], "device": session["device"], "device_name": environment["device"]}
+        row |= ran | {
+            "status": "finished",
+            "precision": session["precision"],
+            "protocol": result["config"]["measure"]["name"],
+        }
+        return row | {"name": job_name(row) if "model" in row else row["name"]} | metrics(result)
+    if error:
+        return row | {"status": "failed", "stage": error["stage"], "error": error["message"]}
+    if status:
+        return row | {"status": "running" if _alive(status) else "missing", "stage": status["stage"]}
+    return row
+
+
+def _alive(status: dict[str, Any]) -> bool:
+    """Say whether the process that wrote a status still runs; of one on another host nothing is known."""
+    return status["host"] == os.uname().nodename and Path(f"/proc/{status['pid']}").exists()
+
+
+def _pq_bench(row: Row) -> Row:
+    """Return the columns of PQ Bench; "-" is a technique not used, an empty cell a missing figure."""
+    sizes = batch_sizes([row])
+    first = sizes[0] if sizes else ""
+    unpruned = row.get("pruner") == "none"
+    values = (
+        row.get("model", ""),
+        "-" if unpruned else row.get("pruner", ""),
+        "-" if row.get("quantizer") == "none" else row.get("quantizer", ""),
+        row.get("dataset", ""),
+        "-" if unpruned else row.get("amount", ""),
+        row["accuracy"] * 100 if "accuracy" in row else "",
+        row.get(f"latency_ms/b{first}", ""),
+        row.get("original_size_mb", ""),
+        row.get("engine_size_mb", ""),
+        first,
+        row.get("prep_time_s", ""),
+    )
+    return dict(zip(PQ_BENCH, values, strict=True))
+
+
+def _cells(row: Row, sizes: list[int]) -> dict[str, str]:
+    """Format a row for the table, by column."""
+
+    def number(key: str, form: str, scale: float = 1) -> str:
+        return format(row[key] * scale, form) if key in row else "-"
+
+    recovery = row.get("recovery", "none")
+    texts = {name: str(row.get(name, "-")) for name in TEXTS}
+    texts["pruner"] += "" if recovery == "none" else f" + {recovery}"
+    latency = {
+        f"ms b{size}\np50/p99": f"{number(f'latency_ms/b{size}', '.3f')}/{number(f'latency_p99_ms/b{size}', '.3f')}"
+        for size in sizes
+    }
+    largest = max(sizes, default=1)
+    return texts | {
+        "amount": "-" if row.get("pruner") == "none" else str(row.get("amount", "-")),
+        "top-1 %": number("accuracy", ".2f", 100) if row["status"] == "finished" else row["status"],
+        "drop\npoints": number("accuracy_drop_points", ".2f"),
+        **latency,
+        f"images/s\nb{largest}": number(f"throughput/b{largest}", ",.0f"),
+        "original\nMB": number("original_size_mb", ".3f"),
+        "size\nMB": number("engine_size_mb", ".3f"),
+        "sparsity": number("sparsity", ".3f"),
+        "params\nthousand": number("params", ",.1f", 1e-3),
+        "prep s": number("prep_time_s", ".2f"),
+    }
+
+
+def _natural(name: str) -> tuple[int, str]:
+    return (int(name), name) if name.isdigit() else (sys.maxsize, name)
+
+
+def main() -> None:
+    """Rebuild the CSV and print the table of every sweep in the given folders."""
+    parser = argparse.ArgumentParser(prog="python -m pq_sweep.results", description=main.__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="sweep folders, or folders that contain some")
+    try:
+        for sweep in find_sweeps(parser.parse_args().folders):
+            show(sweep)
+    except UserError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
