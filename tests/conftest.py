@@ -1,0 +1,75 @@
+"""Fixtures of all tests: the command line as a user runs it, and the shared data if it is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the fast tests first and skip GPU tests, saying why, where there is no GPU."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device and torch finds none"))
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """The environment of a new user: no tracking server, no telemetry."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "HYDRA"))}
+    return kept | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+@pytest.fixture
+def launch(tmp_path: Path, environment: dict[str, str]) -> Launch:
+    """Run launch.py in an empty folder, where `multirun/` and `mlflow.db` then are."""
+
+    def run(
+        *overrides: str, timeout: float = 300, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return python([str(ROOT / "launch.py"), *overrides], tmp_path, environment | (env or {}), timeout)
+
+    return run
+
+
+def python(
+    arguments: Sequence[str], folder: Path, env: dict[str, str], timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run this Python with `arguments` in `folder` and return what it printed."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def only_sweep(folder: Path) -> Path:
+    """Return the one sweep folder under `folder`/multirun."""
+    (found,) = folder.glob("multirun/*/*/sweep.json")
+    return found.parent
+
+
+def results(sweep: Path) -> list[dict[str, Any]]:
+    """Return the results of a sweep's jobs in order."""
+    paths = sorted(sweep.glob("*/result.json"), key=lambda path: int(path.parent.name))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real weights and photographs; tests that need it are skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("needs real weights and photographs in shared/data, which are not here")
+    return SHARED
