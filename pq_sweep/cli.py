@@ -32,6 +32,7 @@ def main(launch: Callable[[], None], conf: Path) -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(help_text([*_config_dirs(sys.argv), conf]))
         return
+    sys.path.append(str(Path.cwd()))  # where a user's own components are
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors through to here
     code = 0

@@ -49,6 +49,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             component(cfg.recovery)(model, data)
         network = measure.network(model)
         session = runtime.open(model, quantizer, data, work)
+        del model  # from here on only the session holds memory
         with stage("accuracy"):
             accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
         speed = measure.speed(session, data, protocol, stage)

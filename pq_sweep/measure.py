@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import math
 import os
 import resource
@@ -114,6 +117,7 @@ def wilson(hits: int, samples: int, z: float = 1.959963984540054) -> tuple[float
 
 def speed(session: Session, data: Data, protocol: Protocol, stage: Stage) -> Result:
     """Measure latency at every batch size of the protocol, and the peak memory meanwhile."""
+    _release_memory()
     resettable = _reset_peak_memory(session.device)
     timed = {}
     for batch_size in protocol.batch_sizes:
@@ -218,6 +222,13 @@ def macs(model: Model) -> int:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops() // 2)
+
+
+def _release_memory() -> None:
+    """Give freed memory back to the system, so that the peak is not that of an earlier stage."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _reset_peak_memory(device: str) -> bool:
