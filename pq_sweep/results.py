@@ -217,8 +217,12 @@ def _row(folder: Path, announced: Row) -> Row:
 
 
 def _alive(status: dict[str, Any]) -> bool:
-    """Say whether the process that wrote a status still runs; of one on another host nothing is known."""
-    return status["host"] == os.uname().nodename and Path(f"/proc/{status['pid']}").exists()
+    """Say whether the process that wrote a status still runs; nothing is known of another host's.
+
+    Results are read between jobs, so a status of this very process was left by an interrupted job.
+    """
+    elsewhere = status["pid"] != os.getpid()
+    return elsewhere and status["host"] == os.uname().nodename and Path(f"/proc/{status['pid']}").exists()
 
 
 def _pq_bench(row: Row) -> Row:
