@@ -27,9 +27,13 @@ AT_LEAST_ZERO = ("warmup_iterations", "warmup_s", "warmup_max_s", "min_s", "max_
 
 def check(cfg: DictConfig) -> None:
     """Raise a UserError that says all that is wrong with a job's config."""
-    found = problems(cfg)
-    if found:
-        raise UserError(" ".join(found))
+    refuse(" ".join(problems(cfg)))
+
+
+def refuse(problem: str | None) -> None:
+    """Raise a UserError if there is a problem."""
+    if problem:
+        raise UserError(problem)
 
 
 def problems(cfg: DictConfig) -> list[str]:
@@ -92,14 +96,21 @@ def _combination(cfg: DictConfig) -> Iterator[str]:
     except Exception as error:
         yield " ".join(str(error).split())
         return
-    kinds = ("cpu", "cuda") if cfg.device == "auto" else (str(cfg.device).partition(":")[0],)
-    if any(precision in runtime.precisions.get(kind, ()) for kind in kinds):
-        return
-    name = runtime.__name__.lower()
+    kinds = ("cpu", "cuda") if cfg.device == "auto" else (str(cfg.device),)
+    refusals = [impossible(runtime, precision, kind) for kind in kinds]
+    if all(refusals):
+        yield str(refusals[0])
+
+
+def impossible(runtime: Any, precision: str, device: str) -> str | None:
+    """Say why a runtime (class or object) cannot run a precision on a device, or None if it can."""
+    if precision in runtime.precisions.get(device.partition(":")[0], ()):
+        return None
+    name = getattr(runtime, "__name__", type(runtime).__name__).lower()
     possible = [f"{', '.join(names)} on {kind}" for kind, names in runtime.precisions.items() if names]
-    yield (
-        f"runtime={name} cannot run precision {precision} on device={cfg.device}; it runs {' and '.join(possible)}."
-        f" Precision {precision} runs with: {', '.join(_realisers(precision))}."
+    return (
+        f"runtime={name} cannot run precision {precision} on device={device}; it runs {' and '.join(possible)}."
+        f" Precision {precision} runs with: {', '.join(_realisers(precision)) or 'none'}."
     )
 
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from pq_sweep import measure
 from pq_sweep.baseline import load_baseline
-from pq_sweep.check import check
+from pq_sweep.check import check, impossible, refuse
 from pq_sweep.environment import describe, resolve_device
 from pq_sweep.measure import Protocol, Result
 from pq_sweep.progress import Stages, write_json
@@ -35,6 +35,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         work = Workspace(folder, resolve_device(cfg.device), measure.use_threads(protocol.threads), stage)
         quantizer = component(cfg.quantizer)
         runtime = instantiate(cfg.runtime).resolve(precision_of(quantizer), work.device)
+        refuse(impossible(runtime, precision_of(quantizer), work.device))
         runtime.require(work.device)
 
         with stage("load"):

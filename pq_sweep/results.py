@@ -97,36 +97,58 @@ def write_csv(sweep: Sweep) -> Path:
     return path
 
 
-def table(sweep: Sweep, *, fold: bool = False) -> Table:
-    """Draw the rows, with p50 / p99 latency at every batch size; `fold` moves columns of one value into the title."""
-    from rich.table import Table
+def tables(sweep: Sweep, width: int) -> list[Table]:
+    """Draw the rows in `width` characters without cutting anything off.
 
+    What does not fit loses the columns that say the same in every row, which go into the title, and is then split into
+    tables that repeat the columns that tell the jobs apart.
+    """
     sizes = batch_sizes(sweep.rows)
     rows = [_cells(row, sizes) for row in sweep.rows]
-    same = {name for name in TEXTS if fold and len({row[name] for row in rows}) == 1}
-    title = ", ".join(
-        [f"{sweep.folder}: {sweep.summary}", *(f"{name} {rows[0][name]}" for name in TEXTS if name in same)]
-    )
-    drawn = Table(title=title, title_justify="left", header_style="bold")
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in same]
+    columns = {
+        name: [row.get(name, "-") for row in rows] for name in dict.fromkeys(name for row in rows for name in row)
+    }
+    title = f"{sweep.folder}: {sweep.summary}"
+    if _width(columns) > width and len(rows) > 1:
+        same = [name for name in TEXTS if len(set(columns[name])) == 1]
+        title = ", ".join([title, *(f"{name} {columns.pop(name)[0]}" for name in same)])
+    keys = {name: cells for name, cells in columns.items() if name in TEXTS}
+    parts = [dict(keys)]
+    for name, cells in columns.items():
+        if name in keys:
+            continue
+        if _width(parts[-1] | {name: cells}) > width and len(parts[-1]) > len(keys):
+            parts.append(dict(keys))
+        parts[-1][name] = cells
+    unfinished = [row["status"] != "finished" for row in sweep.rows]
+    return [_draw(part, title if part is parts[0] else None, unfinished) for part in parts]
+
+
+def _draw(columns: dict[str, list[str]], title: str | None, marked: list[bool]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=Text(title) if title else None, title_justify="left", header_style="bold")
     for name in columns:
-        drawn.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name not in TEXTS)
-    for row, cells in zip(sweep.rows, rows, strict=True):
-        drawn.add_row(
-            *(cells.get(name, "-") for name in columns), style=None if row["status"] == "finished" else "yellow"
-        )
+        drawn.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name not in TEXTS, overflow="fold")
+    for cells, mark in zip(zip(*columns.values(), strict=True), marked, strict=True):
+        drawn.add_row(*(Text(cell) for cell in cells), style="yellow" if mark else None)
     return drawn
+
+
+def _width(columns: dict[str, list[str]]) -> int:
+    """Return the characters that a table of these columns takes."""
+    lines = ([*name.split("\n"), *cells] for name, cells in columns.items())
+    return sum(max(map(len, column)) + 3 for column in lines) + 1
 
 
 def show(sweep: Sweep) -> None:
     """Print the table, the failed and missing jobs, and where the CSV lies."""
     from rich.console import Console
 
-    # Without a terminal nothing may be cut off; in a narrow one, columns that say the same in every row go first.
-    console = Console() if sys.stdout.isatty() else Console(width=250)
-    whole = table(sweep)
-    fits = console.measure(whole).maximum <= console.width
-    console.print(whole if fits else table(sweep, fold=True))
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    for drawn in tables(sweep, console.width):
+        console.print(drawn)
     for row in sweep.rows:
         if row["status"] == "failed":
             place = sweep.folder / row["job"] / "job.log"

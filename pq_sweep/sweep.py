@@ -43,8 +43,7 @@ class Sweep(Callback):
 
     def _begin(self, config: DictConfig, jobs: list[DictConfig] | None) -> None:
         refuse_impossible(jobs or [])
-        folder = Path(config.hydra.sweep.dir)
-        _make_writable(folder)
+        folder = claim_folder(config)
         earlier = read_json(folder / "sweep.json") or {}
         announced = [announce(job) for job in jobs or []]
         manifest = {
@@ -100,11 +99,15 @@ def refuse_impossible(jobs: list[DictConfig]) -> None:
 
 def announce(job: DictConfig) -> dict[str, Any]:
     """Return what is known of a job before it runs."""
-    chosen = job.hydra.runtime.choices
+    chosen, folder = job.hydra.runtime.choices, str(job.hydra.sweep.subdir)
+    if "/" in folder:
+        raise UserError(
+            f"hydra.sweep.subdir={folder} is nested; job folders lie side by side, such as ${{hydra.job.num}}."
+        )
     choices = {group: str(chosen.get(group)) for group in GROUPS}
     choices |= {"amount": OmegaConf.select(job, "pruner.amount"), "device": str(job.device), "seed": job.seed}
     return {
-        "folder": str(job.hydra.sweep.subdir),
+        "folder": folder,
         "name": job_name(choices),
         "choices": choices,
         "overrides": [without_password(override) for override in job.hydra.overrides.task],
@@ -141,16 +144,35 @@ def finish() -> bool:
     return sweep.count("finished") == len(sweep.rows)
 
 
-def _make_writable(folder: Path) -> None:
+def claim_folder(config: DictConfig) -> Path:
+    """Make the sweep's folder, for this sweep alone unless the user named one (to run a sweep again in its place).
+
+    Two sweeps that start in the same second would share `multirun/<date>/<time>`: the later one gets a suffix.
+    """
+    wanted = Path(config.hydra.sweep.dir)
+    named = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
+    folder, number = wanted, 1
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
+        wanted.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                folder.mkdir(exist_ok=named)
+                break
+            except FileExistsError:
+                if named:
+                    raise
+                number += 1
+                folder = wanted.with_name(f"{wanted.name}-{number}")
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(
             f"the output folder {folder} cannot be written ({error.strerror}); set hydra.sweep.dir to one that can."
         ) from error
+    if folder != wanted:
+        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")  # what the jobs are composed from
+        config.hydra.sweep.dir = str(folder)
+    return folder
 
 
 def _or_exit(begin: Any) -> None:
