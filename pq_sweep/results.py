@@ -10,6 +10,7 @@ import csv
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-# PQ Bench's columns (Schulze 2024, tables 1 and 2), at the first batch size; sizes in MB of 10^6 bytes.
+# PQ Bench's columns (Schulze 2024, tables 1 and 2), at the first batch size; accuracy in %, sizes in MB (10^6 bytes).
 PQ_BENCH = (
-    "Model", "Pruner", "Quantizer", "Dataset", "Amount", "Accuracy", "Inf. Time (ms)", "Original Size (MB)",
-    "Compressed Size (MB)", "Batch Size", "Prep Time (s)",
+    "Model", "Pruner", "Quantizer", "Dataset", "Amount", "Accuracy", "Inf. Time (ms)", "Original Size",
+    "Compressed Size", "Batch Size", "Prep Time (s)",
 )  # fmt: skip
 
+
+# Cores kept busy by other processes from which on latency is called disturbed.
+NOISY_LOAD = 0.2
 
 GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime")
 TEXTS = ("job", "model", "dataset", "pruner", "quantizer", "runtime", "device")
@@ -149,16 +153,27 @@ def show(sweep: Sweep) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
     for drawn in tables(sweep, console.width):
         console.print(drawn)
+    for line in [*_unfinished(sweep), *_disturbed(sweep), f"CSV: {write_csv(sweep)}"]:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _unfinished(sweep: Sweep) -> Iterator[str]:
+    """Say of each job that did not finish where it stopped and why."""
     for row in sweep.rows:
+        job = f"job {row['job']} ({row['name']})"
         if row["status"] == "failed":
-            place = sweep.folder / row["job"] / "job.log"
-            console.print(
-                f"job {row['job']} ({row['name']}) failed at {row['stage']}: {row['error']} Traceback: {place}",
-                markup=False,
-            )
+            log = sweep.folder / row["job"] / "job.log"
+            yield f"{job} failed at {row['stage']}: {row['error']} Traceback: {log}"
         elif row["status"] != "finished":
-            console.print(f"job {row['job']} ({row['name']}) is {row['status']} (stage {row['stage']})", markup=False)
-    console.print(f"CSV: {write_csv(sweep)}", markup=False)
+            yield f"{job} is {row['status']}" + (f", stage {row['stage']}" if row["stage"] else "")
+
+
+def _disturbed(sweep: Sweep) -> Iterator[str]:
+    """Warn of latency that was measured while other processes were busy."""
+    loads = {row["job"]: row["load_of_others"] for row in sweep.rows if row.get("load_of_others", 0) > NOISY_LOAD}
+    if loads:
+        jobs = ", ".join(f"{job} ({load:.1f} cores)" for job, load in loads.items())
+        yield f"latency is not to be trusted where other processes were busy meanwhile: job {jobs}"
 
 
 def batch_sizes(rows: list[Row]) -> list[int]:
@@ -192,6 +207,7 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
     for size, timed in result["latency"].items():
         flat |= {f"latency_ms/b{size}": timed["p50_ms"], f"throughput/b{size}": timed["throughput"]}
         flat |= {f"latency_{name}_ms/b{size}": timed[f"{name}_ms"] for name in ("p90", "p99", "mean", "std")}
+    flat["load_of_others"] = max((timed["load_of_others"] for timed in result["latency"].values()), default=0.0)
     return {name: value for name, value in flat.items() if value is not None}
 
 

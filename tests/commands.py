@@ -1,0 +1,36 @@
+"""The command line for fixtures that several tests share, and a look at what a process imported."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from conftest import ROOT, python
+
+LAUNCH = str(ROOT / "launch.py")
+HEAVY = frozenset({"torch", "torchvision", "mlflow", "onnxruntime", "sklearn"})
+SHORT = ("measure.batch_sizes=[1]", "measure.iterations=5", "measure.warmup_s=0", "measure.min_s=0")
+
+Done = subprocess.CompletedProcess[str]
+
+
+def new_user() -> dict[str, str]:
+    """The environment of a new user, for fixtures that live longer than `environment`."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "HYDRA"))}
+    return kept | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+
+
+def launch_in(folder: Path, *overrides: str, timeout: float = 300) -> Done:
+    return python([LAUNCH, *overrides], folder, new_user(), timeout)
+
+
+def imported(stderr: str) -> set[str]:
+    """Return the top-level packages that a process run with `-X importtime` imported."""
+    return set(re.findall(r"^import time: +\d+ \| +\d+ \| +(\w+)", stderr, re.MULTILINE))
+
+
+def said(stderr: str) -> list[str]:
+    """Return the lines that are not `-X importtime`'s."""
+    return [line for line in stderr.splitlines() if line.strip() and not line.startswith("import time:")]

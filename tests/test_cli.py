@@ -1,0 +1,177 @@
+"""The command line before any job runs: help, completion, typos, and that none of it waits for a framework."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from commands import HEAVY, LAUNCH, imported, said
+from conftest import ROOT, Launch, python
+
+from pq_sweep.cli import EXAMPLES
+
+CONF = ROOT / "conf"
+CHOICES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
+LIGHT_MODULES = (
+    "cli",
+    "sweep",
+    "check",
+    "quantizers",
+    "runtimes",
+    "results",
+    "tracking",
+    "types",
+    "progress",
+    "environment",
+)
+
+
+@pytest.fixture(scope="module")
+def help_text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    done = python([LAUNCH, "--help"], tmp_path_factory.mktemp("help"), {})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def my_conf(tmp_path: Path) -> str:
+    """A user's own configuration folder with one pruner, relative to the working folder."""
+    path = tmp_path / "mine" / "pruner" / "my_pruner.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("# A pruner of my own\n_target_: pq_sweep.pruners.l1\namount: 0.25\nevery_weight: false\n")
+    return "mine"
+
+
+def described(text: str, group: str) -> dict[str, str]:
+    """Return the choices of a group and their descriptions from the help text."""
+    (section,) = re.findall(rf"^{re.escape(group)}: \S.*\n((?:  .*\n)+)", text, re.MULTILINE)
+    return dict(re.findall(r"^  (\S+)  +(\S.*)$", section, re.MULTILINE))
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_help_describes_every_choice(help_text: str, choice: Path) -> None:
+    description = described(help_text, str(choice.parent))[choice.stem]
+    assert description in (CONF / choice).read_text()
+
+
+def test_help_gives_three_commands(help_text: str) -> None:
+    assert len(re.findall(r"^ +python launch\.py .*=", help_text, re.MULTILINE)) == 3
+
+
+def test_every_group_of_the_defaults_is_in_help(help_text: str) -> None:
+    groups = re.findall(r"^  - (?:override )?([\w/]+):", (CONF / "config.yaml").read_text(), re.MULTILINE)
+    assert len(groups) >= 10
+    assert all(described(help_text, group) for group in groups)
+
+
+def test_import_times_are_seen(tmp_path: Path) -> None:
+    """What the tests below look for would be found."""
+    done = python(["-X", "importtime", "-c", "import sklearn"], tmp_path, {})
+    assert {"sklearn", "numpy"} <= imported(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], "Groups and their choices"),
+        (["--cfg", "job"], "_target_: pq_sweep.models.digits_cnn"),
+        (["-sc", "query=bash"], "pruner=l1_global"),
+        (["pruner=l1_globl"], ""),
+    ],
+    ids=["help", "cfg", "completion", "typo"],
+)
+def test_command_imports_no_framework(
+    tmp_path: Path, environment: dict[str, str], arguments: list[str], expected: str
+) -> None:
+    completing = {"COMP_LINE": "python launch.py -m pruner=l"}
+    done = python(["-X", "importtime", LAUNCH, *arguments], tmp_path, environment | completing)
+    assert expected in done.stdout
+    assert "hydra" in imported(done.stderr)
+    assert not HEAVY & imported(done.stderr)
+
+
+def test_light_modules_import_no_framework(tmp_path: Path, environment: dict[str, str]) -> None:
+    code = "; ".join(f"import pq_sweep.{name}" for name in LIGHT_MODULES)
+    done = python(["-X", "importtime", "-c", code], tmp_path, environment)
+    assert done.returncode == 0, said(done.stderr)
+    assert "pq_sweep" in imported(done.stderr)
+    assert not HEAVY & imported(done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("launch.py pruner=l", {"pruner=l1", "pruner=l1_global", "pruner=ln_structured"}),
+        ("launch.py quantizer=int8 quantizer.cal", {"quantizer.calibration="}),
+        ("launch.py hydra/launcher=lo", {"hydra/launcher=local_parallel"}),
+        ("launch.py experiment=", {"experiment=prune_and_quantize"}),
+    ],
+)
+def test_completion(launch: Launch, line: str, expected: set[str]) -> None:
+    done = launch("-sc", "query=bash", env={"COMP_LINE": line})
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wrong", "valid", "suggested"),
+    [
+        (["prunr=l1"], "prunr", ["model", "quantizer"], "pruner"),
+        (["experimnt=prune_and_quantize"], "experimnt", ["model", "quantizer"], "experiment"),
+        (["hydra/launcher=local_paralel"], "hydra/launcher=local_paralel", ["basic"], "local_parallel"),
+        (["pruner=l1_globl"], "pruner=l1_globl", ["none", "remove"], "l1_global"),
+        (["-m", "pruner=none,remov"], "pruner=remov", ["none", "l1"], "remove"),
+        (["quantizer=int_8"], "quantizer=int_8", ["none", "fp16"], "int8"),
+        (["pruner=l1", "pruner.amont=0.5"], "pruner.amont", ["every_weight"], "amount"),
+        (["-m", "pruner=l1", "pruner.amont=0.1,0.5"], "pruner.amont", ["every_weight"], "amount"),
+        (["measure.batchsizes=[1]"], "measure.batchsizes", ["eval_batch_size"], "batch_sizes"),
+        (["hydra.swep.dir=x"], "hydra.swep", ["launcher"], "sweep"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_typo_names_what_is_valid(
+    tmp_path: Path, launch: Launch, overrides: list[str], wrong: str, valid: list[str], suggested: str
+) -> None:
+    done = launch(*overrides)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"{wrong} is not known; valid are: ")
+    assert all(re.search(rf"\b{name}\b", line) for name in [*valid, suggested])
+    assert line.endswith(f"Did you mean {suggested}?")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", [["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", "mine"]], ids=" ".join)
+def test_own_config_folder_is_in_help(launch: Launch, my_conf: str, form: list[str]) -> None:
+    done = launch("--help", *form)
+    assert described(done.stdout, "pruner")["my_pruner"] == "A pruner of my own"
+    assert described(done.stdout, "pruner")["l1_global"]
+
+
+def test_own_config_folder_can_be_used(launch: Launch, my_conf: str) -> None:
+    done = launch("--config-dir", my_conf, "pruner=my_pruner", "--cfg", "job", "--package", "pruner")
+    assert done.returncode == 0, done.stderr
+    assert "amount: 0.25" in done.stdout
+
+
+def test_missing_config_folder_is_refused_in_one_sentence(launch: Launch) -> None:
+    done = launch("--config-dir", "nowhere", "pruner=l1")
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert "nowhere" in line
+
+
+def test_full_error_of_hydra_stays_available(launch: Launch) -> None:
+    done = launch("pruner=l1_globl", env={"HYDRA_FULL_ERROR": "1"})
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr
+
+
+@pytest.mark.parametrize("command", [line for line in EXAMPLES.splitlines() if "launch.py" in line])
+def test_commands_in_help_name_real_choices(command: str) -> None:
+    choices = re.findall(r" (\w+)=([\w,]+)(?= |$)", command)
+    files = [CONF / group / f"{name}.yaml" for group, names in choices for name in names.split(",")]
+    assert files
+    assert all(path.is_file() for path in files)

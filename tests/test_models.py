@@ -1,0 +1,231 @@
+"""Models: what is read from a file is exactly what runs, and a file that does not fit is refused with a sentence."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pq_sweep.digits_cnn import DigitsCNN
+from pq_sweep.models import digits_cnn, torchvision_model
+from pq_sweep.types import UserError
+
+State = dict[str, Tensor]
+
+
+def trained() -> State:
+    """Return weights that no freshly made network has."""
+    torch.manual_seed(42)
+    return {key: torch.randn_like(value.float()).to(value.dtype) for key, value in DigitsCNN().state_dict().items()}
+
+
+def prefixed(state: State) -> State:
+    return {f"module.{key}": value for key, value in state.items()}
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """Return the one sentence with which `call` is refused."""
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert text.endswith(".")
+    assert "\n" not in text
+    return text
+
+
+def assert_same(found: State, expected: State) -> None:
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "save"),
+    [
+        ("plain.pt", torch.save),
+        ("plain.pth", torch.save),
+        ("checkpoint.pt", lambda state, path: torch.save({"state_dict": state, "epoch": 3, "loss": 0.1}, path)),
+        ("parallel.pt", lambda state, path: torch.save(prefixed(state), path)),
+        ("parallel_checkpoint.pt", lambda state, path: torch.save({"state_dict": prefixed(state)}, path)),
+        ("plain.safetensors", save_file),
+        ("parallel.safetensors", lambda state, path: save_file(prefixed(state), path)),
+    ],
+)
+def test_every_kind_of_file_is_loaded(tmp_path: Path, name: str, save: Callable[[State, Path], None]) -> None:
+    save(trained(), tmp_path / name)
+    assert_same(digits_cnn(weights=str(tmp_path / name)).module.state_dict(), trained())
+
+
+class CreatesFile:
+    """Unpickling this object creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_code_in_a_file_is_not_executed(tmp_path: Path, name: str, legacy: bool) -> None:
+    path, created = tmp_path / name, tmp_path / "created"
+    content = trained() | {"fc2.bias": CreatesFile(created)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    assert str(path) in refused(lambda: digits_cnn(weights=str(path)))
+    assert not created.exists()
+    torch.load(shutil.copy(path, tmp_path / "copy.pt"), weights_only=False)
+    assert created.exists(), "the file of this test is harmless, so the test proves nothing"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize(
+    "content", [b"", b"no weights at all", pickle.dumps([1, 2], 2)], ids=["empty", "text", "pickle"]
+)
+def test_corrupt_file_is_named(tmp_path: Path, suffix: str, content: bytes) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    assert str(path) in refused(lambda: digits_cnn(weights=str(path)))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_truncated_file_is_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    (torch.save if suffix == ".pt" else save_file)(trained(), path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert str(path) in refused(lambda: digits_cnn(weights=str(path)))
+
+
+@pytest.mark.parametrize(
+    "content", [DigitsCNN(), [torch.zeros(1)], {"epoch": 3}, {"state_dict": {"epoch": 3}}, torch.zeros(3)], ids=type
+)
+def test_file_without_a_state_dict_says_how_to_save_one(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(content, path)
+    text = refused(lambda: digits_cnn(weights=str(path)))
+    assert str(path) in text
+    assert "torch.save(model.state_dict(), path)" in text
+
+
+@pytest.mark.parametrize(
+    ("state", "first"),
+    [
+        (DigitsCNN(num_classes=7).state_dict(), "fc2.bias"),
+        (nn.Linear(3, 4).state_dict(), "bias"),
+        ({}, "body.0.weight"),
+        ({key: value for key, value in trained().items() if key != "fc1.bias"}, "fc1.bias"),
+        (trained() | {"head.bias": torch.zeros(10)}, "head.bias"),
+    ],
+    ids=["other class count", "other architecture", "empty", "one entry missing", "one entry too many"],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path, state: State, first: str) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(state, path)
+    text = refused(lambda: digits_cnn(weights=str(path)))
+    assert str(path) in text
+    assert f"first {first} with" in text
+    assert "model.num_classes" in text
+
+
+@pytest.mark.parametrize("name", ["absent.pt", "absent.safetensors", "IMAGENET1K_V9"])
+def test_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+    path = str(tmp_path / name)
+    assert path in refused(lambda: digits_cnn(weights=path))
+    assert path in refused(lambda: torchvision_model(name="squeezenet1_1", weights=path))
+
+
+def test_unknown_name_of_weights_is_refused() -> None:
+    assert "IMAGENET1K_V9" in refused(lambda: torchvision_model(name="squeezenet1_1", weights="IMAGENET1K_V9"))
+
+
+def test_unknown_name_of_a_model_is_refused() -> None:
+    assert "resnet19" in refused(lambda: torchvision_model(name="resnet19", weights=None))
+
+
+@pytest.mark.parametrize("weights", ["DEFAULT", "IMAGENET1K_V1"])
+def test_published_weights_with_other_classes_are_refused(weights: str) -> None:
+    text = refused(lambda: torchvision_model(name="resnet18", weights=weights, num_classes=10))
+    assert "model.num_classes=10" in text
+    assert f"model.weights={weights}" in text
+
+
+def test_torchvision_weights_from_a_file(tmp_path: Path) -> None:
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(7)
+    state = squeezenet1_1(num_classes=3).state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    model = torchvision_model(name="squeezenet1_1", weights=str(tmp_path / "weights.pt"), num_classes=3)
+    assert_same(model.module.state_dict(), state)
+    assert model.classes is None
+    assert not model.module.training
+
+
+def test_imagenet_classes_are_named() -> None:
+    model = torchvision_model(name="squeezenet1_1", weights=None)
+    assert model.classes is not None
+    assert [len(model.classes), model.classes[0], model.classes[217]] == [1000, "tench", "English springer"]
+
+
+@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "squeezenet1_1"])
+def test_preprocessing_is_what_the_weights_say(name: str) -> None:
+    from torchvision.models import get_model_weights
+
+    published = get_model_weights(name).IMAGENET1K_V1.transforms()
+    found = torchvision_model(name=name, weights=None).preprocess
+    assert ([found.size], [found.resize]) == (published.crop_size, published.resize_size)
+    assert (list(found.mean), list(found.std)) == (published.mean, published.std)
+    assert found.interpolation == published.interpolation.value
+
+
+def test_sample_is_seeded_and_fits() -> None:
+    model = digits_cnn()
+    first = model.sample()
+    torch.manual_seed(9)
+    assert torch.equal(first, model.sample())
+    assert model.module(model.sample(3)).shape == (3, 10)
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have no network, and an empty folder where torch keeps downloaded weights; return that folder."""
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    return tmp_path / "hub" / "checkpoints"
+
+
+def place_named_in(text: str) -> Path:
+    found = re.search(r"put (\S+) at (\S+),", text)
+    assert found is not None
+    assert Path(found[2]).name == found[1]
+    return Path(found[2])
+
+
+def test_offline_default_says_which_file_to_put_where(offline: Path) -> None:
+    """Following the sentence works."""
+    from torchvision.models import squeezenet1_1
+
+    place = place_named_in(refused(lambda: torchvision_model(name="squeezenet1_1")))
+    assert place.parent == offline
+    torch.manual_seed(7)
+    state = squeezenet1_1().state_dict()
+    torch.save(state, place)
+    assert_same(torchvision_model(name="squeezenet1_1").module.state_dict(), state)
+
+
+def test_damaged_download_is_named(offline: Path) -> None:
+    place = place_named_in(refused(lambda: torchvision_model(name="squeezenet1_1")))
+    place.write_bytes(b"half a file")
+    assert str(place) in refused(lambda: torchvision_model(name="squeezenet1_1"))

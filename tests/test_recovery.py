@@ -1,0 +1,281 @@
+"""Recovery: BatchNorm statistics are recomputed by hand, and accuracy comes back where it should and only there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pq_sweep import pruners, recovery
+from pq_sweep.datasets import digits, image_folder
+from pq_sweep.models import digits_cnn
+from pq_sweep.types import Data, Model, Preprocess, Split, UserError
+
+State = dict[str, Tensor]
+Prune = Callable[[Model, Data], Any]
+
+PIXEL = Preprocess(size=4, resize=4, channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+AMOUNTS = [0.1, 0.3, 0.5, 0.7, 0.9]
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return digits(digits_cnn(weights=None))
+
+
+def top1(model: Model, data: Data) -> float:
+    """Return the share of right answers in percent."""
+    with torch.no_grad():
+        hits = [(model.module(x).argmax(1) == y).float() for x, y in data.evaluation.batches(100)]
+    return float(torch.cat(hits).mean()) * 100
+
+
+def state_of(model: Model) -> State:
+    return {key: value.clone() for key, value in model.module.state_dict().items()}
+
+
+def same(first: State, second: State) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def normed(*before: nn.Module) -> Model:
+    """Return a network whose BatchNorm sees what `before` makes of the image, with statistics far from right."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3, momentum=0.3)
+    norm.running_mean.fill_(50)  # type: ignore[union-attr]
+    norm.running_var.fill_(9)  # type: ignore[union-attr]
+    return Model(nn.Sequential(*before, norm, nn.Flatten(), nn.Linear(48, 2)).eval(), 2, PIXEL)
+
+
+def norm_of(model: Model) -> nn.BatchNorm2d:
+    (norm,) = (part for part in model.module.modules() if isinstance(part, nn.BatchNorm2d))
+    return norm
+
+
+def noise(count: int, seed: int, shift: float = 0.0) -> Split:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 4, 4, generator=generator) * 2 + shift
+    return Split.of_tensors(images, torch.arange(count) % 2)
+
+
+def toy_data(train: Split | None) -> Data:
+    return Data(noise(4, seed=1), noise(12, seed=2, shift=7), train, ("a", "b"))
+
+
+def statistics_by_hand(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Average the means and the unbiased variances of whole batches (N, 3, 4, 4)."""
+    flat = [batch.transpose(0, 1).flatten(1) for batch in batches]
+    return torch.stack([x.mean(1) for x in flat]).mean(0), torch.stack([x.var(1) for x in flat]).mean(0)
+
+
+def reestimate(model: Model, data: Data, images: int = 1024, batch_size: int = 64) -> None:
+    recovery.bn_reestimate(model, data, images=images, batch_size=batch_size)
+
+
+def assert_statistics(model: Model, batches: list[Tensor]) -> None:
+    mean, variance = statistics_by_hand(batches)
+    torch.testing.assert_close(norm_of(model).running_mean, mean)
+    torch.testing.assert_close(norm_of(model).running_var, variance)
+
+
+# --- BatchNorm re-estimation -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "used"),
+    [(1024, 4, [4, 4, 4]), (8, 4, [4, 4]), (10, 4, [4, 4]), (1024, 64, [14]), (3, 64, [3])],
+    ids=["whole batches of all", "first images", "last batch left out", "fewer than a batch", "few images"],
+)
+def test_statistics_equal_those_computed_by_hand(images: int, batch_size: int, used: list[int]) -> None:
+    train = noise(14, seed=5, shift=3)
+    model = normed()
+    reestimate(model, toy_data(train), images, batch_size)
+    assert_statistics(model, list(train.fetch(list(range(sum(used)))).split(used)))
+
+
+def test_statistics_behind_a_convolution() -> None:
+    train, conv = noise(8, seed=5), nn.Conv2d(3, 3, 3, padding=1)
+    model = normed(conv)
+    reestimate(model, toy_data(train), batch_size=4)
+    assert_statistics(model, [conv(images).detach() for images, _ in train.batches(4)])
+
+
+def test_dropout_is_not_active() -> None:
+    train = noise(8, seed=5, shift=3)
+    model = normed(nn.Dropout(0.5), nn.Dropout2d(0.5))
+    reestimate(model, toy_data(train), batch_size=4)
+    assert_statistics(model, [images for images, _ in train.batches(4)])
+
+
+def test_calibration_images_are_used_without_training_images() -> None:
+    data, model = toy_data(None), normed()
+    reestimate(model, data, batch_size=6)
+    assert_statistics(model, [images for images, _ in data.calibration.batches(6)])
+
+
+def test_only_statistics_change(data: Data) -> None:
+    model = digits_cnn()
+    before = state_of(model)
+    reestimate(model, data)
+    changed = {key for key, value in state_of(model).items() if not torch.equal(value, before[key])}
+    assert changed == {key for key in before if key.endswith(STATISTICS)}
+
+
+def test_momentum_and_modes_are_left_as_they_were() -> None:
+    model = normed(nn.Dropout(0.5))
+    reestimate(model, toy_data(noise(8, seed=5)))
+    assert norm_of(model).momentum == 0.3
+    assert not any(part.training for part in model.module.modules())
+
+
+def test_networks_without_batchnorm_are_refused(data: Data) -> None:
+    model = Model(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 10)
+    with pytest.raises(UserError, match=r"needs BatchNorm layers and this model has none; .*\.$"):
+        reestimate(model, data)
+
+
+def test_first_training_images_of_a_folder_show_every_class(tmp_path: Path) -> None:
+    """Half of the training images are all of one class if they are taken in the order of the folders."""
+    for part in ("train", "val"):
+        for name, value in (("black", 0), ("white", 255)):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(8):
+                pixels = np.full((4, 4, 3), value, dtype=np.uint8)
+                pixels[0, 0] = index + 20 if part == "train" else index + 40
+                Image.fromarray(pixels).save(tmp_path / part / name / f"{index}.png")
+    model = normed()
+    reestimate(model, image_folder(model, root=str(tmp_path), calibration=2), images=8, batch_size=8)
+    mean = norm_of(model).running_mean
+    assert mean is not None
+    assert ((mean > 0.3) & (mean < 0.7)).all()
+
+
+# --- accuracy on the digits ------------------------------------------------------------------------------------------
+
+
+def test_none_changes_nothing(data: Data) -> None:
+    model = digits_cnn()
+    before = state_of(model)
+    recovery.none(model, data)
+    assert same(before, state_of(model))
+
+
+def test_half_of_the_smallest_weights_cost_nothing_and_half_at_random_all(data: Data) -> None:
+    smallest, at_random = digits_cnn(), digits_cnn()
+    baseline = top1(digits_cnn(), data)
+    pruners.l1_global(smallest, data, amount=0.5)
+    torch.manual_seed(0)
+    pruners.random(at_random, data, amount=0.5)
+    assert top1(smallest, data) >= baseline - 1
+    assert top1(at_random, data) <= baseline - 30
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_reestimation_never_costs_accuracy(amount: float, data: Data) -> None:
+    model = digits_cnn()
+    pruners.l1_global(model, data, amount=amount)
+    pruned = top1(model, data)
+    reestimate(model, data)
+    assert top1(model, data) >= pruned - 1
+    if amount == 0.9:
+        assert top1(model, data) > pruned + 50
+
+
+def remove_half(model: Model, data: Data) -> None:
+    pruners.remove(model, data, amount=0.5, importance="magnitude", p=2, global_ranking=False, round_to=None)
+
+
+def test_reestimation_helps_after_removal(data: Data) -> None:
+    model = digits_cnn()
+    remove_half(model, data)
+    pruned = top1(model, data)
+    reestimate(model, data)
+    assert top1(model, data) > pruned + 15
+
+
+# --- fine-tuning -----------------------------------------------------------------------------------------------------
+
+
+def finetune(model: Model, data: Data, *, images: int | None = 256, epochs: int = 1, seed: int = 0) -> None:
+    """Fine-tune on the first `images` training images only, to be quick; None are all."""
+    train = data.training() if images is None else data.training().take(images)
+    torch.manual_seed(seed)
+    recovery.finetune(model, Data(data.evaluation, data.calibration, train, data.classes), epochs=epochs, lr=0.003)
+
+
+@pytest.mark.parametrize(
+    "prune",
+    [
+        lambda model, data: pruners.l1_global(model, data, amount=0.7),
+        lambda model, data: pruners.ln_structured(model, data, amount=0.5, n=2, dim=0),
+        lambda model, data: pruners.l1(model, data, amount=0.5, every_weight=True),
+    ],
+    ids=["l1_global", "ln_structured", "every_weight"],
+)
+def test_finetuning_keeps_zeros(prune: Prune, data: Data) -> None:
+    model = digits_cnn()
+    prune(model, data)
+    before = {key: value for key, value in state_of(model).items() if key.endswith("weight")}
+    finetune(model, data)
+    after = state_of(model)
+    grown = {key for key, value in before.items() if after[key][value == 0].any()}
+    assert not grown
+    assert all(after[key][value != 0].ne(value[value != 0]).any() for key, value in before.items() if value.any())
+
+
+def test_finetuning_trains_biases_that_are_zero(data: Data) -> None:
+    model = digits_cnn()
+    bias = model.module.get_submodule("fc2").bias
+    assert isinstance(bias, nn.Parameter)
+    nn.init.zeros_(bias)
+    finetune(model, data)
+    assert bias.ne(0).all()
+
+
+def test_finetuning_ends_in_eval_mode(data: Data) -> None:
+    model = digits_cnn()
+    finetune(model, data)
+    assert not any(part.training for part in model.module.modules())
+
+
+def test_finetuning_repeats_with_its_seed(data: Data) -> None:
+    models = [digits_cnn() for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        finetune(model, data, seed=seed)
+    first, again, other = map(state_of, models)
+    assert same(first, again)
+    assert not same(first, other)
+
+
+@pytest.mark.parametrize("images", [2, 40, 65])
+def test_finetuning_with_few_images(images: int, data: Data) -> None:
+    """Fewer images than a batch, or one more than a batch."""
+    model = digits_cnn()
+    before = state_of(model)
+    finetune(model, data, images=images)
+    after = state_of(model)
+    assert not torch.equal(before["fc2.weight"], after["fc2.weight"])
+    assert all(value.isfinite().all() for value in after.values())
+
+
+def test_finetuning_without_training_images_is_refused(data: Data) -> None:
+    flat = Data(data.evaluation, data.calibration, None, data.classes)
+    with pytest.raises(UserError, match=r"no training images; .*train/ and val/.*\.$"):
+        recovery.finetune(digits_cnn(), flat, epochs=1, lr=0.001)
+
+
+@pytest.mark.slow
+def test_finetuning_restores_a_halved_network(data: Data) -> None:
+    model, baseline = digits_cnn(), top1(digits_cnn(), data)
+    remove_half(model, data)
+    pruned = top1(model, data)
+    finetune(model, data, images=None, epochs=2)
+    assert top1(model, data) > pruned + 20
+    assert top1(model, data) >= baseline - 2
