@@ -128,4 +128,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _looks_like_path(weights: str) -> bool:
-    return "/" in weights or weights.endswith(WEIGHT_FILES)
+    return "://" not in weights and ("/" in weights or weights.endswith(WEIGHT_FILES))

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pq_sweep.types import Model, Preprocess, UserError
+from pq_sweep.types import Model, Preprocess, UserError, choose
 
 State = dict[str, Tensor]
 
+# Classifiers of GoogLeNet and Inception that only training uses.
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 HOW_TO_SAVE = "save one by torch.save(model.state_dict(), path)."
 
 
@@ -28,15 +30,23 @@ def digits_cnn(*, weights: str | None = "DEFAULT") -> Model:
     return model
 
 
-def torchvision_model(*, name: str, weights: str | None = "DEFAULT", num_classes: int = 1000) -> Model:
+def torchvision_model(
+    *,
+    name: str,
+    weights: str | None = "DEFAULT",
+    num_classes: int = 1000,
+    options: dict[str, Any] | None = None,
+) -> Model:
     """Return a torchvision classifier (https://pytorch.org/vision/stable/models.html) by its name there.
 
     `weights` is DEFAULT or another of torchvision's weights of this model (downloaded once), the path of a
     state_dict, or null for random weights. Images are prepared as the weights say; with a path or null as
-    torchvision's first weights of this model say.
+    torchvision's first weights of this model say, and the network is built with `options`.
     """
-    from torchvision.models import get_model, get_model_weights
+    import torchvision
+    from torchvision.models import get_model, get_model_weights, list_models
 
+    choose("model.name", name, tuple(list_models(torchvision.models)))
     published = get_model_weights(name)
     chosen = published.__members__.get(weights or "")
     if chosen is not None and num_classes != len(chosen.meta["categories"]):
@@ -44,9 +54,13 @@ def torchvision_model(*, name: str, weights: str | None = "DEFAULT", num_classes
             f"model.num_classes={num_classes} does not fit model.weights={weights}; give weights as a path, or null."
         )
     try:
-        module = get_model(name, weights=chosen, **({} if chosen else {"num_classes": num_classes})).eval()
+        module = get_model(
+            name, weights=chosen, **({} if chosen else {"num_classes": num_classes} | dict(options or {}))
+        ).eval()
     except OSError as error:
-        raise UserError(f"the weights of {name} cannot be downloaded ({error}); {_place(chosen)}") from error
+        raise UserError(
+            f"the weights of {name} cannot be downloaded ({error}); {_place(chosen.url if chosen else name)}"
+        ) from error
     if weights and chosen is None:
         load_weights(module, Path(weights))
     first = next(iter(published))
@@ -54,10 +68,60 @@ def torchvision_model(*, name: str, weights: str | None = "DEFAULT", num_classes
     return Model(module, num_classes, _preprocess((chosen or first).transforms()), names)
 
 
+def simplenet(*, size: str, mode: str, scale: float, weights: str | None, num_classes: int = 1000) -> Model:
+    """Return a SimpleNet (Hasanpour et al. 2016), such as simplenetv1_5m_m1: size 5m, mode m1, scale 1.
+
+    `weights` is null for random ones, a path, or the address of published ones, downloaded once.
+    """
+    from pq_sweep.networks import SIMPLENET, SIMPLENET_STRIDES, SimpleNet
+
+    choose("model.size", size, tuple(SIMPLENET))
+    choose("model.mode", mode, tuple(SIMPLENET_STRIDES))
+    module = SimpleNet(size, mode, scale, num_classes).eval()
+    if weights:
+        load_weights(module, fetch_weights(weights))
+    return Model(module, num_classes, Preprocess(interpolation="bicubic"))
+
+
+def cifar_resnet(*, n: int, weights: str | None, num_classes: int = 10) -> Model:
+    """Return the ResNet with 6n+2 layers for 32x32 images; `weights` is null or a path."""
+    from pq_sweep.networks import CifarResNet
+
+    return _cifar(CifarResNet(n, num_classes), weights, num_classes)
+
+
+def vgg7(*, weights: str | None, num_classes: int = 10) -> Model:
+    """Return VGG7 for 32x32 images; `weights` is null or a path."""
+    from pq_sweep.networks import VGG7
+
+    return _cifar(VGG7(num_classes), weights, num_classes)
+
+
+def _cifar(module: nn.Module, weights: str | None, num_classes: int) -> Model:
+    if weights:
+        load_weights(module, Path(weights))
+    preprocess = Preprocess(size=32, resize=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+    return Model(module.eval(), num_classes, preprocess)
+
+
+def fetch_weights(weights: str) -> Path:
+    """Return the path of weights, downloading them into torch.hub's folder if they are given by address."""
+    if "://" not in weights:
+        return Path(weights)
+    target = Path(torch.hub.get_dir()) / "checkpoints" / weights.rpartition("/")[2]
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(weights, str(target))
+        except OSError as error:
+            raise UserError(f"{weights} cannot be downloaded ({error}); {_place(weights)}") from error
+    return target
+
+
 def load_weights(module: nn.Module, path: Path) -> None:
     """Load a state_dict (.pt, .pth or .safetensors; never a pickled object) into `module`, every key of it."""
-    state = read_state(path)
     expected = module.state_dict()
+    state = {key: value for key, value in read_state(path).items() if key in expected or not key.startswith(AUXILIARY)}
     wrong = sorted(key for key in expected.keys() | state.keys() if _shape(expected, key) != _shape(state, key))
     if wrong:
         key = wrong[0]
@@ -100,10 +164,11 @@ def _preprocess(transforms: Any) -> Preprocess:
     )
 
 
-def _place(chosen: Any) -> str:
+def _place(address: str) -> str:
     """Say where a file that cannot be downloaded has to lie."""
-    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(chosen.url).name
-    return f"put {Path(chosen.url).name} at {target}, or give model.weights=/path or model.weights=null."
+    name = address.rpartition("/")[2]
+    target = Path(torch.hub.get_dir()) / "checkpoints" / name
+    return f"put {name} at {target}, or give model.weights=/path or model.weights=null."
 
 
 def _shape(state: State, key: str) -> tuple[int, ...] | str:

@@ -468,8 +468,8 @@ def randomise(part: nn.Module) -> None:
 
 @pytest.mark.slow
 @each_form
-# Random weights leave a transformer little room; with quantized residual sums it has 7 dB.
-@pytest.mark.parametrize(("name", "least_db"), [("resnet18", 20), ("vit_b_16", 12)])
+# Random weights leave a transformer little room: 13 dB, and 7 with quantized residual sums.
+@pytest.mark.parametrize(("name", "least_db"), [("resnet18", 20), ("vit_b_16", 10)])
 def test_int8_of_a_big_network(big: Exporter, tmp_path: Path, name: str, least_db: float, form: str) -> None:
     case = big(name)
     graph = graph_of("int8", case, tmp_path, form, images=4)

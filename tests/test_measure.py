@@ -1,0 +1,508 @@
+"""Measurements: every figure is worked out a second time by other means."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, cycle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from independent import torch_threads
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from pq_sweep import measure
+from pq_sweep.measure import Protocol
+from pq_sweep.models import digits_cnn
+from pq_sweep.progress import Stages
+from pq_sweep.types import Data, Model, Preprocess, Split
+
+Call = Callable[[], Any]
+
+
+def protocol(**options: Any) -> Protocol:
+    """Return a protocol that takes no longer than its iterations."""
+    still = {"name": "test", "batch_sizes": [1], "eval_batch_size": 64, "threads": None}
+    warmup = {"warmup_iterations": 0, "warmup_s": 0.0, "window": None, "agreement": 0.0, "warmup_max_s": 0.0}
+    sampling = {"min_iterations": 1, "iterations": 1, "min_s": 0.0, "max_s": None}
+    return Protocol(**still | warmup | sampling | options)
+
+
+@dataclass
+class Fake:
+    """A session on the CPU that does what it is given and counts its calls."""
+
+    answer: Callable[[Tensor], Tensor]
+    device: str = "cpu"
+    calls: list[int] = field(default_factory=list)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls.append(len(images))
+        return self.answer(images)
+
+
+def lookup(logits: Tensor) -> Fake:
+    """Return a session that answers image i, whose only pixel is i, with row i of `logits`."""
+    return Fake(lambda images: logits[images.flatten().long()])
+
+
+def data_of(labels: Tensor, classes: int, columns: Tensor | None = None) -> Data:
+    """Return evaluation images whose only pixel is their index."""
+    images = torch.arange(len(labels), dtype=torch.float32).view(-1, 1, 1, 1)
+    split = Split.of_tensors(images, labels)
+    return Data(split, split.take(0), None, tuple(map(str, range(classes))), columns)
+
+
+# Accuracy
+
+
+def plain_accuracy(logits: np.ndarray, labels: np.ndarray, top: int) -> float:
+    """Count image by image how often the label is among the `top` largest logits."""
+    hits = 0
+    for row, label in zip(logits, labels, strict=True):
+        hits += label in sorted(range(len(row)), key=lambda column: -row[column])[:top]
+    return hits / len(labels)
+
+
+def random_answers(samples: int, classes: int) -> tuple[Tensor, Tensor]:
+    """Return logits and labels with which about half of the answers are right."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.randint(classes, (samples,), generator=generator)
+    hint = 2 * nn.functional.one_hot(labels, classes)
+    return torch.randn(samples, classes, generator=generator) + hint, labels
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 101, 500])
+def test_accuracy_is_that_of_a_plain_loop(batch_size: int) -> None:
+    logits, labels = random_answers(101, 12)
+    session = lookup(logits)
+    result, predictions = measure.accuracy(session, data_of(labels, 12), batch_size)
+
+    assert result["samples"] == 101
+    assert result["top1"] == plain_accuracy(logits.numpy(), labels.numpy(), 1)
+    assert result["top5"] == plain_accuracy(logits.numpy(), labels.numpy(), 5)
+    assert predictions.tolist() == logits.numpy().argmax(1).tolist()
+    assert session.calls == [min(batch_size, 101 - start) for start in range(0, 101, batch_size)]
+
+
+def test_accuracy_lets_only_the_classes_of_the_data_compete() -> None:
+    logits, _ = random_answers(90, 40)
+    columns = torch.tensor([31, 4, 18, 0, 25, 9, 11])
+    labels = torch.randint(7, (90,), generator=torch.Generator().manual_seed(4))
+    result, predictions = measure.accuracy(lookup(logits), data_of(labels, 7, columns), 32)
+    chosen = logits.numpy()[:, columns.numpy()]
+
+    assert result["top1"] == plain_accuracy(chosen, labels.numpy(), 1)
+    assert result["top5"] == plain_accuracy(chosen, labels.numpy(), 5)
+    assert predictions.tolist() == chosen.argmax(1).tolist()
+
+
+@pytest.mark.parametrize(("classes", "stated"), [(2, False), (5, False), (6, True)])
+def test_top5_needs_more_than_five_classes(classes: int, stated: bool) -> None:
+    logits, labels = random_answers(30, classes)
+    result, _ = measure.accuracy(lookup(logits), data_of(labels, classes), 8)
+
+    assert (result["top5"] is not None) is stated
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_equal_logits_count_for_the_first_class(classes: int) -> None:
+    """Quantized logits are often equal; numpy's and torch's argmax both take the first, whatever the batch."""
+    logits = torch.zeros(50, classes)
+    logits[:, [3, 6, 9]] = 1.0
+    result, predictions = measure.accuracy(lookup(logits), data_of(torch.full((50,), 3), classes), 16)
+
+    assert set(predictions.tolist()) == {3}
+    assert result["top1"] == 1.0
+
+
+# Wilson's interval
+
+
+def score_interval(hits: int, samples: int) -> tuple[float, float]:
+    """Find by bisection the proportions from which the observed one is 1.96 standard errors away."""
+
+    def distance(p: float) -> float:
+        return abs(hits / samples - p) - 1.959963984540054 * math.sqrt(p * (1 - p) / samples)
+
+    def root(outside: float, inside: float) -> float:
+        for _ in range(200):
+            middle = (outside + inside) / 2
+            outside, inside = (middle, inside) if distance(middle) > 0 else (outside, middle)
+        return (outside + inside) / 2
+
+    share = hits / samples
+    return (0.0 if hits == 0 else root(0.0, share)), (1.0 if hits == samples else root(1.0, share))
+
+
+@pytest.mark.parametrize(
+    ("hits", "samples", "lower", "upper"),
+    # Newcombe, Statistics in Medicine 17 (1998), Table I, method 3: the score interval without correction.
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_the_published_intervals(hits: int, samples: int, lower: float, upper: float) -> None:
+    assert measure.wilson(hits, samples) == pytest.approx((lower, upper), abs=5e-5)
+
+
+@pytest.mark.parametrize(("hits", "samples"), [(0, 1), (1, 1), (0, 500), (500, 500), (493, 500), (3, 7), (250, 500)])
+def test_wilson_solves_the_score_equation(hits: int, samples: int) -> None:
+    lower, upper = measure.wilson(hits, samples)
+
+    assert (lower, upper) == pytest.approx(score_interval(hits, samples), abs=1e-9)
+    assert 0 <= lower <= hits / samples + 1e-12
+    assert hits / samples - 1e-12 <= upper <= 1
+
+
+# Summary of samples
+
+
+def interpolated(samples: list[float], share: float) -> float:
+    """Return the percentile between the two nearest samples."""
+    ordered, place = sorted(samples), share * (len(samples) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def synthetic(count: int) -> np.ndarray:
+    """Return samples in ns with a long tail."""
+    return np.round(np.random.default_rng(count).lognormal(14, 0.4, count)).astype(np.int64)
+
+
+@pytest.mark.parametrize("count", [1, 2, 63, 64, 661, 662, 1000])
+def test_a_summary_is_that_of_its_samples(count: int) -> None:
+    samples = synthetic(count)
+    ms = [value / 1e6 for value in samples.tolist()]
+    result = measure.summarise(samples, batch_size=8)
+
+    assert result["iterations"] == count
+    assert result["p50_ms"] == pytest.approx(statistics.median(ms))
+    assert result["mean_ms"] == pytest.approx(statistics.fmean(ms))
+    assert result["throughput"] == pytest.approx(8 / (statistics.median(ms) / 1000))
+    assert result["std_ms"] == (pytest.approx(statistics.stdev(ms)) if count > 1 else None)
+    assert result["p90_ms"] == (pytest.approx(interpolated(ms, 0.90)) if count >= 64 else None)
+    assert result["p99_ms"] == (pytest.approx(interpolated(ms, 0.99)) if count >= 662 else None)
+
+
+@pytest.mark.parametrize(("q", "samples"), measure.SAMPLES_FOR.items())
+def test_a_percentile_needs_the_samples_of_loadgen(q: int, samples: int) -> None:
+    """With one sample fewer, 99 % confidence is missed: q^n + n (1 - q) q^(n-1) is the chance of at most one above."""
+    share = q / 100
+
+    def chance(count: int) -> float:
+        return share**count + count * (1 - share) * share ** (count - 1)
+
+    assert chance(samples) <= 0.01 < chance(samples - 1)
+
+
+# How long is measured
+
+
+@pytest.mark.parametrize(
+    ("options", "count", "seconds", "done"),
+    [
+        ({"iterations": 10, "min_s": 2.0}, 10, 1.9, False),
+        ({"iterations": 10, "min_s": 2.0}, 9, 2.0, False),
+        ({"iterations": 10, "min_s": 2.0}, 10, 2.0, True),
+        ({"iterations": 10, "min_s": 2.0}, 9, 1e9, False),
+        ({"iterations": 10, "min_s": 2.0, "max_s": 5.0}, 9, 4.9, False),
+        ({"iterations": 10, "min_s": 2.0, "max_s": 5.0}, 9, 5.0, True),
+        ({"iterations": 10, "min_s": 2.0, "max_s": 5.0, "min_iterations": 4}, 3, 60.0, False),
+        ({"iterations": 10, "min_s": 2.0, "max_s": 5.0, "min_iterations": 4}, 4, 60.0, True),
+        ({"iterations": 10, "min_iterations": 20}, 19, 1.0, False),
+        ({"iterations": 10, "min_iterations": 20}, 20, 1.0, True),
+        ({"iterations": 10, "min_s": 9.0, "max_s": 5.0}, 10, 5.0, True),
+        ({"max_s": 0.0}, 0, 0.0, False),
+    ],
+)
+def test_sampling_stops_by_the_rules(options: dict[str, Any], count: int, seconds: float, done: bool) -> None:
+    assert protocol(**options).done(count, seconds) is done
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "conf" / "measure").glob("*.yaml")])
+def test_every_protocol_ends(name: str) -> None:
+    """Its own stop rule holds after an hour of 100 ms calls, and not before its own minimum."""
+    parts = [OmegaConf.load(ROOT / "conf" / "measure" / f"{stem}.yaml") for stem in ("quick", name)]
+    options = OmegaConf.to_container(OmegaConf.merge(*parts))
+    assert isinstance(options, dict)
+    chosen = Protocol(**{str(key): value for key, value in options.items() if key not in ("_target_", "defaults")})
+
+    assert not chosen.done(0, 3600.0)
+    assert chosen.done(36_000, 3600.0)
+
+
+# Warm-up
+
+
+class Machine:
+    """A clock that only moves when something is timed by it: by the next of `seconds`."""
+
+    def __init__(self, seconds: Iterator[float]) -> None:
+        self.seconds = seconds
+        self.now = 100.0
+
+    def __call__(self, call: Call) -> int:
+        call()
+        step = next(self.seconds)
+        self.now += step
+        return round(step * 1e9)
+
+
+@pytest.fixture
+def warm_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], int]]:
+    """Warm up on a machine of given seconds per call; return the record and the number of calls."""
+
+    def run(seconds: Iterator[float], **options: Any) -> tuple[dict[str, Any], int]:
+        machine, calls = Machine(seconds), []
+        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: machine.now))
+        return measure._warm_up(lambda: calls.append(1), machine, protocol(**options)), len(calls)
+
+    return run
+
+
+WarmUp = Callable[..., tuple[dict[str, Any], int]]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"warmup_iterations": 0}, 0),
+        ({"warmup_iterations": 5}, 5),
+        ({"warmup_iterations": 5, "warmup_s": 2.0}, 5),
+        ({"warmup_iterations": 5, "warmup_s": 7.0}, 7),
+        ({"warmup_iterations": 5, "warmup_s": 7.5}, 8),
+    ],
+)
+def test_warm_up_takes_its_iterations_and_its_time(warm_up: WarmUp, options: dict[str, Any], expected: int) -> None:
+    record, calls = warm_up(cycle([1.0]), **options)
+
+    assert record == {"iterations": expected, "seconds": pytest.approx(expected), "converged": True}
+    assert calls == expected
+
+
+def until_steady(seconds: list[float], window: int, agreement: float, least: int) -> int:
+    """Return after how many calls the medians of the last two windows first agree."""
+    for count in range(least, len(seconds) + 1):
+        if count >= 2 * window:
+            before = statistics.median(seconds[count - 2 * window : count - window])
+            after = statistics.median(seconds[count - window : count])
+            if abs(after - before) < agreement * before:
+                return count
+    raise AssertionError("never steady")
+
+
+SLOW_START = [8.0, 4.0, 2.0, *[1.0] * 40]
+RAMP = [*[3.0 * 0.9**i for i in range(20)], *[0.36] * 40]
+STEP = [*[2.0] * 3, *[1.0] * 40]
+
+
+@pytest.mark.parametrize("seconds", [SLOW_START, RAMP, STEP], ids=["slow start", "ramp", "step"])
+@pytest.mark.parametrize("window", [2, 5])
+@pytest.mark.parametrize("least", [0, 4, 30])
+def test_warm_up_ends_when_two_windows_agree(warm_up: WarmUp, seconds: list[float], window: int, least: int) -> None:
+    options = {"window": window, "agreement": 0.02, "warmup_iterations": least, "warmup_max_s": 1e9}
+    record, calls = warm_up(chain(seconds, cycle([1.0])), **options)
+
+    assert calls == record["iterations"] == until_steady(seconds, window, 0.02, least)
+    assert record["converged"] is True
+    assert record["seconds"] == pytest.approx(sum(seconds[:calls]))
+
+
+def test_warm_up_without_end_is_cut_and_says_so(warm_up: WarmUp) -> None:
+    growing = (1.2**i for i in range(1000))
+    record, calls = warm_up(growing, window=3, agreement=0.02, warmup_iterations=4, warmup_s=1.0, warmup_max_s=50.0)
+
+    assert record["converged"] is False
+    assert record["seconds"] >= 50
+    assert record["seconds"] - 1.2 ** (calls - 1) < 50  # and not a call longer
+
+
+def test_a_warm_up_that_agrees_at_its_last_moment_has_converged(warm_up: WarmUp) -> None:
+    record, calls = warm_up(cycle([1.0]), window=2, agreement=0.02, warmup_s=4.0, warmup_max_s=4.0)
+
+    assert (record["converged"], calls) == (True, 4)
+
+
+# Latency
+
+
+@pytest.mark.parametrize(("warmup", "iterations", "batch"), [(0, 1, 1), (3, 20, 1), (5, 70, 4)])
+def test_latency_keeps_every_sample(warmup: int, iterations: int, batch: int) -> None:
+    session = Fake(lambda images: images)
+    chosen = protocol(warmup_iterations=warmup, iterations=iterations)
+    result = measure.latency(session, torch.zeros(batch, 1, 8, 8), chosen)
+
+    assert session.calls == [batch] * (warmup + iterations)
+    assert result["warmup"]["iterations"] == warmup
+    assert len(result["samples_ns"]) == result["iterations"] == iterations
+    assert all(isinstance(sample, int) and sample > 0 for sample in result["samples_ns"])
+
+
+def test_latency_is_derived_from_its_samples() -> None:
+    result = measure.latency(Fake(torch.clone), torch.zeros(4, 1, 8, 8), protocol(iterations=70))
+    again = measure.summarise(np.asarray(result["samples_ns"]), 4)
+
+    assert {key: result[key] for key in again} == again
+    assert result["clock"] == "perf_counter_ns"
+    assert sum(result["samples_ns"]) / 1e9 <= result["duration_s"]
+    assert result["cpu_time_per_iteration_ms"] >= 0
+    assert result["load_of_others"] >= 0
+
+
+def test_latency_includes_all_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock is read right before and right after the call: half a second inside of it is in the sample."""
+    ticks = iter(range(0, 10**12, 5 * 10**8))
+    monkeypatch.setattr(measure.time, "perf_counter_ns", lambda: next(ticks))
+
+    assert measure.CpuClock()(lambda: None) == 5 * 10**8
+
+
+@pytest.mark.parametrize(
+    ("images", "batch", "expected"), [(3, 8, [0, 1, 2, 0, 1, 2, 0, 1]), (3, 3, [0, 1, 2]), (9, 2, [0, 1])]
+)
+def test_the_first_images_are_timed_again_if_they_are_too_few(images: int, batch: int, expected: list[int]) -> None:
+    data = data_of(torch.zeros(images, dtype=torch.int64), 2)
+
+    assert measure.latency_images(data, batch, "cpu").flatten().tolist() == expected
+
+
+def test_speed_measures_every_batch_size(tmp_path: Path) -> None:
+    session, stage = Fake(torch.clone), Stages(tmp_path, "")
+    data = data_of(torch.zeros(5, dtype=torch.int64), 2)
+    result = measure.speed(session, data, protocol(batch_sizes=[1, 8], warmup_iterations=2, iterations=3), stage)
+
+    assert list(result["latency"]) == ["1", "8"]
+    assert session.calls == [1] * 5 + [8] * 5
+    assert set(stage.seconds) == {"latency b1", "latency b8"}
+
+
+# Memory
+
+
+def peak_of(megabytes: int, folder: Path) -> float:
+    """Return the peak while a session takes that much memory for each call and gives it back."""
+
+    def answer(images: Tensor) -> Tensor:
+        torch.ones(megabytes * 250_000)
+        return images
+
+    result = measure.speed(Fake(answer), data_of(torch.zeros(1), 2), protocol(iterations=3), Stages(folder, ""))
+    if result["peak_memory_mb"] is None:
+        pytest.skip("this kernel does not let a process reset its peak of memory")
+    return float(result["peak_memory_mb"])
+
+
+def test_the_peak_of_memory_rises_by_what_a_session_takes(tmp_path: Path) -> None:
+    peak_of(1, tmp_path)  # loads what a first call loads
+    small, large, again = (peak_of(size, tmp_path) for size in (1, 401, 1))
+
+    assert large - small == pytest.approx(400, rel=0.1)
+    assert again == pytest.approx(small, rel=0.1)
+
+
+# Threads
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(1, 1), (2, 2), (None, len(os.sched_getaffinity(0)))])
+def test_threads_are_set_and_told(asked: int | None, expected: int) -> None:
+    with torch_threads(3):
+        assert measure.use_threads(asked) == expected
+        assert torch.get_num_threads() == expected
+
+
+# The network itself
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels."""
+
+    def __init__(self, need_weights: bool) -> None:
+        super().__init__()
+        self.need_weights = need_weights
+        self.attend = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        return self.attend(tokens, tokens, tokens, need_weights=self.need_weights)[0].mean(1)
+
+
+class Encoder(nn.Module):
+    """A transformer's encoder layer over the pixels, which torch computes in one operator if it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 4, dim_feedforward=32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(2).transpose(1, 2)).mean(1)
+
+
+def model_of(module: nn.Module, channels: int, size: int) -> Model:
+    return Model(module.eval(), 16, Preprocess(size=size, resize=size, channels=channels))
+
+
+TOKENS, WIDTH = 25, 16
+# Query, key and value; scores and their use for every pair of tokens; output projection.
+ATTENTION_MACS = 3 * TOKENS * WIDTH**2 + 2 * TOKENS**2 * WIDTH + TOKENS * WIDTH**2
+
+
+@pytest.mark.parametrize(
+    ("module", "channels", "size", "expected"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 16)), 3, 4, 48 * 16),
+        (nn.Sequential(nn.Flatten(), nn.Linear(48, 16, bias=False), nn.ReLU()), 3, 4, 48 * 16),
+        (nn.Conv2d(3, 16, 3), 3, 8, 6 * 6 * 16 * 3 * 9),
+        (nn.Conv2d(3, 16, 3, stride=2, padding=1, bias=False), 3, 8, 4 * 4 * 16 * 3 * 9),
+        (nn.Conv2d(8, 16, 3, groups=8, padding=1), 8, 5, 5 * 5 * 16 * 9),
+        (nn.Sequential(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.ReLU()), 3, 5, 25 * 16 * 3),
+        (Attention(need_weights=False), 16, 5, ATTENTION_MACS),
+        (Attention(need_weights=True), 16, 5, ATTENTION_MACS),
+        (Encoder(), 16, 5, ATTENTION_MACS + 2 * TOKENS * WIDTH * 32),
+    ],
+    ids=["linear", "without bias", "conv", "strided", "depthwise", "batch norm", "attention", "weights", "encoder"],
+)
+def test_macs_are_those_counted_by_hand(module: nn.Module, channels: int, size: int, expected: int) -> None:
+    assert measure.macs(model_of(module, channels, size)) == expected
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_counting_macs_leaves_attention_as_it_was(fast: bool) -> None:
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        measure.macs(model_of(Encoder(), 16, 5))
+        assert torch.backends.mha.get_fastpath_enabled() is fast
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def test_the_network_is_counted_weight_by_weight() -> None:
+    model = digits_cnn()
+    with torch.no_grad():
+        model.module.fc1.weight[:10] = 0
+        model.module.fc2.bias[0] = 0
+    parameters = dict(model.module.named_parameters())
+    result = measure.network(model)
+
+    layers = [value for key, value in parameters.items() if value.dim() > 1]
+    assert result["params"] == sum(math.prod(value.shape) for value in parameters.values())
+    assert result["weights"] == sum(math.prod(value.shape) for value in layers)
+    assert result["sparsity"] == sum(value.flatten().tolist().count(0.0) for value in layers) / result["weights"]
+    assert result["nonzero_params"] == sum(int((value != 0).sum()) for value in parameters.values())
+    assert result["sparsity"] * result["weights"] == pytest.approx(10 * 256)
+
+
+def test_the_projections_of_attention_count_as_weights() -> None:
+    result = measure.network(model_of(Attention(need_weights=False), 16, 5))
+
+    assert result["weights"] == 4 * 16 * 16
+    assert result["params"] == 4 * 16 * 16 + 4 * 16

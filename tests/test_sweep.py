@@ -1,0 +1,373 @@
+"""Whole sweeps as a user starts, interrupts and looks at them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import LAUNCH, SHORT, Done, launch_in, new_user
+from conftest import ROOT, Launch, only_sweep, python, results
+from hydra import compose, initialize_config_dir
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from omegaconf import DictConfig
+
+from pq_sweep.results import PQ_BENCH
+from pq_sweep.sweep import compose_grid, refuse_impossible
+
+README_SWEEP = ("-m", "pruner=l1_global", "pruner.amount=0.1,0.5,0.9")
+GRID = ("-m", "pruner=none,l1_global,remove", "quantizer=none,fp16,int8", "runtime=onnxruntime")
+METRICS = {
+    "accuracy",
+    "accuracy_top5",
+    "latency_ms/b1",
+    "throughput/b1",
+    "engine_size_mb",
+    "original_size_mb",
+    "prep_time_s",
+    "prep_time_s/prune",
+    "sparsity",
+    "params",
+    "macs",
+    "peak_memory_mb",
+}
+COLUMNS = (
+    "job", "model", "dataset", "pruner", "quantizer", "runtime", "device", "amount", "top-1 %", "drop", "points",
+    "ms b1", "ms b8", "ms b32", "p50/p99", "images/s", "original", "size", "sparsity", "params", "thousand", "prep s",
+)  # fmt: skip
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+Ran = tuple[Path, Done]
+
+
+@pytest.fixture(scope="module")
+def readme_sweep(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("readme")
+    return folder, launch_in(folder, *README_SWEEP)
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    folder = tmp_path_factory.mktemp("grid")
+    return folder, launch_in(folder, *GRID, *SHORT, "tracking=none", timeout=600)
+
+
+@pytest.fixture(scope="module")
+def half_failing(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """A sweep whose first job fails and whose second does not."""
+    folder = tmp_path_factory.mktemp("half")
+    return folder, launch_in(folder, "-m", "dataset.calibration=5000,200", *SHORT)
+
+
+def rows_of(sweep: Path) -> list[dict[str, str]]:
+    with (sweep / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def logged(uri: str) -> tuple[Run, list[Run]]:
+    """Return the only parent run of an MLflow store and its children by job; there are no other runs."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("pq_sweep")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in runs if run.data.tags.get("pq_sweep.kind") == "sweep")
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(runs) == 1 + len(children)
+    return parent, sorted(children, key=lambda run: int(run.data.tags["pq_sweep.job"]))
+
+
+def store_in(folder: Path) -> str:
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def table_row(text: str, job: int) -> str:
+    (row,) = re.findall(rf"^│ {job} +│.*$", text, re.MULTILINE)
+    return row
+
+
+@pytest.mark.slow
+def test_readme_sweep_finishes(readme_sweep: Ran) -> None:
+    folder, done = readme_sweep
+    assert done.returncode == 0, done.stderr
+    assert [result["status"] for result in results(only_sweep(folder))] == ["finished"] * 3
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_readme_sweep_prints_every_column(readme_sweep: Ran) -> None:
+    _, done = readme_sweep
+    assert ": 3 done" in done.stdout
+    header = done.stdout[done.stdout.index("┏") : done.stdout.index("┡")]
+    assert [name for name in COLUMNS if name not in header] == []
+    for job, amount in enumerate(("0.1", "0.5", "0.9")):
+        assert re.search(rf"│ +{re.escape(amount)} │", table_row(done.stdout, job))
+
+
+@pytest.mark.slow
+def test_readme_sweep_writes_the_csv(readme_sweep: Ran) -> None:
+    sweep = only_sweep(readme_sweep[0])
+    header = (sweep / "results.csv").read_text().splitlines()[0].split(",")
+    assert tuple(header[: len(PQ_BENCH)]) == PQ_BENCH
+    rows = rows_of(sweep)
+    assert [(row["Model"], row["Pruner"], row["Amount"]) for row in rows] == [
+        ("digits_cnn", "l1_global", amount) for amount in ("0.1", "0.5", "0.9")
+    ]
+    assert all(row[name] for row in rows for name in PQ_BENCH)
+
+
+@pytest.mark.slow
+def test_readme_sweep_loses_accuracy_with_the_amount(readme_sweep: Ran) -> None:
+    found = results(only_sweep(readme_sweep[0]))
+    little, half, most = (result["accuracy"]["top1"] for result in found)
+    assert little >= half > most
+    assert little > 0.98
+    assert half > 0.95
+    assert most < 0.3
+    assert [result["network"]["sparsity"] for result in found] == pytest.approx([0.1, 0.5, 0.9], abs=1e-3)
+    drops = [result["accuracy"]["drop_points"] for result in found]
+    baseline = found[0]["baseline"]["top1"]
+    assert drops == pytest.approx([100 * (baseline - top1) for top1 in (little, half, most)])
+
+
+@pytest.mark.slow
+def test_readme_sweep_measures_the_baseline_once(readme_sweep: Ran) -> None:
+    sweep = only_sweep(readme_sweep[0])
+    assert len(list((sweep / "baseline").iterdir())) == 1
+    baselines = [result["baseline"] for result in results(sweep)]
+    assert all(baseline == baselines[0] for baseline in baselines)
+
+
+@pytest.mark.slow
+def test_readme_sweep_is_in_mlflow(readme_sweep: Ran) -> None:
+    folder, done = readme_sweep
+    parent, children = logged(store_in(folder))
+    assert parent.info.status == "FINISHED"
+    assert [run.info.status for run in children] == ["FINISHED"] * 3
+    for run, result, amount in zip(children, results(only_sweep(folder)), ("0.1", "0.5", "0.9"), strict=True):
+        assert run.data.metrics.keys() >= METRICS
+        assert ("latency_p99_ms/b1" in run.data.metrics) == (result["latency"]["1"]["iterations"] >= 662)
+        assert (run.data.params["pruner"], run.data.params["pruner.amount"]) == ("l1_global", amount)
+        files = {item.path for item in MlflowClient(store_in(folder)).list_artifacts(run.info.run_id)}
+        assert files >= {"config.yaml", "result.json"}
+    assert f"mlflow ui --backend-store-uri {store_in(folder)}" in done.stdout
+
+
+@pytest.mark.slow
+def test_grid_has_a_row_per_combination(grid: Ran) -> None:
+    folder, done = grid
+    assert done.returncode == 0, done.stderr
+    expected = [
+        (pruner, quantizer, "onnxruntime")
+        for pruner in ("-", "l1_global", "remove")
+        for quantizer in ("-", "fp16", "int8")
+    ]
+    rows = rows_of(only_sweep(folder))
+    assert [(row["Pruner"], row["Quantizer"], row["runtime"]) for row in rows] == expected
+
+
+@pytest.mark.slow
+def test_grid_sizes_follow_the_precision(grid: Ran) -> None:
+    found = results(only_sweep(grid[0]))
+    for fp32, fp16, int8 in zip(found[::3], found[1::3], found[2::3], strict=True):
+        sizes = [result["size_bytes"]["compressed"] for result in (int8, fp16, fp32)]
+        assert sizes == sorted(set(sizes))
+        assert sizes[0] <= 0.45 * int8["session"]["exported_bytes"]
+        artifacts = [only_sweep(grid[0]) / str(i) / "model.onnx" for i in range(9)]
+        assert [path.stat().st_size for path in artifacts] == [result["size_bytes"]["compressed"] for result in found]
+
+
+@pytest.mark.slow
+def test_grid_removal_makes_the_network_smaller(grid: Ran) -> None:
+    found = results(only_sweep(grid[0]))
+    for dense, zeroed, removed in zip(found[:3], found[3:6], found[6:], strict=True):
+        assert removed["network"]["params"] <= 0.6 * dense["network"]["params"]
+        assert removed["network"]["macs"] < dense["network"]["macs"] == zeroed["network"]["macs"]
+        assert zeroed["network"]["params"] == dense["network"]["params"]
+        assert zeroed["network"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_failing_job_does_not_stop_the_other(half_failing: Ran) -> None:
+    folder, done = half_failing
+    sweep = only_sweep(folder)
+    assert done.returncode == 1
+    assert not (sweep / "0" / "result.json").exists()
+    assert json.loads((sweep / "1" / "result.json").read_text())["status"] == "finished"
+    error = json.loads((sweep / "0" / "error.json").read_text())
+    assert (error["type"], error["stage"]) == ("UserError", "load")
+    assert "Traceback (most recent call last)" in (sweep / "0" / "job.log").read_text()
+
+
+def test_failing_job_is_marked_in_table_and_csv(half_failing: Ran) -> None:
+    folder, done = half_failing
+    assert "1 done, 1 failed" in done.stdout
+    assert "failed" in table_row(done.stdout, 0)
+    assert "failed" not in table_row(done.stdout, 1)
+    assert re.search(r"^job 0 \(.*\) failed at load: dataset\.calibration=5000 does not fit", done.stdout, re.MULTILINE)
+    failed, finished = rows_of(only_sweep(folder))
+    assert (failed["status"], finished["status"]) == ("failed", "finished")
+    assert "dataset.calibration=5000" in failed["error"]
+    assert failed["Accuracy"] == ""
+    assert float(finished["Accuracy"]) > 98
+
+
+def test_failing_job_is_failed_in_mlflow(half_failing: Ran) -> None:
+    parent, children = logged(store_in(half_failing[0]))
+    assert [run.info.status for run in children] == ["FAILED", "FINISHED"]
+    assert parent.info.status == "FAILED"
+    assert "dataset.calibration=5000" in children[0].data.tags["pq_sweep.error"]
+
+
+def test_single_run_lands_in_a_folder_of_its_own(tmp_path: Path, launch: Launch) -> None:
+    done = launch("tracking=none", *SHORT)
+    assert done.returncode == 0, done.stderr
+    (result,) = tmp_path.rglob("result.json")
+    assert re.fullmatch(r"multirun/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d/0/result\.json", str(result.relative_to(tmp_path)))
+    assert ": 1 done" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"multirun"}
+    assert not list(tmp_path.rglob(".*.[0-9]*"))
+
+
+def restore_interrupt() -> None:
+    """Let Ctrl-C through even if the tests themselves run in the background, where shells have it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def three_jobs(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a sweep of three jobs of which the second would measure for minutes."""
+    overrides = ["-m", "measure.batch_sizes=[1]", "measure.max_s=300", "measure.min_s=0.1,200,0.1", "tracking=none"]
+    process = subprocess.Popen(
+        [sys.executable, LAUNCH, *overrides],
+        cwd=folder,
+        env=new_user(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=restore_interrupt,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_stage(folder: Path, job: int, stage: str) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        statuses = [json.loads(path.read_text()) for path in folder.glob(f"multirun/*/*/{job}/status.json")]
+        if any(status["stage"] == stage for status in statuses):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"job {job} did not come to {stage}")
+
+
+def interrupt(folder: Path, number: signal.Signals) -> tuple[int, str]:
+    """Send a signal in the middle of the second of three jobs; return exit code and output."""
+    with three_jobs(folder) as process:
+        wait_for_stage(folder, 1, "latency b1")
+        os.killpg(process.pid, number)
+        output, _ = process.communicate(timeout=60)
+        return process.returncode, output
+
+
+def shown_by_module(folder: Path) -> str:
+    done = python(["-m", "pq_sweep.results", "multirun"], folder, new_user())
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_killed_sweep_keeps_what_it_has(tmp_path: Path) -> None:
+    code, _ = interrupt(tmp_path, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    (result,) = results(only_sweep(tmp_path))
+    assert result["status"] == "finished"
+    assert len(result["latency"]["1"]["samples_ns"]) == result["latency"]["1"]["iterations"]
+    assert "1 done, 2 missing" in shown_by_module(tmp_path)
+    assert [row["status"] for row in rows_of(only_sweep(tmp_path))] == ["finished", "missing", "missing"]
+
+    done = python(["-m", "pq_sweep.tracking", "sync", "multirun"], tmp_path, new_user())
+
+    assert done.returncode == 0, done.stderr
+    assert "1 of 3 jobs logged now" in done.stdout
+    parent, (child,) = logged(store_in(tmp_path))
+    assert parent.data.tags["pq_sweep.missing"] == "2"
+    assert (child.data.tags["pq_sweep.job"], child.info.status) == ("0", "FINISHED")
+
+
+def test_interrupted_sweep_shows_what_it_has(tmp_path: Path) -> None:
+    code, output = interrupt(tmp_path, signal.SIGINT)
+    assert code == 130
+    assert len(results(only_sweep(tmp_path))) == 1
+    assert "interrupted; finished jobs are kept" in output
+    assert "1 done, 2 missing" in output
+    assert "98." in table_row(output, 0)
+    assert "missing" in table_row(output, 1)
+    assert "Traceback" not in output
+    assert "1 done, 2 missing" in shown_by_module(tmp_path)
+
+
+def test_sweep_in_the_place_of_an_earlier_one_replaces_its_jobs(tmp_path: Path, launch: Launch) -> None:
+    common = ("tracking=none", "hydra.sweep.dir=here", *SHORT)
+    assert launch("dataset.calibration=5000", *common).returncode == 1
+    assert (tmp_path / "here" / "0" / "error.json").exists()
+    done = launch("dataset.calibration=200", *common)
+    assert done.returncode == 0, done.stdout
+    assert not (tmp_path / "here" / "0" / "error.json").exists()
+    assert [row["status"] for row in rows_of(tmp_path / "here")] == ["finished"]
+
+
+def composed(experiment: str) -> list[DictConfig]:
+    """Return the jobs that `launch.py experiment=...` would run."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True)
+        jobs = compose_grid(config)
+    assert jobs is not None
+    return jobs
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_composes_and_can_run(experiment: str) -> None:
+    jobs = composed(experiment)
+    assert jobs
+    refuse_impossible(jobs)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_says_what_it_is_and_how_to_run_it(experiment: str) -> None:
+    text = (ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text()
+    assert text.startswith("# @package _global_\n# ")
+    assert f"experiment={experiment}" in text
+
+
+def test_prune_and_quantize_is_nine_jobs() -> None:
+    chosen: list[dict[str, Any]] = [job.hydra.runtime.choices for job in composed("prune_and_quantize")]
+    assert [(job["pruner"], job["quantizer"]) for job in chosen] == [
+        (pruner, quantizer) for pruner in ("none", "l1_global", "remove") for quantizer in ("none", "fp16", "int8")
+    ]
+    assert {job["runtime"] for job in chosen} == {"onnxruntime"}
+
+
+@pytest.mark.slow
+def test_jobs_at_the_same_time(tmp_path: Path, launch: Launch) -> None:
+    done = launch("-m", "hydra/launcher=local_parallel", "pruner=none,l1", *SHORT, timeout=600)
+    assert done.returncode == 0, done.stderr
+    rows = rows_of(only_sweep(tmp_path))
+    assert [(row["Pruner"], row["status"]) for row in rows] == [("-", "finished"), ("l1", "finished")]
+    assert ": 2 done" in done.stdout
+    assert len(list((only_sweep(tmp_path) / "baseline").iterdir())) == 1
+    _, children = logged(store_in(tmp_path))
+    assert [run.info.status for run in children] == ["FINISHED", "FINISHED"]
