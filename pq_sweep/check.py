@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,24 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from pq_sweep.runtimes import precision_of
 from pq_sweep.types import UserError
 
+GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime", "measure", "tracking")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 IMPORTANCES = ("random", "magnitude", "taylor", "sensitivity", "bn_scale", "lamp")
 CHOICES = {"quantizer.calibration": CALIBRATIONS, "pruner.importance": IMPORTANCES}
 
 WEIGHT_FILES = (".pt", ".pth", ".safetensors")
-# Keys that a component or protocol may have, with the least value that makes sense.
-AT_LEAST_ONE = ("calibration", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
-                "epochs", "round_to", "num_classes", "window")  # fmt: skip
-AT_LEAST_ZERO = ("warmup_iterations", "warmup_s", "warmup_max_s", "min_s", "max_s", "agreement", "lr")
+# Options of this package's components: the least and largest value, and whether it is a whole number.
+WHOLE_FROM_ONE = ("calibration", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
+                  "epochs", "round_to", "num_classes", "window", "p")  # fmt: skip
+FROM_ZERO = ("warmup_s", "warmup_max_s", "min_s", "max_s", "agreement", "lr", "n")
+RANGES: dict[str, tuple[float, float, bool]] = {
+    **dict.fromkeys(WHOLE_FROM_ONE, (1, math.inf, True)),
+    **dict.fromkeys(FROM_ZERO, (0, math.inf, False)),
+    "warmup_iterations": (0, math.inf, True),
+    "dim": (0, 1, True),
+    "percentile": (50, 100, False),
+}
 
 
 def check(cfg: DictConfig) -> None:
@@ -38,21 +48,31 @@ def refuse(problem: str | None) -> None:
 
 def problems(cfg: DictConfig) -> list[str]:
     """List what is wrong with a job's config, one sentence each."""
-    missing = [f"{key} has no value; give {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
-    return missing or [*_values(cfg), *_files(cfg), *_combination(cfg)]
+    found = [f"{key} has no value; give {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
+    found += [
+        f"{group} is not chosen; give {group}=..., none where it is to do nothing."
+        for group in GROUPS
+        if not cfg.get(group)
+    ]
+    found = found or [*_targets(cfg)]
+    return found or [*_values(cfg), *_files(cfg), *_combination(cfg)]
 
 
 def _values(cfg: DictConfig) -> Iterator[str]:
     """Check single values."""
-    amount = OmegaConf.select(cfg, "pruner.amount")
-    if amount is not None and not (_is_number(amount) and 0 <= amount < 1):
+    amount = cfg.pruner.get("amount", 0)
+    if not (_is_number(amount) and 0 <= amount < 1):
         yield f"pruner.amount={amount} is out of range; give the share to prune, 0 <= amount < 1."
     if not DEVICE.fullmatch(str(cfg.device)):
         yield f"device={cfg.device} is not known; valid are: auto, cpu, cuda, cuda:N."
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:
-        yield f"seed={cfg.seed} is out of range; give a whole number from 0 on."
+    if not (_is_number(cfg.seed, whole=True) and 0 <= cfg.seed < 2**32):
+        yield f"seed={cfg.seed} is out of range; give a whole number from 0 to 2^32 - 1."
     sizes = cfg.measure.batch_sizes
-    if not isinstance(sizes, ListConfig) or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+    if (
+        not isinstance(sizes, ListConfig)
+        or not sizes
+        or not all(_is_number(size, whole=True) and size > 0 for size in sizes)
+    ):
         yield f"measure.batch_sizes={sizes} is not valid; give whole numbers from 1 on, such as [1,8]."
     for key, valid in CHOICES.items():
         value = OmegaConf.select(cfg, key)
@@ -61,19 +81,34 @@ def _values(cfg: DictConfig) -> Iterator[str]:
     images, available = OmegaConf.select(cfg, "quantizer.images"), cfg.dataset.get("calibration")
     if _is_number(images) and _is_number(available) and images > available:
         yield f"quantizer.images={images} is more than dataset.calibration={available}; lower it or raise that."
-    for group in ("model", "dataset", "pruner", "quantizer", "recovery", "measure"):
+    for group in GROUPS:
         yield from _numbers(group, cfg[group])
 
 
 def _numbers(group: str, options: DictConfig) -> Iterator[str]:
-    """Check the numbers whose names say their range; null is left to the component."""
-    for least, names in ((1, AT_LEAST_ONE), (0, AT_LEAST_ZERO)):
-        for name in names:
-            value = options.get(name)
-            if value is None or (group, name) == ("quantizer", "calibration"):
-                continue
-            if not _is_number(value) or value < least:
-                yield f"{group}.{name}={value} is out of range; give a number from {least} on."
+    """Check the options of our own components by name; null is left to the component."""
+    if not str(options._target_).startswith("pq_sweep."):
+        return
+    for name, (least, most, whole) in RANGES.items():
+        value = options.get(name)
+        if value is None or f"{group}.{name}" in CHOICES:
+            continue
+        if not _is_number(value, whole=whole) or not least <= value <= most:
+            kind = "a whole number" if whole else "a number"
+            reach = f"from {least} on" if most == math.inf else f"from {least} to {most}"
+            yield f"{group}.{name}={value} is out of range; give {kind} {reach}."
+
+
+def _targets(cfg: DictConfig) -> Iterator[str]:
+    """Check that the modules of all components are there, without importing them."""
+    for group in GROUPS:
+        target = str(cfg[group].get("_target_"))
+        try:
+            found = find_spec(target.rpartition(".")[0])
+        except (ImportError, ValueError):
+            found = None
+        if found is None:
+            yield f"{group}._target_={target} cannot be found; give module.function of a module on the Python path."
 
 
 def _files(cfg: DictConfig) -> Iterator[str]:
@@ -82,7 +117,9 @@ def _files(cfg: DictConfig) -> Iterator[str]:
     if root is not None and not Path(root).expanduser().is_dir():
         yield f"dataset.root={root} is not a folder; give a folder with one sub-folder of images per class."
     weights = cfg.model.get("weights")
-    if weights is not None and _looks_like_path(str(weights)) and not Path(weights).expanduser().is_file():
+    if weights == "" or (
+        weights is not None and _looks_like_path(str(weights)) and not Path(weights).expanduser().is_file()
+    ):
         yield f"model.weights={weights} is no file; give DEFAULT, null or the path of a state_dict."
 
 
@@ -123,8 +160,8 @@ def _realisers(precision: str) -> list[str]:
             for kind, names in runtime.precisions.items() if precision in names]  # fmt: skip
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_number(value: Any, *, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
 
 
 def _looks_like_path(weights: str) -> bool:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -65,8 +65,12 @@ def explain(error: BaseException) -> str:
         return _explain_key(cause)
     if isinstance(error, UserError | ConfigCompositionException):
         return "\n".join(line for line in str(error).splitlines() if line.strip())
-    if isinstance(error, OmegaConfBaseException | OSError):
-        return " ".join(str(error).split())
+    if isinstance(error, OmegaConfBaseException | OSError | HydraException):
+        return " ".join(str(error).split("full_key:")[0].split())
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        return (
+            "a group is set to null or to something that is no name; write group=name, none where it is to do nothing."
+        )
     return "".join(traceback.format_exception(error))
 
 
@@ -75,7 +79,10 @@ def _explain_key(error: OmegaConfBaseException) -> str:
     key, full = str(error.key), str(error.full_key or error.key)
     if parent is None or not OmegaConf.is_dict(parent):
         return f"{full}: {str(error).splitlines()[0]}"
-    return f"{full} is not known; {_valid(key, [str(name) for name in parent if not str(name).startswith('_')])}"
+    names = [str(name) for name in parent if not str(name).startswith("_")]
+    if full == key:  # a choice of nothing leaves no key behind
+        names.append("experiment")
+    return f"{full} is not known; {_valid(key, names)}"
 
 
 def _valid(wrong: str, names: Iterable[str]) -> str:

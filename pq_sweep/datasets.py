@@ -8,12 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pq_sweep.types import Data, Model, Preprocess, Split, UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 Labelled = list[tuple[Path, int]]
@@ -35,10 +39,11 @@ def digits(model: Model, *, calibration: int = DIGITS_CALIBRATION) -> Data:
         )
     raw = load_digits()
     labels = torch.as_tensor(raw.target, dtype=torch.int64)
-    images = _fit(torch.as_tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16, model.preprocess)
+    images = torch.as_tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
     order = stratified_order(labels.tolist(), seed=0)
+    whole = Split(labels, lambda indices: _fit(images[indices], model.preprocess))
     ends = np.cumsum([DIGITS_EVALUATION, DIGITS_CALIBRATION])
-    evaluation, reserved, train = (Split.of_tensors(images[part], labels[part]) for part in np.split(order, ends))
+    evaluation, reserved, train = (whole.subset(part.tolist()) for part in np.split(order, ends))
     classes = tuple(str(digit) for digit in range(10))
     return Data(evaluation, reserved.take(calibration), train, classes, match_classes(model, classes))
 
@@ -68,9 +73,12 @@ def image_folder(model: Model, *, root: str, calibration: int = 64, seed: int = 
     chosen, rest = [pool[i] for i in order[:calibration]], [pool[i] for i in sorted(order[calibration:])]
     if not split:
         evaluation = without_copies(rest, chosen)
+        if not evaluation:
+            raise UserError(f"{folder} has only copies of its calibration images to evaluate; add images.")
     read = partial(_file_split, preprocess=model.preprocess)
     columns = match_classes(model, classes)
-    return Data(read(evaluation), read(chosen), read(pool) if split else None, classes, columns)
+    train = read([pool[i] for i in order]) if split else None  # so that every part of it shows every class
+    return Data(read(evaluation), read(chosen), train, classes, columns)
 
 
 def stratified_order(labels: list[int], *, seed: int) -> np.ndarray:
@@ -119,7 +127,7 @@ def match_classes(model: Model, classes: tuple[str, ...]) -> Tensor | None:
     if not missing:
         columns = [known.index(name) for name in classes]
         return None if columns == list(range(model.num_classes)) else torch.tensor(columns)
-    if len(classes) == model.num_classes:
+    if len(classes) == model.num_classes and not known:
         return None
     raise UserError(
         f"the model has {model.num_classes} classes and the data {len(classes)}, and {missing[0]!r} is none of the"
@@ -160,12 +168,19 @@ def read_image(path: Path, preprocess: Preprocess) -> Tensor:
 
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB" if preprocess.channels == 3 else "L")
+            image = _eight_bit(ImageOps.exif_transpose(file)).convert("RGB" if preprocess.channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path} ({error}); repair or remove it.") from error
     image = F.resize(image, [preprocess.resize], InterpolationMode(preprocess.interpolation), antialias=True)
     tensor = F.to_tensor(F.center_crop(image, [preprocess.size]))
     return F.normalize(tensor, list(preprocess.mean), list(preprocess.std))
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bit; Pillow's own conversion would cut it off at 255."""
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)) if image.mode.startswith("I") else image
 
 
 def _digest(path: Path) -> bytes:

