@@ -68,9 +68,8 @@ def explain(error: BaseException) -> str:
     if isinstance(error, OmegaConfBaseException | OSError | HydraException):
         return " ".join(str(error).split("full_key:")[0].split())
     if isinstance(error, ValueError) and "Config group override" in str(error):
-        return (
-            "a group is set to null or to something that is no name; write group=name, none where it is to do nothing."
-        )
+        empty = " ".join(word for word in sys.argv if re.fullmatch(r"[\w/]+=(null)?", word))
+        return f"{empty or 'an override'} chooses nothing; write group=name, and none where it is to do nothing."
     return "".join(traceback.format_exception(error))
 
 

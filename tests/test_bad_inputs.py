@@ -81,9 +81,9 @@ REFUSED: list[tuple[str, list[str], str]] = [
 
 # Seen in a job: (grid, overrides of the job, part of the sentence). Jobs of a grid share a process.
 FAILED: list[tuple[str, tuple[str, ...], str]] = [
-    ("checkpoints", ("model.weights=noise.pth",), "noise.pth holds something else than tensors"),
+    ("checkpoints", ("model.weights=noise.pth",), "noise.pth is no readable state_dict"),
     ("checkpoints", ("model.weights=other.pth",), "other.pth does not fit the model: "),
-    ("checkpoints", ("model.weights=evil.pth",), "evil.pth holds something else than tensors"),
+    ("checkpoints", ("model.weights=evil.pth",), "evil.pth is no readable state_dict"),
     ("checkpoints", ("model.weights=list.pth",), "list.pth holds no state_dict; save one by torch.save"),
     ("checkpoints", ("model.weights=empty.pth",), "empty.pth is no readable state_dict"),
     ("checkpoints", ("model.weights=noise.safetensors",), "noise.safetensors is no readable state_dict"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -95,15 +95,6 @@ class TwoConvs(nn.Sequential):
 
 def two_convs() -> Model:
     return Model(TwoConvs().eval(), 5, Preprocess(size=8, resize=8))
-
-
-@pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """On 8x8 images several threads wait for each other longer than they work, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads if request.node.get_closest_marker("slow") else 1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,6 @@ Prune = Callable[[Model, Data], Any]
 PIXEL = Preprocess(size=4, resize=4, channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 AMOUNTS = [0.1, 0.3, 0.5, 0.7, 0.9]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """On 8x8 images several threads wait for each other longer than they work, above all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads if request.node.get_closest_marker("slow") else 1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
