@@ -47,7 +47,8 @@ def command_line() -> str:
 
 def without_password(text: str) -> str:
     """Blot out the passwords in addresses such as postgresql://user:password@host/name."""
-    return re.sub(r"(://[^:/@\s]*):[^@\s]+@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/@\s]*):[^@\s]+@", r"\1:***@", text)
+    return re.sub(r"\b((?:\w*passw(?:or)?d|\w*token|\w*secret)=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)
 
 
 def git_state() -> dict[str, Any] | None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from pq_sweep.types import Model
+
+if TYPE_CHECKING:
+    import onnx
 
 TOLERANCE = 1e-4
 
@@ -35,18 +40,39 @@ def export_onnx(model: Model, path: Path) -> None:
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             external_data=False,
         )
-    _strip_traces(path)
+    _tidy(path)
 
 
-def _strip_traces(path: Path) -> None:
-    """Take out where in the source each node comes from: paths of this machine, and bytes that nobody deploys."""
+def _tidy(path: Path) -> None:
+    """Name folded weights after their module, then drop where in the source each node comes from.
+
+    A linear layer over tokens is exported as a product with its transposed weight, a nameless constant; a user who
+    keeps a layer in FP32 knows it by the name of its module. The traces hold paths of this machine.
+    """
     import onnx
 
-    graph = onnx.load(path)
-    for part in (graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+    model = onnx.load(path)
+    _name_weights(model.graph)
+    for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
-    onnx.save(graph, path)
+    onnx.save(model, path)
+
+
+def _name_weights(graph: onnx.GraphProto) -> None:
+    """Rename matrices without a name of their own to `<module>.weight`, numbered if a module has several."""
+    nameless = {item.name: item for item in graph.initializer if len(item.dims) > 1 and "." not in item.name}
+    taken = {item.name for item in graph.initializer}
+    for node in graph.node:
+        scopes = next((item.value for item in node.metadata_props if item.key == "pkg.torch.onnx.name_scopes"), "[]")
+        module = (["", *ast.literal_eval(scopes)])[-2:][0]
+        for name in [name for name in node.input if name in nameless and module]:
+            weight = nameless.pop(name)
+            options = (f"{module}.weight{number}" for number in ("", *range(2, len(taken) + 3)))
+            weight.name = next(option for option in options if option not in taken)
+            taken.add(weight.name)
+            for user in graph.node:
+                user.input[:] = [weight.name if given == name else given for given in user.input]
 
 
 def check_export(model: Model, path: Path) -> float:

@@ -130,8 +130,10 @@ def int8_dynamic(source: Path, target: Path, data: Data, *, form: str, stage: St
     with stage("quantize"):
         quant_pre_process(source, prepared)
         excluded = match_layers(onnx.load(prepared), exclude)
+        # A Gemm becomes a MatMul of this name before it is quantized.
+        names = [*excluded, *(f"{node}_MatMul" for node in excluded)]
         # The CPU kernel of ConvInteger takes unsigned weights only.
-        quantize_dynamic(prepared, target, weight_type=QuantType.QUInt8, nodes_to_exclude=excluded)
+        quantize_dynamic(prepared, target, weight_type=QuantType.QUInt8, nodes_to_exclude=names)
     prepared.unlink()
     return {"excluded_nodes": excluded}
 

@@ -76,9 +76,8 @@ def find_sweeps(folders: list[Path]) -> list[Sweep]:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give a sweep folder such as multirun/<date>/<time>.")
         given = folder.parent if (folder / "result.json").exists() or (folder / "error.json").exists() else folder
-        inside = {path.parent for path in given.rglob("sweep.json")} or {
-            path.parent.parent for path in given.rglob("result.json")
-        }
+        inside = {path.parent for path in given.rglob("sweep.json")}
+        inside |= {path.parent.parent for path in given.rglob("result.json")}
         if not inside:
             raise UserError(
                 f"{folder} holds no sweep and no result.json; give a sweep folder such as multirun/<date>/<time>."

@@ -129,7 +129,11 @@ class TensorRT:
         graph, details = make_graph(model, quantizer, data, work, form="tensorrt")
         cache = work.folder / "engine"
         cache.mkdir(exist_ok=True)
-        options = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache), "trt_timing_cache_enable": "1"}
+        options = {
+            "trt_engine_cache_enable": "True",
+            "trt_engine_cache_path": str(cache),
+            "trt_timing_cache_enable": "True",
+        }
         with work.stage("build"):
             session = _ort_session(graph, "TensorrtExecutionProvider", options, work)
             OrtSession(session, work.device, graph, {}, "tensorrt")(model.sample(1).to(work.device))
@@ -252,14 +256,10 @@ def _ort_session(graph: Path, provider: str, options: dict[str, str], work: Work
     settings.intra_op_num_threads = work.threads
     settings.log_severity_level = 3
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if provider != "CPUExecutionProvider":
-        import torch
-
-        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        device = torch.device(work.device).index or 0
-        stream = torch.cuda.current_stream(device).cuda_stream
-        options = options | {"device_id": str(device), "user_compute_stream": str(stream)}
     try:
+        if provider != "CPUExecutionProvider":
+            settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+            options = options | _device_options(provider, work.device)
         session = onnxruntime.InferenceSession(graph, settings, providers=[(provider, options)], enable_fallback=0)
     except Exception as error:
         raise RuntimeMismatch(f"{provider} cannot run {graph.name}: {error}") from error
@@ -268,6 +268,15 @@ def _ort_session(graph: Path, provider: str, options: dict[str, str], work: Work
             f"asked for {provider}, got {session.get_providers()[0]}; check CUDA and TensorRT libraries."
         )
     return session
+
+
+def _device_options(provider: str, device: str) -> dict[str, str]:
+    """Run on torch's device and stream, so that both agree on when a tensor is ready; FP32 is not TF32."""
+    import torch
+
+    index = torch.device(device).index or 0
+    options = {"device_id": str(index), "user_compute_stream": str(torch.cuda.current_stream(index).cuda_stream)}
+    return options | ({"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {})
 
 
 def _placement(session: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ later what is missing. Runs are found again by tags, so whatever was interrupted
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
 import os
 import sys
@@ -176,7 +177,7 @@ class Mlflow:
 
     def _parent(self, client: MlflowClient, sweep: Path) -> tuple[str, str]:
         """Return the experiment and the parent run of a sweep, made if it is not there."""
-        manifest = read_json(sweep / "sweep.json") or {"id": str(sweep.resolve()), "jobs": []}
+        manifest = read_manifest(sweep)
         experiment = self._experiment(client)
         tags = {"pq_sweep.sweep": manifest["id"], "pq_sweep.kind": "sweep"}
         run = self._find(client, experiment, tags)
@@ -211,11 +212,13 @@ class Mlflow:
             return False
         experiment, parent = self._parent(client, job.parent)
         status = "FINISHED" if result else "FAILED"
-        sweep = read_json(job.parent / "sweep.json") or {"id": str(job.parent.resolve())}
-        tags = {"pq_sweep.sweep": sweep["id"], "pq_sweep.job": job.name}
+        tags = {"pq_sweep.sweep": read_manifest(job.parent)["id"], "pq_sweep.job": job.name}
         run = self._find(client, experiment, tags)
         started = f"{record['started']:.6f}"
-        if run is not None and run.info.status == status and run.data.tags.get("pq_sweep.started") == started:
+        if run is not None and run.data.tags.get("pq_sweep.started") != started:
+            client.delete_run(run.info.run_id)  # the job ran again; parameters of a run cannot change
+            run = None
+        if run is not None and run.info.status == status:
             return False
         row = next(row for row in read_sweep(job.parent).rows if row["job"] == job.name)
         notes = {"mlflow.parentRunId": parent, "pq_sweep.started": started, "pq_sweep.folder": str(job.absolute())}
@@ -245,6 +248,12 @@ class Mlflow:
         for name in ("result.json", "error.json"):
             if (job / name).exists():
                 client.log_artifact(run, str(job / name))
+
+
+def read_manifest(sweep: Path) -> dict[str, Any]:
+    """Return what is known of a sweep; one without `sweep.json` is known by its folder."""
+    manifest: dict[str, Any] | None = read_json(sweep / "sweep.json")
+    return manifest or {"id": hashlib.sha256(str(sweep.resolve()).encode()).hexdigest()[:32]}
 
 
 def job_config(job: Path) -> dict[str, Any]:

@@ -305,6 +305,7 @@ def shown_by_module(folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_killed_sweep_keeps_what_it_has(tmp_path: Path) -> None:
     code, _ = interrupt(tmp_path, signal.SIGKILL)
     assert code == -signal.SIGKILL

@@ -110,9 +110,9 @@ def track(tracker: Mlflow, sweep: Path) -> str:
     return tracker.finish(sweep)
 
 
-def sync(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> Done:
+def sync(folder: Path, *arguments: str) -> Done:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW")}
-    return python(["-m", "pq_sweep.tracking", "sync", *arguments], folder, kept | (env or {}))
+    return python(["-m", "pq_sweep.tracking", "sync", *arguments], folder, kept)
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -260,6 +260,7 @@ def test_store_that_is_down_costs_one_warning(
     assert not (tmp_path / "nowhere").exists()
 
 
+@pytest.mark.slow
 def test_server_that_does_not_answer_is_given_up(sweep: Path, caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         start = time.monotonic()
@@ -327,9 +328,13 @@ def test_environment_variable_names_the_store(tmp_path: Path, monkeypatch: pytes
     assert Mlflow("sqlite:///mine.db", EXPERIMENT).store == "sqlite:///mine.db"
 
 
-def test_sync_honours_the_environment_variable(tmp_path: Path, uri: str, sweep: Path) -> None:
-    done = sync(tmp_path, "multirun", env={"MLFLOW_TRACKING_URI": uri})
-    assert done.returncode == 0, done.stderr
+def test_sync_honours_the_environment_variable(
+    tmp_path: Path, uri: str, sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(sys, "argv", ["tracking", "sync", "multirun"])
+    tracking.main()
     assert len(all_runs(uri)) == 3
     assert not (tmp_path / "mlflow.db").exists()
 
