@@ -123,7 +123,9 @@ def wilson(hits: int, samples: int, z: float = 1.959963984540054) -> tuple[float
     centre = share + z * z / (2 * samples)
     spread = z * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples))
     scale = 1 + z * z / samples
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # At 0 and 1 the bounds are exact; rounding would leave a speck.
+    low, high = (centre - spread) / scale, (centre + spread) / scale
+    return (low if hits else 0.0), (high if hits < samples else 1.0)
 
 
 def speed(session: Session, data: Data, protocol: Protocol, stage: Stage) -> Result:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 import traceback
 from collections.abc import Iterator
@@ -50,6 +51,7 @@ class Stages:
         """Write `error.json` if what is inside fails, and let the error go on."""
         for name in ("error.json", "result.json", "removal.json", "predictions.npy", "model.pt", "model.onnx"):
             (self.folder / name).unlink(missing_ok=True)  # of an earlier run in the same folder
+        shutil.rmtree(self.folder / "engine", ignore_errors=True)
         try:
             yield
         except Exception as error:

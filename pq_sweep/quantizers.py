@@ -172,16 +172,17 @@ def _form_options(form: str, graph: onnx.ModelProto) -> Record:
     """Return quantize_static's options for the graph that the runtime executes fastest."""
     from onnxruntime.quantization import QuantType
 
+    attention = any(node.op_type in ("Softmax", "LayerNormalization") for node in graph.graph.node)
     if form == "tensorrt":
+        operators = MATRIX_OPERATORS if attention else TENSORRT_OPERATORS
         symmetric = {
             "ActivationSymmetric": True,
             "WeightSymmetric": True,
             "QuantizeBias": False,
-            "OpTypesToExcludeOutputQuantization": TENSORRT_OPERATORS,
+            "OpTypesToExcludeOutputQuantization": operators,
         }
         types = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
-        return types | {"op_types_to_quantize": TENSORRT_OPERATORS, "extra_options": symmetric}
-    attention = any(node.op_type in ("Softmax", "LayerNormalization") for node in graph.graph.node)
+        return types | {"op_types_to_quantize": operators, "extra_options": symmetric}
     return {
         "activation_type": QuantType.QUInt8,
         "weight_type": QuantType.QInt8,

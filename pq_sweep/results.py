@@ -211,10 +211,10 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or None if there is none."""
+    """Return the content of a JSON file, or None if there is none or it is damaged."""
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -254,12 +254,13 @@ def _row(folder: Path, announced: Row) -> Row:
 
 
 def _alive(status: dict[str, Any]) -> bool:
-    """Say whether the process that wrote a status still runs; nothing is known of another host's.
+    """Say whether the process that wrote a status still runs, as far as one can know of another host.
 
     Results are read between jobs, so a status of this very process was left by an interrupted job.
     """
-    elsewhere = status["pid"] != os.getpid()
-    return elsewhere and status["host"] == os.uname().nodename and Path(f"/proc/{status['pid']}").exists()
+    if status["host"] != os.uname().nodename:
+        return True
+    return status["pid"] != os.getpid() and Path(f"/proc/{status['pid']}").exists()
 
 
 def _pq_bench(row: Row) -> Row:

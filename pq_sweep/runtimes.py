@@ -101,7 +101,7 @@ class OnnxRuntime:
         """Export, check, quantize and load the graph."""
         graph, details = make_graph(model, quantizer, data, work, form="cpu")
         with work.stage("build"):
-            session = _ort_session(graph, _provider(work.device), {}, work)
+            session = _ort_session(graph, _provider(work.device), {}, work, _crashing(quantizer))
         return OrtSession(session, work.device, graph, details | _placement(session), "onnxruntime")
 
 
@@ -248,7 +248,9 @@ def _require_provider(provider: str) -> None:
         )
 
 
-def _ort_session(graph: Path, provider: str, options: dict[str, str], work: Workspace) -> onnxruntime.InferenceSession:
+def _ort_session(
+    graph: Path, provider: str, options: dict[str, str], work: Workspace, disabled: tuple[str, ...] = ()
+) -> onnxruntime.InferenceSession:
     """Load a graph on `provider` and nothing else."""
     import onnxruntime
 
@@ -260,7 +262,9 @@ def _ort_session(graph: Path, provider: str, options: dict[str, str], work: Work
         if provider != "CPUExecutionProvider":
             settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
             options = options | _device_options(provider, work.device)
-        session = onnxruntime.InferenceSession(graph, settings, providers=[(provider, options)], enable_fallback=0)
+        session = onnxruntime.InferenceSession(
+            graph, settings, providers=[(provider, options)], enable_fallback=0, disabled_optimizers=list(disabled)
+        )
     except Exception as error:
         raise RuntimeMismatch(f"{provider} cannot run {graph.name}: {error}") from error
     if session.get_providers()[0] != provider:
@@ -277,6 +281,11 @@ def _device_options(provider: str, device: str) -> dict[str, str]:
     index = torch.device(device).index or 0
     options = {"device_id": str(index), "user_compute_stream": str(torch.cuda.current_stream(index).cuda_stream)}
     return options | ({"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {})
+
+
+def _crashing(quantizer: Any) -> tuple[str, ...]:
+    """Name the graph optimizers to leave out: this one kills the process on FP16 transformers (onnxruntime 1.31.1)."""
+    return ("NchwcTransformer",) if precision_of(quantizer) == "fp16" else ()
 
 
 def _placement(session: Any) -> dict[str, Any]:

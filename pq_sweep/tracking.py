@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -75,7 +75,8 @@ class Mlflow:
         """Create or migrate the store and make the parent run, before jobs could do so at the same time."""
         with self._connected(sweep) as client:
             if client is not None:
-                self._parent(client, sweep)
+                with self._alone():
+                    self._parent(client, sweep)
 
     def log(self, job: Path) -> None:
         """Log one job, finished or failed."""
@@ -158,7 +159,18 @@ class Mlflow:
             from mlflow import MlflowClient
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        return MlflowClient(self.store)
+        with self._alone():
+            client = MlflowClient(self.store)
+            client.search_experiments(max_results=1)  # creates or migrates a local store
+        return client
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """Keep other processes from creating the same local store or experiment, which would wreck it for good."""
+        if not self.store.startswith("sqlite:///"):
+            return nullcontext()
+        from filelock import FileLock
+
+        return FileLock(f"{self.store.removeprefix('sqlite:///')}.lock")
 
     def _experiment(self, client: MlflowClient) -> str:
         found = client.get_experiment_by_name(self.experiment)
