@@ -100,8 +100,9 @@ class OnnxRuntime:
     def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
         """Export, check, quantize and load the graph."""
         graph, details = make_graph(model, quantizer, data, work, form="cpu")
+        details["disabled_optimizers"] = _crashing_optimizers(quantizer, graph)
         with work.stage("build"):
-            session = _ort_session(graph, _provider(work.device), {}, work, _crashing(quantizer))
+            session = _ort_session(graph, _provider(work.device), {}, work, details["disabled_optimizers"])
         return OrtSession(session, work.device, graph, details | _placement(session), "onnxruntime")
 
 
@@ -283,9 +284,12 @@ def _device_options(provider: str, device: str) -> dict[str, str]:
     return options | ({"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {})
 
 
-def _crashing(quantizer: Any) -> tuple[str, ...]:
-    """Name the graph optimizers to leave out: this one kills the process on FP16 transformers (onnxruntime 1.31.1)."""
-    return ("NchwcTransformer",) if precision_of(quantizer) == "fp16" else ()
+def _crashing_optimizers(quantizer: Any, graph: Path) -> tuple[str, ...]:
+    """Name the optimizers to leave out: this one kills the process on FP16 transformers (onnxruntime 1.31.1)."""
+    import onnx
+
+    operators = {node.op_type for node in onnx.load(graph).graph.node}
+    return ("NchwcTransformer",) if precision_of(quantizer) == "fp16" and "LayerNormalization" in operators else ()
 
 
 def _placement(session: Any) -> dict[str, Any]:
