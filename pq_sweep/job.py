@@ -20,7 +20,7 @@ from pq_sweep.environment import describe, resolve_device
 from pq_sweep.measure import Protocol, Result
 from pq_sweep.progress import Stages, write_json
 from pq_sweep.runtimes import precision_of
-from pq_sweep.types import Data, Model, Session, Workspace
+from pq_sweep.types import Data, Model, Runtime, Session, Workspace
 
 component = partial(instantiate, _partial_=True, _convert_="all")
 
@@ -34,9 +34,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         protocol: Protocol = instantiate(cfg.measure, _convert_="all")
         work = Workspace(folder, resolve_device(cfg.device), measure.use_threads(protocol.threads), stage)
         quantizer = component(cfg.quantizer)
-        runtime = instantiate(cfg.runtime).resolve(precision_of(quantizer), work.device)
-        refuse(impossible(runtime, precision_of(quantizer), work.device))
-        runtime.require(work.device)
+        runtime = possible_runtime(cfg, quantizer, work.device)
 
         with stage("load"):
             model: Model = component(cfg.model)()
@@ -54,9 +52,6 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         with stage("accuracy"):
             accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
         speed = measure.speed(session, data, protocol, stage)
-        ran = describe_session(session, quantizer, folder)
-        session.close()
-
         result = {
             "status": "finished",
             "started": stage.started,
@@ -68,15 +63,30 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             "prep_s": stage.prep,
             "stage_s": stage.seconds,
             "baseline": baseline.result,
-            "session": ran,
+            "session": describe_session(session, quantizer, folder),
             "config": {key: value for key, value in resolved(cfg).items() if key != "tracking"},
             "environment": describe(work.device, work.threads),
         }
-        np.save(folder / "predictions.npy", predictions)
-        if removal:
-            write_json(folder / "removal.json", removal)
-        write_json(folder / "result.json", result)
+        session.close()
+        save(folder, result, predictions, removal)
     return result
+
+
+def possible_runtime(cfg: DictConfig, quantizer: Callable[..., Any], device: str) -> Runtime:
+    """Return the runtime that is meant, or refuse what it or this machine cannot run."""
+    precision = precision_of(quantizer)
+    runtime: Runtime = instantiate(cfg.runtime).resolve(precision, device)
+    refuse(impossible(runtime, precision, device))
+    runtime.require(device)
+    return runtime
+
+
+def save(folder: Path, result: Result, predictions: np.ndarray, removal: Result | None) -> None:
+    """Write what a job found; `result.json` comes last, as the sign that all is there."""
+    np.save(folder / "predictions.npy", predictions)
+    if removal:
+        write_json(folder / "removal.json", removal)
+    write_json(folder / "result.json", result)
 
 
 def resolved(cfg: DictConfig) -> dict[Any, Any]:

@@ -87,7 +87,7 @@ def int8(
     such as `layer4.*`, or `first` and `last`. `percentile` is used by calibration=percentile.
     """
     import onnx
-    from onnxruntime.quantization import QuantFormat, quantize_static
+    from onnxruntime.quantization import quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     choose("quantizer.calibration", calibration, CALIBRATIONS)
@@ -99,17 +99,9 @@ def int8(
         reader = _calibration_reader(graph, _calibration_images(data, images), stage)
         options = _form_options(form, graph)
         options["extra_options"] |= {"CalibStridedMinMax": reader.stride, "CalibPercentile": percentile}
+        options |= {"calibrate_method": _calibration_method(calibration), "nodes_to_exclude": excluded}
         with contextlib.redirect_stdout(io.StringIO()):  # entropy calibration prints
-            quantize_static(
-                prepared,
-                target,
-                reader,
-                quant_format=QuantFormat.QDQ,
-                calibrate_method=_calibration_method(calibration),
-                nodes_to_exclude=excluded,
-                per_channel=True,
-                **options,
-            )
+            quantize_static(prepared, target, reader, **options)
         stage.move(reader.seconds, source="quantize", target="calibrate")
     prepared.unlink()
     return {
@@ -170,8 +162,9 @@ def has_vnni() -> bool:
 
 def _form_options(form: str, graph: onnx.ModelProto) -> Record:
     """Return quantize_static's options for the graph that the runtime executes fastest."""
-    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization import QuantFormat, QuantType
 
+    explicit = {"quant_format": QuantFormat.QDQ, "per_channel": True}
     attention = any(node.op_type in ("Softmax", "LayerNormalization") for node in graph.graph.node)
     if form == "tensorrt":
         operators = MATRIX_OPERATORS if attention else TENSORRT_OPERATORS
@@ -182,8 +175,8 @@ def _form_options(form: str, graph: onnx.ModelProto) -> Record:
             "OpTypesToExcludeOutputQuantization": operators,
         }
         types = {"activation_type": QuantType.QInt8, "weight_type": QuantType.QInt8}
-        return types | {"op_types_to_quantize": operators, "extra_options": symmetric}
-    return {
+        return explicit | types | {"op_types_to_quantize": operators, "extra_options": symmetric}
+    return explicit | {
         "activation_type": QuantType.QUInt8,
         "weight_type": QuantType.QInt8,
         "op_types_to_quantize": MATRIX_OPERATORS if attention else None,
