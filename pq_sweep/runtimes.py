@@ -280,7 +280,11 @@ def _device_options(provider: str, device: str) -> dict[str, str]:
     import torch
 
     index = torch.device(device).index or 0
-    options = {"device_id": str(index), "user_compute_stream": str(torch.cuda.current_stream(index).cuda_stream)}
+    stream = torch.cuda.current_stream(index)
+    if stream.cuda_stream == 0:  # the default stream, which onnxruntime takes for "none given"
+        stream = torch.cuda.Stream(index)
+        torch.cuda.set_stream(stream)
+    options = {"device_id": str(index), "user_compute_stream": str(stream.cuda_stream)}
     return options | ({"use_tf32": "0"} if provider == "CUDAExecutionProvider" else {})
 
 
