@@ -69,6 +69,12 @@ def read_sweep(folder: Path) -> Sweep:
     return Sweep(folder, [_row(folder / name, announced.get(name, {})) for name in [*announced, *extra]])
 
 
+def read_job(folder: Path) -> Row:
+    """Read one job of a sweep, without the others."""
+    jobs = (read_json(folder.parent / "sweep.json") or {}).get("jobs") or []
+    return _row(folder, next((job for job in jobs if job["folder"] == folder.name), {}))
+
+
 def find_sweeps(folders: list[Path]) -> list[Sweep]:
     """Find the sweeps at, above (a job folder was given) or below the folders."""
     found: dict[Path, Sweep] = {}

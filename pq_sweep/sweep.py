@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -46,6 +47,7 @@ class Sweep(Callback):
         announced = [announce(job) for job in jobs or []]
         refuse_shared_folders([job["folder"] for job in announced])
         folder = claim_folder(config)
+        shutil.rmtree(folder / "baseline", ignore_errors=True)  # weights or images may have changed since
         earlier = read_json(folder / "sweep.json") or {}
         manifest = {
             "id": earlier.get("id", uuid.uuid4().hex),

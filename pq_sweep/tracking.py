@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pq_sweep.environment import without_password
-from pq_sweep.results import GROUPS, find_sweeps, metrics, read_json, read_sweep
+from pq_sweep.results import GROUPS, find_sweeps, metrics, read_job, read_json, read_sweep
 from pq_sweep.types import UserError
 
 if TYPE_CHECKING:
@@ -205,10 +205,10 @@ class Mlflow:
 
     def _upload_sweep(self, client: MlflowClient, sweep: Path) -> int:
         """Log every job that is not yet, then the summary."""
-        jobs = [sweep / row["job"] for row in read_sweep(sweep).rows if row["status"] in ("finished", "failed")]
+        done = read_sweep(sweep)
+        jobs = [sweep / row["job"] for row in done.rows if row["status"] in ("finished", "failed")]
         logged = sum(self._upload(client, job) for job in jobs)
         _, parent = self._parent(client, sweep)
-        done = read_sweep(sweep)
         for status in ("finished", "failed", "missing"):
             client.set_tag(parent, f"pq_sweep.{status}", str(done.count(status)))
         if (sweep / "results.csv").exists():
@@ -232,7 +232,7 @@ class Mlflow:
             run = None
         if run is not None and run.info.status == status:
             return False
-        row = next(row for row in read_sweep(job.parent).rows if row["job"] == job.name)
+        row = read_job(job)
         notes = {"mlflow.parentRunId": parent, "pq_sweep.started": started, "pq_sweep.folder": str(job.absolute())}
         if run is None:
             run = client.create_run(experiment, int(record["started"] * 1000), tags | notes, row["name"])

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from pathlib import Path
 
-from conftest import ROOT, python
+from conftest import ROOT, new_user, python
 
 LAUNCH = str(ROOT / "launch.py")
 HEAVY = frozenset({"torch", "torchvision", "mlflow", "onnxruntime", "sklearn"})
@@ -21,12 +20,6 @@ SHORT = (
 )
 
 Done = subprocess.CompletedProcess[str]
-
-
-def new_user() -> dict[str, str]:
-    """The environment of a new user, for fixtures that live longer than `environment`."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "HYDRA"))}
-    return kept | {"MLFLOW_DISABLE_TELEMETRY": "true"}
 
 
 def launch_in(folder: Path, *overrides: str, timeout: float = 300) -> Done:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from pq_sweep.types import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -39,9 +41,7 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def environment() -> dict[str, str]:
-    """The environment of a new user: no tracking server, no telemetry."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "HYDRA"))}
-    return kept | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    return new_user()
 
 
 @pytest.fixture
@@ -82,3 +82,19 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs real weights and photographs in shared/data, which are not here")
     return SHARED
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """Return the one sentence with which `call` is refused."""
+    with pytest.raises(UserError) as caught:
+        call()
+    text = str(caught.value)
+    assert text.endswith(".")
+    assert "\n" not in text
+    return text
+
+
+def new_user() -> dict[str, str]:
+    """The environment of a new user: no tracking server, no telemetry."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "HYDRA"))}
+    return kept | {"MLFLOW_DISABLE_TELEMETRY": "true"}

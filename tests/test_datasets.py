@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from pq_sweep.datasets import digits, image_folder, imagenet_wnids, read_image, stratified_order
 from pq_sweep.models import digits_cnn, torchvision_model
-from pq_sweep.types import Data, Model, Preprocess, Split, UserError
+from pq_sweep.types import Data, Model, Preprocess, Split
 
 TINY = Preprocess(size=8, resize=8, mean=(0.0,) * 3, std=(1.0,) * 3)
 # Published positions of ImageNette's classes among ImageNet's 1,000.
@@ -70,16 +70,6 @@ def make_root(root: Path, layout: str, counts: dict[str, int]) -> Path:
     return root
 
 
-def message(call: Callable[[], Any]) -> str:
-    """Return the one sentence with which `call` is refused."""
-    with pytest.raises(UserError) as caught:
-        call()
-    text = str(caught.value)
-    assert text.endswith(".")
-    assert "\n" not in text
-    return text
-
-
 @pytest.fixture(scope="module")
 def data() -> Data:
     return digits(digits_cnn(weights=None))
@@ -127,7 +117,7 @@ class TestDigits:
 
     @pytest.mark.parametrize("calibration", [-1, 0, 201])
     def test_calibration_out_of_range_is_refused(self, calibration: int) -> None:
-        text = message(lambda: digits(digits_cnn(weights=None), calibration=calibration))
+        text = refused(lambda: digits(digits_cnn(weights=None), calibration=calibration))
         assert f"dataset.calibration={calibration}" in text
         assert "1 to 200" in text
 
@@ -140,7 +130,7 @@ class TestDigits:
             torch.testing.assert_close(found, expected[:, 0])
 
     def test_other_number_of_classes_is_refused(self) -> None:
-        assert "7 classes and the data 10" in message(lambda: digits(model_of(7)))
+        assert "7 classes and the data 10" in refused(lambda: digits(model_of(7)))
 
 
 class TestStratifiedOrder:
@@ -173,7 +163,7 @@ class TestImageFolder:
     def test_flat_folder_has_no_training_images(self, tmp_path: Path) -> None:
         data = image_folder(model_of(3), root=str(fill(tmp_path, self.counts)), calibration=6)
         assert data.train is None
-        assert "train/ and val/" in message(data.training)
+        assert "train/ and val/" in refused(data.training)
 
     def test_train_and_val_keep_their_roles(self, tmp_path: Path) -> None:
         root = make_root(tmp_path, "train_and_val", self.counts)
@@ -204,7 +194,7 @@ class TestImageFolder:
     def test_folder_of_copies_leaves_nothing_to_evaluate_and_is_refused(self, tmp_path: Path) -> None:
         draw(tmp_path / "cat" / "one.png", 0)
         shutil.copy(tmp_path / "cat" / "one.png", tmp_path / "cat" / "two.png")
-        assert str(tmp_path) in message(lambda: image_folder(model_of(1), root=str(tmp_path), calibration=1))
+        assert str(tmp_path) in refused(lambda: image_folder(model_of(1), root=str(tmp_path), calibration=1))
 
     @both_layouts
     @pytest.mark.parametrize("calibration", [6, 12])
@@ -245,36 +235,36 @@ class TestImageFolder:
     @pytest.mark.parametrize("calibration", [-1, 0, 25])
     def test_calibration_out_of_range_is_refused(self, tmp_path: Path, layout: str, calibration: int) -> None:
         root = make_root(tmp_path, layout, self.counts)
-        text = message(lambda: image_folder(model_of(3), root=str(root), calibration=calibration))
+        text = refused(lambda: image_folder(model_of(3), root=str(root), calibration=calibration))
         assert f"dataset.calibration={calibration}" in text
 
     def test_flat_folder_keeps_an_image_to_evaluate(self, tmp_path: Path) -> None:
         root = str(fill(tmp_path, self.counts))
         assert len(image_folder(model_of(3), root=root, calibration=23).evaluation) == 1
-        assert "24" in message(lambda: image_folder(model_of(3), root=root, calibration=24))
+        assert "24" in refused(lambda: image_folder(model_of(3), root=root, calibration=24))
 
     def test_different_classes_in_train_and_val_are_refused(self, tmp_path: Path) -> None:
         fill(tmp_path / "train", {"cat": 2, "dog": 2})
         fill(tmp_path / "val", {"cat": 2, "owl": 2})
-        assert "class folders" in message(lambda: image_folder(model_of(2), root=str(tmp_path), calibration=1))
+        assert "class folders" in refused(lambda: image_folder(model_of(2), root=str(tmp_path), calibration=1))
 
     def test_missing_folder_is_refused(self, tmp_path: Path) -> None:
         root = str(tmp_path / "absent")
-        assert root in message(lambda: image_folder(model_of(2), root=root))
+        assert root in refused(lambda: image_folder(model_of(2), root=root))
 
     def test_file_as_folder_is_refused(self, tmp_path: Path) -> None:
         draw(tmp_path / "cat.png", 0)
         root = str(tmp_path / "cat.png")
-        assert root in message(lambda: image_folder(model_of(2), root=root))
+        assert root in refused(lambda: image_folder(model_of(2), root=root))
 
     def test_empty_folder_is_refused(self, tmp_path: Path) -> None:
-        assert str(tmp_path) in message(lambda: image_folder(model_of(2), root=str(tmp_path)))
+        assert str(tmp_path) in refused(lambda: image_folder(model_of(2), root=str(tmp_path)))
 
     @both_layouts
     def test_empty_class_folder_is_refused(self, tmp_path: Path, layout: str) -> None:
         root = make_root(tmp_path, layout, self.counts)
         (root / ("val/empty" if layout == "train_and_val" else "empty")).mkdir()
-        assert "empty" in message(lambda: image_folder(model_of(3), root=str(root), calibration=1))
+        assert "empty" in refused(lambda: image_folder(model_of(3), root=str(root), calibration=1))
 
 
 class TestClasses:
@@ -323,7 +313,7 @@ class TestClasses:
         self, tmp_path: Path, model: Model, names: tuple[str, ...], unknown: str
     ) -> None:
         fill(tmp_path, dict.fromkeys(names, 2))
-        assert unknown in message(lambda: image_folder(model, root=str(tmp_path), calibration=1))
+        assert unknown in refused(lambda: image_folder(model, root=str(tmp_path), calibration=1))
 
 
 def photo(size: tuple[int, int]) -> Image.Image:
@@ -392,7 +382,7 @@ class TestReadImage:
         kept = {"empty": b"", "text": b"no image at all", "truncated": broken.read_bytes()[:200]}
         broken.write_bytes(kept[damage])
         data = image_folder(model_of(2), root=str(root), calibration=1)
-        assert str(broken) in message(lambda: contents(data.evaluation) + contents(data.calibration))
+        assert str(broken) in refused(lambda: contents(data.evaluation) + contents(data.calibration))
 
 
 class Pairs(Dataset[tuple[Tensor, int]]):

@@ -13,12 +13,13 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from conftest import refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pq_sweep.digits_cnn import DigitsCNN
 from pq_sweep.models import digits_cnn, simplenet, torchvision_model
-from pq_sweep.types import Model, UserError
+from pq_sweep.types import Model
 
 State = dict[str, Tensor]
 
@@ -31,16 +32,6 @@ def trained() -> State:
 
 def prefixed(state: State) -> State:
     return {f"module.{key}": value for key, value in state.items()}
-
-
-def refused(call: Callable[[], Any]) -> str:
-    """Return the one sentence with which `call` is refused."""
-    with pytest.raises(UserError) as caught:
-        call()
-    text = str(caught.value)
-    assert text.endswith(".")
-    assert "\n" not in text
-    return text
 
 
 def assert_same(found: State, expected: State) -> None:
