@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import LAUNCH, SHORT, Done, launch_in, new_user
 from conftest import ROOT, Launch, only_sweep, python, results
 from hydra import compose, initialize_config_dir
@@ -24,6 +25,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from omegaconf import DictConfig
 
+from pq_sweep.models import digits_cnn
 from pq_sweep.results import PQ_BENCH
 from pq_sweep.sweep import compose_grid, refuse_impossible
 
@@ -388,3 +390,15 @@ def test_jobs_at_the_same_time(tmp_path: Path, launch: Launch) -> None:
     assert len(list((only_sweep(tmp_path) / "baseline").iterdir())) == 1
     _, children = logged(store_in(tmp_path))
     assert [run.info.status for run in children] == ["FINISHED", "FINISHED"]
+
+
+def test_changed_weights_get_their_own_baseline(tmp_path: Path) -> None:
+    """A sweep that runs again in its folder must not compare with what the weights were before."""
+    command = ("model.weights=w.pt", "hydra.sweep.dir=again", "tracking=none", *SHORT)
+    for model in (digits_cnn(), digits_cnn(weights=None)):
+        torch.save(model.module.state_dict(), tmp_path / "w.pt")
+        done = launch_in(tmp_path, *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = results(tmp_path / "again")
+    assert result["baseline"]["top1"] < 0.5
+    assert result["accuracy"]["agreement"] == 1.0
