@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pq_sweep.download import fetch, public
 from pq_sweep.types import Model, Preprocess, UserError, choose
 
 State = dict[str, Tensor]
 
 # Classifiers of GoogLeNet and Inception that only training uses.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+INSTEAD = "or give model.weights=/path or model.weights=null"
 HOW_TO_SAVE = "save one by torch.save(model.state_dict(), path)."
 
 
@@ -73,14 +75,11 @@ def auxiliary_model(*, name: str, weights: str | None, num_classes: int) -> Mode
 
 
 def _published(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
-    """Return a torchvision network with weights that are downloaded once."""
+    """Return a torchvision network with weights that are downloaded once, to where torchvision looks for them."""
     from torchvision.models import get_model
 
-    try:
-        return get_model(name, weights=weights, **options)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = "it is damaged" if isinstance(error, pickle.UnpicklingError) else str(error).split("\n")[0]
-        raise UserError(f"the weights of {name} cannot be loaded ({reason}); {_place(weights.url)}") from error
+    fetch_weights(weights.url)  # checks the hash in the name, so that torchvision finds a file that is whole
+    return get_model(name, weights=weights, **options)
 
 
 def simplenet(*, size: str, mode: str, scale: float, weights: str | None, num_classes: int = 1000) -> Model:
@@ -123,14 +122,8 @@ def fetch_weights(weights: str) -> Path:
     """Return the path of weights, downloading them into torch.hub's folder if they are given by address."""
     if "://" not in weights:
         return Path(weights)
-    target = Path(torch.hub.get_dir()) / "checkpoints" / weights.rpartition("/")[2]
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(weights, str(target))
-        except OSError as error:
-            raise UserError(f"{weights} cannot be downloaded ({error}); {_place(weights)}") from error
-    return target
+    name = public(weights).rpartition("/")[2]
+    return fetch(weights, Path(torch.hub.get_dir()) / "checkpoints" / name, hint=INSTEAD)
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -183,13 +176,6 @@ def _preprocess(transforms: Any) -> Preprocess:
         std=tuple(transforms.std),
         interpolation=transforms.interpolation.value,
     )
-
-
-def _place(address: str) -> str:
-    """Say where a file that cannot be downloaded has to lie."""
-    name = address.rpartition("/")[2]
-    target = Path(torch.hub.get_dir()) / "checkpoints" / name
-    return f"put {name} at {target}, or give model.weights=/path or model.weights=null."
 
 
 def _shape(state: State, key: str) -> tuple[int, ...] | str:

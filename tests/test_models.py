@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import re
 import shutil
@@ -9,16 +10,16 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import pytest
+import requests
 import torch
 from conftest import refused
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pq_sweep.digits_cnn import DigitsCNN
-from pq_sweep.models import digits_cnn, simplenet, torchvision_model
+from pq_sweep.models import digits_cnn, fetch_weights, simplenet, torchvision_model
 from pq_sweep.types import Model
 
 State = dict[str, Tensor]
@@ -191,11 +192,20 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Have no network, and an empty folder where torch keeps downloaded weights; return that folder."""
 
     def unreachable(*_: Any, **__: Any) -> None:
-        raise URLError("no network")
+        raise requests.ConnectionError("no network")
 
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    monkeypatch.setattr(requests.Session, "get", unreachable)
     return tmp_path / "hub" / "checkpoints"
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+    """Let torchvision's SqueezeNet 1.1 have `path` as its published weights, named by their hash."""
+    from torchvision.models import SqueezeNet1_1_Weights
+
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    url = f"https://example.invalid/models/squeezenet1_1-{digest[:8]}.pth"
+    monkeypatch.setattr(SqueezeNet1_1_Weights.IMAGENET1K_V1.value, "url", url)
 
 
 def place_named_in(text: str) -> Path:
@@ -216,14 +226,35 @@ downloaded = pytest.mark.parametrize(
 
 
 @downloaded
-def test_offline_says_which_file_to_put_where(offline: Path, make: Callable[..., Model]) -> None:
+def test_offline_says_which_file_to_put_where(
+    offline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[..., Model]
+) -> None:
     """Following the sentence works."""
-    place = place_named_in(refused(make))
-    assert place.parent == offline
     torch.manual_seed(7)
     state = make(weights=None).module.state_dict()
-    torch.save(state, place)
+    torch.save(state, tmp_path / "weights.pth")
+    publish(monkeypatch, tmp_path / "weights.pth")
+    text = refused(make)
+    assert "cannot be downloaded (no network); put " in text
+    assert text.endswith(", or give model.weights=/path or model.weights=null.")
+    place = place_named_in(text)
+    assert place.parent == offline
+    shutil.copy(tmp_path / "weights.pth", place)
     assert_same(make().module.state_dict(), state)
+
+
+def test_other_weights_under_a_published_name_are_refused(offline: Path) -> None:
+    """The file is whole and fits the network, but it is not what the name says."""
+    make = partial(torchvision_model, name="squeezenet1_1")
+    place = place_named_in(refused(make))
+    torch.save(make(weights=None).module.state_dict(), place)
+    assert f"{place} has the sha256 " in refused(make)
+
+
+def test_token_of_an_address_is_not_told(offline: Path) -> None:
+    text = refused(lambda: fetch_weights("https://me:pa55w@example.invalid/files/net.pth?key=t0ken"))
+    assert place_named_in(text) == offline / "net.pth"
+    assert not re.search("pa55w|t0ken", text)
 
 
 @downloaded
