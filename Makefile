@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: install sweep test lint ui weights gpu-check
+.PHONY: install sweep test lint ui weights support gpu-check
 
 install: $(VENV)/installed
 
@@ -29,6 +29,10 @@ ui: install
 
 weights: install
 	$(BIN)/python -m pq_sweep.digits_cnn pq_sweep/weights/digits_cnn.safetensors
+
+# Hours of work: every model in every way. IMAGES and WEIGHTS name folders of photographs and trained weights.
+support: install
+	$(BIN)/python -m benchmarks.support docs/support.md $(if $(IMAGES),--images $(IMAGES)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 gpu-check: install
 	$(BIN)/pytest -m gpu

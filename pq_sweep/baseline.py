@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from dataclasses import dataclass
@@ -51,4 +52,16 @@ def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: 
     session = TorchSession(model.module, torch.float32, device, artifact, {})
     accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
     np.save(folder / "predictions.npy", predictions)
+    _name_images(data, predictions, folder / "images.csv")
     write_json(folder / "baseline.json", accuracy | measure.network(model) | {"size_bytes": artifact.stat().st_size})
+
+
+def _name_images(data: Data, predictions: np.ndarray, path: Path) -> None:
+    """Write which image each prediction of the sweep's jobs belongs to, with its class and the reference's answer."""
+    classes = dict(enumerate(data.classes))  # a data set of one's own may name fewer than the model has
+    names = data.evaluation.names or [str(index) for index in range(len(data.evaluation))]
+    with path.open("w", newline="", errors="backslashreplace") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "class", "baseline"])
+        for name, label, answer in zip(names, data.evaluation.labels.tolist(), predictions, strict=True):
+            table.writerow([name, classes.get(label, label), classes.get(int(answer), answer)])

@@ -18,17 +18,19 @@ from pq_sweep.types import UserError
 GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime", "measure", "tracking")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 CALIBRATIONS = ("minmax", "entropy", "percentile")
+KEPT_PRECISIONS = ("fp32", "fp16")
 IMPORTANCES = ("random", "magnitude", "taylor", "sensitivity", "bn_scale", "lamp")
-CHOICES = {"quantizer.calibration": CALIBRATIONS, "pruner.importance": IMPORTANCES}
+CHOICES = {"quantizer.calibration": CALIBRATIONS, "quantizer.keep": KEPT_PRECISIONS, "pruner.importance": IMPORTANCES}
 
 WEIGHT_FILES = (".pt", ".pth", ".safetensors")
 # Options of this package's components: the least and largest value, and whether it is a whole number.
-WHOLE_FROM_ONE = ("calibration", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
+WHOLE_FROM_ONE = ("evaluation", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
                   "epochs", "round_to", "num_classes", "window", "p")  # fmt: skip
-FROM_ZERO = ("warmup_s", "warmup_max_s", "min_s", "max_s", "agreement", "lr", "n")
+FROM_ZERO = ("warmup_s", "warmup_max_s", "min_s", "max_s", "agreement", "lr", "n", "max_drop")
 RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(WHOLE_FROM_ONE, (1, math.inf, True)),
     **dict.fromkeys(FROM_ZERO, (0, math.inf, False)),
+    "calibration": (0, math.inf, True),
     "warmup_iterations": (0, math.inf, True),
     "dim": (0, 1, True),
     "percentile": (50, 100, False),

@@ -81,6 +81,10 @@ def _explain_key(error: OmegaConfBaseException) -> str:
     names = [str(name) for name in parent if not str(name).startswith("_")]
     if full == key:  # a choice of nothing leaves no key behind
         names.append("experiment")
+    group = full.partition(".")[0]
+    if full != key and any(re.match(rf"{group}=.*,", word) for word in sys.argv):
+        # Hydra applies the override to the group's default choice, which it composes first.
+        return f"{full} is not known to the default {group}; where {group} itself is swept, write ++{full}=..."
     return f"{full} is not known; {_valid(key, names)}"
 
 

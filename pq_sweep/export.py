@@ -53,6 +53,10 @@ def _tidy(path: Path) -> None:
 
     model = onnx.load(path)
     _name_weights(model.graph)
+    weights = {item.name for item in model.graph.initializer}
+    shapes = [item for item in model.graph.value_info if item.name not in weights]
+    del model.graph.value_info[:]  # quantizers that transpose a weight would contradict its entry
+    model.graph.value_info.extend(shapes)
     for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")

@@ -20,6 +20,7 @@ from pq_sweep.environment import describe, resolve_device
 from pq_sweep.measure import Protocol, Result
 from pq_sweep.progress import Stages, write_json
 from pq_sweep.runtimes import precision_of
+from pq_sweep.sizes import compressed_size, storage_sizes
 from pq_sweep.types import Data, Model, Runtime, Session, Workspace
 
 component = partial(instantiate, _partial_=True, _convert_="all")
@@ -37,16 +38,15 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         runtime = possible_runtime(cfg, quantizer, work.device)
 
         with stage("load"):
-            model: Model = component(cfg.model)()
-            data: Data = component(cfg.dataset)(model)
-            model.module.to(work.device)
+            model, data = load(cfg, work.device)
         with stage("baseline"):
             baseline = load_baseline(cfg, model, data, work, protocol)
         with stage("prune"):
             removal = component(cfg.pruner)(model, data)
         with stage("recover"):
             component(cfg.recovery)(model, data)
-        network = measure.network(model)
+        with stage("sizes"):
+            network, formats = describe_network(model), storage_sizes(model, folder)
         session = runtime.open(model, quantizer, data, work)
         del model  # from here on only the session holds memory
         with stage("accuracy"):
@@ -59,7 +59,8 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             "accuracy": accuracy | baseline.compare(accuracy, predictions),
             **speed,
             "network": network,
-            "size_bytes": {"original": baseline.result["size_bytes"], "compressed": session.artifact.stat().st_size},
+            "images": describe_images(data),
+            "size_bytes": describe_sizes(session, baseline.result["size_bytes"], formats),
             "prep_s": stage.prep,
             "stage_s": stage.seconds,
             "baseline": baseline.result,
@@ -81,6 +82,14 @@ def possible_runtime(cfg: DictConfig, quantizer: Callable[..., Any], device: str
     return runtime
 
 
+def load(cfg: DictConfig, device: str) -> tuple[Model, Data]:
+    """Return the model on its device and the data as the model takes it."""
+    model: Model = component(cfg.model)()
+    data: Data = component(cfg.dataset)(model)
+    model.module.to(device)
+    return model, data
+
+
 def save(folder: Path, result: Result, predictions: np.ndarray, removal: Result | None) -> None:
     """Write what a job found; `result.json` comes last, as the sign that all is there."""
     np.save(folder / "predictions.npy", predictions)
@@ -94,6 +103,31 @@ def resolved(cfg: DictConfig) -> dict[Any, Any]:
     values = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(values, dict)
     return values
+
+
+def describe_network(model: Model) -> Result:
+    """Return what the network takes, where the terms of its use stand, and its figures."""
+    shape = [model.preprocess.channels, model.preprocess.size, model.preprocess.size]
+    about = {"input": shape, "classes": model.num_classes, "licence": model.licence}
+    return about | measure.network(model)
+
+
+def describe_images(data: Data) -> Result:
+    """Return how many images there were for what, and where they came from."""
+    parts = {"evaluation": data.evaluation, "calibration": data.calibration, "train": data.train}
+    return {name: len(part) if part else 0 for name, part in parts.items()} | data.record()
+
+
+def describe_sizes(session: Session, original: int, formats: dict[str, int]) -> Result:
+    """Return the bytes of the original, of the file to deploy, and of the pruned FP32 network in each format."""
+    compressed = session.artifact.stat().st_size
+    return {
+        "original": original,
+        "compressed": compressed,
+        "compressed_zstd": compressed_size(session.artifact),
+        "formats": formats,
+        "smallest_format": min(formats, key=lambda name: formats[name]),
+    }
 
 
 def describe_session(session: Session, quantizer: Callable[..., Any], folder: Path) -> Result:

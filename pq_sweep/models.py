@@ -15,9 +15,14 @@ from pq_sweep.types import Model, Preprocess, UserError, choose
 
 State = dict[str, Tensor]
 
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
 # Classifiers of GoogLeNet and Inception that only training uses.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 INSTEAD = "or give model.weights=/path or model.weights=null"
+# Torchvision's weights come under its own licence unless their description names another.
+TORCHVISION_LICENCE = "https://github.com/pytorch/vision/blob/main/LICENSE"
+SIMPLENET_LICENCE = "https://github.com/Coderx7/SimpleNet_Pytorch"
 HOW_TO_SAVE = "save one by torch.save(model.state_dict(), path)."
 
 
@@ -65,7 +70,9 @@ def torchvision_model(
         module = _published(name, chosen, options or {})
     first = next(iter(published))
     names = tuple(first.meta["categories"]) if num_classes == 1000 else None
-    return Model(module.eval(), num_classes, _preprocess((chosen or first).transforms()), names)
+    source = chosen or first
+    licence = source.meta.get("license", TORCHVISION_LICENCE)
+    return Model(module.eval(), num_classes, _preprocess(source.transforms()), names, licence)
 
 
 def auxiliary_model(*, name: str, weights: str | None, num_classes: int) -> Model:
@@ -94,7 +101,15 @@ def simplenet(*, size: str, mode: str, scale: float, weights: str | None, num_cl
     module = SimpleNet(size, mode, scale, num_classes).eval()
     if weights:
         load_weights(module, fetch_weights(weights))
-    return Model(module, num_classes, Preprocess(interpolation="bicubic"))
+    classes = _imagenet_classes() if num_classes == 1000 else None
+    return Model(module, num_classes, Preprocess(interpolation="bicubic"), classes, SIMPLENET_LICENCE)
+
+
+def _imagenet_classes() -> tuple[str, ...]:
+    """Return the names of ImageNet's 1,000 classes in torchvision's order."""
+    from torchvision.models import ResNet18_Weights
+
+    return tuple(ResNet18_Weights.DEFAULT.meta["categories"])
 
 
 def cifar_resnet(*, n: int, weights: str | None, num_classes: int = 10) -> Model:
@@ -115,7 +130,7 @@ def _cifar(module: nn.Module, weights: str | None, num_classes: int) -> Model:
     if weights:
         load_weights(module, Path(weights))
     preprocess = Preprocess(size=32, resize=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-    return Model(module.eval(), num_classes, preprocess)
+    return Model(module.eval(), num_classes, preprocess, CIFAR10 if num_classes == 10 else None)
 
 
 def fetch_weights(weights: str) -> Path:

@@ -19,7 +19,17 @@ log = logging.getLogger(__name__)
 # A list of numbers, which is written on one line.
 NUMBERS = re.compile(r"\[\n[-+.,eE\d\s]*\]")
 
-PREP = ("prune", "recover", "export", "calibrate", "quantize", "build")
+LEFT_BY_JOBS = (
+    "error.json",
+    "result.json",
+    "removal.json",
+    "predictions.npy",
+    "precisions.svg",
+    "export.onnx",
+    "model.pt",
+    "model.onnx",
+)
+PREP = ("prune", "recover", "export", "calibrate", "sensitivity", "quantize", "build")
 
 
 class Stages:
@@ -49,8 +59,8 @@ class Stages:
     @contextmanager
     def keeping_errors(self) -> Iterator[None]:
         """Write `error.json` if what is inside fails, and let the error go on."""
-        for name in ("error.json", "result.json", "removal.json", "predictions.npy", "model.pt", "model.onnx"):
-            (self.folder / name).unlink(missing_ok=True)  # of an earlier run in the same folder
+        for name in LEFT_BY_JOBS:  # of an earlier run in the same folder
+            (self.folder / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder / "engine", ignore_errors=True)
         try:
             yield
@@ -61,11 +71,6 @@ class Stages:
                 self.folder / "error.json", record | {"started": self.started, "traceback": traceback.format_exc()}
             )
             raise
-
-    def move(self, seconds: float, *, source: str, target: str) -> None:
-        """Book part of the running stage `source` under `target`, when a library does both in one call."""
-        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
-        self.seconds[source] = self.seconds.get(source, 0.0) - seconds
 
     @property
     def prep(self) -> dict[str, float]:

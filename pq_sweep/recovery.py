@@ -23,7 +23,7 @@ def bn_reestimate(model: Model, data: Data, *, images: int, batch_size: int) -> 
     layers = [part for part in model.module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     if not layers:
         raise UserError("recovery=bn_reestimate needs BatchNorm layers and this model has none; use none or finetune.")
-    source = (data.train or data.calibration).take(images)
+    source = (data.train or data.calibrating()).take(images)
     size = min(batch_size, len(source))
     momenta = [layer.momentum for layer in layers]
     for layer in layers:

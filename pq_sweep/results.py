@@ -10,15 +10,11 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pq_sweep.types import UserError
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Row = dict[str, Any]
 
@@ -29,19 +25,16 @@ PQ_BENCH = (
 )  # fmt: skip
 
 
-# Cores kept busy by other processes from which on latency is called disturbed.
-NOISY_LOAD = 0.2
-
 GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime")
-TEXTS = ("job", "model", "dataset", "pruner", "quantizer", "runtime", "device")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One sweep folder and the rows of its jobs."""
+    """One sweep folder, the rows of its jobs, and the options besides `amount` in which they differ."""
 
     folder: Path
     rows: list[Row]
+    options: tuple[str, ...] = ()
 
     def count(self, status: str) -> int:
         """Count the jobs with a status: finished, failed, running or missing."""
@@ -66,7 +59,26 @@ def read_sweep(folder: Path) -> Sweep:
         for path in folder.glob(f"*/{name}")
     }
     extra = sorted(found - announced.keys(), key=_natural)
-    return Sweep(folder, [_row(folder / name, announced.get(name, {})) for name in [*announced, *extra]])
+    given = {name: _options(job) for name, job in announced.items()}
+    swept = _swept(list(given.values()))
+    rows = [
+        _row(folder / name, announced.get(name, {})) | {key: given.get(name, {}).get(key, "") for key in swept}
+        for name in [*announced, *extra]
+    ]
+    return Sweep(folder, rows, swept)
+
+
+def _options(job: Row) -> dict[str, str]:
+    """Return the options that a job was given, such as {"pruner.n": "2"}; amounts have a column of their own."""
+    pairs = (override.lstrip("+").partition("=") for override in job.get("overrides", ()))
+    return {key: value for key, _, value in pairs if "." in key and key != "pruner.amount"}
+
+
+def _swept(jobs: list[dict[str, str]]) -> tuple[str, ...]:
+    """Return the options that are not the same in all jobs."""
+    return tuple(
+        key for key in dict.fromkeys(key for job in jobs for key in job) if len({x.get(key) for x in jobs}) > 1
+    )
 
 
 def read_job(folder: Path) -> Row:
@@ -106,81 +118,6 @@ def write_csv(sweep: Sweep) -> Path:
     return path
 
 
-def tables(sweep: Sweep, width: int) -> list[Table]:
-    """Draw the rows in `width` characters without cutting anything off.
-
-    What does not fit loses the columns that say the same in every row, which go into the title, and is then split into
-    tables that repeat the columns that tell the jobs apart.
-    """
-    sizes = batch_sizes(sweep.rows)
-    rows = [_cells(row, sizes) for row in sweep.rows]
-    columns = {
-        name: [row.get(name, "-") for row in rows] for name in dict.fromkeys(name for row in rows for name in row)
-    }
-    title = f"{sweep.folder}: {sweep.summary}"
-    if _width(columns) > width and len(rows) > 1:
-        same = [name for name in TEXTS if len(set(columns[name])) == 1]
-        title = ", ".join([title, *(f"{name} {columns.pop(name)[0]}" for name in same)])
-    keys = {name: cells for name, cells in columns.items() if name in TEXTS}
-    parts = [dict(keys)]
-    for name, cells in columns.items():
-        if name in keys:
-            continue
-        if _width(parts[-1] | {name: cells}) > width and len(parts[-1]) > len(keys):
-            parts.append(dict(keys))
-        parts[-1][name] = cells
-    unfinished = [row["status"] != "finished" for row in sweep.rows]
-    return [_draw(part, title if part is parts[0] else None, unfinished) for part in parts]
-
-
-def _draw(columns: dict[str, list[str]], title: str | None, marked: list[bool]) -> Table:
-    from rich.table import Table
-    from rich.text import Text
-
-    drawn = Table(title=Text(title) if title else None, title_justify="left", header_style="bold")
-    for name in columns:
-        drawn.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name not in TEXTS, overflow="fold")
-    for cells, mark in zip(zip(*columns.values(), strict=True), marked, strict=True):
-        drawn.add_row(*(Text(cell) for cell in cells), style="yellow" if mark else None)
-    return drawn
-
-
-def _width(columns: dict[str, list[str]]) -> int:
-    """Return the characters that a table of these columns takes."""
-    lines = ([*name.split("\n"), *cells] for name, cells in columns.items())
-    return sum(max(map(len, column)) + 3 for column in lines) + 1
-
-
-def show(sweep: Sweep) -> None:
-    """Print the table, the failed and missing jobs, and where the CSV lies."""
-    from rich.console import Console
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
-    for drawn in tables(sweep, console.width):
-        console.print(drawn)
-    for line in [*_unfinished(sweep), *_disturbed(sweep), f"CSV: {write_csv(sweep)}"]:
-        console.print(line, markup=False, soft_wrap=True)
-
-
-def _unfinished(sweep: Sweep) -> Iterator[str]:
-    """Say of each job that did not finish where it stopped and why."""
-    for row in sweep.rows:
-        job = f"job {row['job']} ({row['name']})"
-        if row["status"] == "failed":
-            log = sweep.folder / row["job"] / "job.log"
-            yield f"{job} failed at {row['stage']}: {row['error']} Traceback: {log}"
-        elif row["status"] != "finished":
-            yield f"{job} is {row['status']}" + (f", stage {row['stage']}" if row["stage"] else "")
-
-
-def _disturbed(sweep: Sweep) -> Iterator[str]:
-    """Warn of latency that was measured while other processes were busy."""
-    loads = {row["job"]: row["load_of_others"] for row in sweep.rows if row.get("load_of_others", 0) > NOISY_LOAD}
-    if loads:
-        jobs = ", ".join(f"{job} ({load:.1f} cores)" for job, load in loads.items())
-        yield f"latency is not to be trusted where other processes were busy meanwhile: job {jobs}"
-
-
 def batch_sizes(rows: list[Row]) -> list[int]:
     """Return all batch sizes at which latency was measured."""
     prefix = "latency_ms/b"
@@ -200,6 +137,7 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
         "agreement": accuracy["agreement"],
         "original_size_mb": result["size_bytes"]["original"] / 1e6,
         "engine_size_mb": result["size_bytes"]["compressed"] / 1e6,
+        "engine_size_zstd_mb": result["size_bytes"]["compressed_zstd"] / 1e6,
         "sparsity": network["sparsity"],
         "params": network["params"],
         "params_removed": 1 - network["params"] / original["params"],
@@ -208,10 +146,13 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
         "prep_time_s": sum(result["prep_s"].values()),
         "baseline_accuracy": original["top1"],
     }
+    flat |= {f"size_mb/{name}": size / 1e6 for name, size in result["size_bytes"]["formats"].items()}
     flat |= {f"prep_time_s/{stage}": seconds for stage, seconds in result["prep_s"].items()}
     for size, timed in result["latency"].items():
         flat |= {f"latency_ms/b{size}": timed["p50_ms"], f"throughput/b{size}": timed["throughput"]}
         flat |= {f"latency_{name}_ms/b{size}": timed[f"{name}_ms"] for name in ("p90", "p99", "mean", "std")}
+    images = result["images"]
+    flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
     flat["load_of_others"] = max((timed["load_of_others"] for timed in result["latency"].values()), default=0.0)
     return {name: value for name, value in flat.items() if value is not None}
 
@@ -250,6 +191,7 @@ def _row(folder: Path, announced: Row) -> Row:
             "status": "finished",
             "precision": session["precision"],
             "protocol": result["config"]["measure"]["name"],
+            "smallest_format": result["size_bytes"]["smallest_format"],
         }
         return row | {"name": job_name(row) if "model" in row else row["name"]} | metrics(result)
     if error:
@@ -290,34 +232,6 @@ def _pq_bench(row: Row) -> Row:
     return dict(zip(PQ_BENCH, values, strict=True))
 
 
-def _cells(row: Row, sizes: list[int]) -> dict[str, str]:
-    """Format a row for the table, by column."""
-
-    def number(key: str, form: str, scale: float = 1) -> str:
-        return format(row[key] * scale, form) if key in row else "-"
-
-    recovery = row.get("recovery", "none")
-    texts = {name: str(row.get(name, "-")) for name in TEXTS}
-    texts["pruner"] += "" if recovery == "none" else f" + {recovery}"
-    latency = {
-        f"ms b{size}\np50/p99": f"{number(f'latency_ms/b{size}', '.3f')}/{number(f'latency_p99_ms/b{size}', '.3f')}"
-        for size in sizes
-    }
-    largest = max(sizes, default=1)
-    return texts | {
-        "amount": "-" if row.get("pruner") == "none" else str(row.get("amount", "-")),
-        "top-1 %": number("accuracy", ".2f", 100) if row["status"] == "finished" else row["status"],
-        "drop\npoints": number("accuracy_drop_points", ".2f"),
-        **latency,
-        f"images/s\nb{largest}": number(f"throughput/b{largest}", ",.0f"),
-        "original\nMB": number("original_size_mb", ".3f"),
-        "size\nMB": number("engine_size_mb", ".3f"),
-        "sparsity": number("sparsity", ".3f"),
-        "params\nthousand": number("params", ",.1f", 1e-3),
-        "prep s": number("prep_time_s", ".2f"),
-    }
-
-
 def _natural(name: str) -> tuple[int, str]:
     return (int(name), name) if name.isdigit() else (sys.maxsize, name)
 
@@ -326,6 +240,8 @@ def main() -> None:
     """Rebuild the CSV and print the table of every sweep in the given folders."""
     parser = argparse.ArgumentParser(prog="python -m pq_sweep.results", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="sweep folders, or folders that contain some")
+    from pq_sweep.tables import show
+
     try:
         for sweep in find_sweeps(parser.parse_args().folders):
             show(sweep)

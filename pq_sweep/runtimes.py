@@ -88,7 +88,10 @@ class TorchSession:
 class OnnxRuntime:
     """ONNX Runtime on the CPU, or its CUDA provider."""
 
-    precisions: ClassVar[Precisions] = {"cpu": ("fp32", "fp16", "int8", "int8_dynamic"), "cuda": ("fp32", "fp16")}
+    precisions: ClassVar[Precisions] = {
+        "cpu": ("fp32", "fp16", "int8", "int8_dynamic", "mixed"),
+        "cuda": ("fp32", "fp16"),
+    }
 
     def resolve(self, precision: str, device: str) -> Runtime:
         return self
@@ -110,7 +113,7 @@ class OnnxRuntime:
 class TensorRT:
     """TensorRT through ONNX Runtime's provider; the precision is in the graph, never a builder flag."""
 
-    precisions: ClassVar[Precisions] = {"cpu": (), "cuda": ("fp32", "fp16", "int8")}
+    precisions: ClassVar[Precisions] = {"cpu": (), "cuda": ("fp32", "fp16", "int8", "mixed")}
 
     def resolve(self, precision: str, device: str) -> Runtime:
         return self
@@ -151,8 +154,8 @@ class Auto:
     """Torch for a model that is not quantized to integers or FP16, else TensorRT on CUDA, else ONNX Runtime."""
 
     precisions: ClassVar[Precisions] = {
-        "cpu": ("fp32", "fp16", "bf16", "int8", "int8_dynamic"),
-        "cuda": ("fp32", "fp16", "bf16", "int8"),
+        "cpu": ("fp32", "fp16", "bf16", "int8", "int8_dynamic", "mixed"),
+        "cuda": ("fp32", "fp16", "bf16", "int8", "mixed"),
     }
 
     def resolve(self, precision: str, device: str) -> Runtime:

@@ -19,7 +19,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pq_sweep.check import problems
 from pq_sweep.environment import command_line, git_state, without_password
 from pq_sweep.progress import write_json
-from pq_sweep.results import GROUPS, job_name, read_json, read_sweep, show
+from pq_sweep.results import GROUPS, job_name, read_json, read_sweep
+from pq_sweep.tables import show
 from pq_sweep.tracking import Tracker
 from pq_sweep.types import UserError
 

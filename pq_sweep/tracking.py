@@ -257,7 +257,7 @@ class Mlflow:
             run, values, params, [RunTag(key, str(value)[:MAX_VALUE]) for key, value in (notes | tags).items()]
         )
         client.log_dict(run, job_config(job), "config.yaml")
-        for name in ("result.json", "error.json"):
+        for name in ("result.json", "error.json", *(path.name for path in job.glob("*.svg"))):
             if (job / name).exists():
                 client.log_artifact(run, str(job / name))
 

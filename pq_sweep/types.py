@@ -38,12 +38,16 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network and what it expects: `module` maps (B, C, H, W) float32 to (B, num_classes) logits."""
+    """A trained network and what it expects: `module` maps (B, C, H, W) float32 to (B, num_classes) logits.
+
+    `licence` is the address of the terms of the network and its published weights.
+    """
 
     module: nn.Module
     num_classes: int
     preprocess: Preprocess = Preprocess()
     classes: tuple[str, ...] | None = None
+    licence: str | None = None
 
     def sample(self, batch: int = 2) -> Tensor:
         """Return a seeded random input of the right shape, on the device of the network."""
@@ -56,10 +60,14 @@ class Model:
 
 @dataclass(frozen=True)
 class Split:
-    """Labelled images fetched by index: labels (N,) int64; `fetch` maps indices to (B, C, H, W) normalised float32."""
+    """Labelled images fetched by index: labels (N,) int64; `fetch` maps indices to (B, C, H, W) normalised float32.
+
+    `names` say which images they are, such as their files.
+    """
 
     labels: Tensor
     fetch: Callable[[list[int]], Tensor]
+    names: tuple[str, ...] | None = None
 
     @classmethod
     def of_tensors(cls, images: Tensor, labels: Tensor) -> Split:
@@ -87,7 +95,8 @@ class Split:
 
     def subset(self, indices: list[int]) -> Split:
         """Return the images at `indices`, in that order."""
-        return Split(self.labels[indices], lambda inner: self.fetch([indices[i] for i in inner]))
+        names = self.names and tuple(self.names[i] for i in indices)
+        return Split(self.labels[indices], lambda inner: self.fetch([indices[i] for i in inner]), names)
 
     def batches(
         self, size: int, device: Any = "cpu", order: list[int] | None = None
@@ -101,17 +110,27 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a job. `columns` are the logits that compete when the data has a subset of the model's classes."""
+    """The images of a job. `columns` are the logits that compete when the data has a subset of the model's classes.
+
+    `record` says for the result how the images came to be, such as how many were decoded.
+    """
 
     evaluation: Split
     calibration: Split
     train: Split | None
     classes: tuple[str, ...]
     columns: Tensor | None = None
+    record: Callable[[], dict[str, Any]] = dict
 
     def logits(self, output: Tensor) -> Tensor:
         """Keep the columns of (B, model classes) that belong to the classes of the data: (B, data classes)."""
         return output if self.columns is None else output[:, self.columns.to(output.device)]
+
+    def calibrating(self) -> Split:
+        """Return the calibration images, or a UserError if none were set aside."""
+        if not len(self.calibration):
+            raise UserError("calibration images are needed and there are none; give dataset.calibration=64 or so.")
+        return self.calibration
 
     def training(self) -> Split:
         """Return the training images, or a UserError if the data has none."""
@@ -124,8 +143,6 @@ class Stage(Protocol):
     """Times a named part of a job: `with stage("export"): ...`."""
 
     def __call__(self, name: str) -> AbstractContextManager[None]: ...
-
-    def move(self, seconds: float, *, source: str, target: str) -> None: ...
 
 
 @dataclass(frozen=True)

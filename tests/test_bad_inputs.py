@@ -59,7 +59,16 @@ REFUSED: list[tuple[str, list[str], str]] = [
     ("bf16 on ONNX Runtime", ["runtime=onnxruntime", "quantizer=bf16"], "Precision bf16 runs with: runtime=torch"),
     ("TensorRT on CPU", ["runtime=tensorrt", "device=cpu"], "runtime=tensorrt cannot run precision fp32 on device=cpu"),
     ("too few to calibrate", ["quantizer=int8", "quantizer.images=201"], "is more than dataset.calibration=200"),
-    ("no calibration images", ["dataset.calibration=0"], "dataset.calibration=0 is out of range"),
+    ("no calibration images", ["dataset.calibration=0", "quantizer=int8"], "is more than dataset.calibration=0"),
+    ("negative calibration", ["dataset.calibration=-1"], "dataset.calibration=-1 is out of range"),
+    ("nothing to evaluate", [FOLDER, "dataset.root=.", "dataset.evaluation=0"], "dataset.evaluation=0 is out of range"),
+    ("unknown precision to keep", ["quantizer=mixed", "quantizer.keep=fp8"], "valid are: fp32, fp16"),
+    ("mixed on torch", ["runtime=torch", "quantizer=mixed"], "runtime=torch cannot run precision mixed"),
+    (
+        "option of a swept group",
+        ["-m", "quantizer=int8,mixed", "quantizer.images=4"],
+        "where quantizer itself is swept, write ++quantizer.images=...",
+    ),
     ("missing checkpoint", ["model.weights=nowhere/net.pth"], "model.weights=nowhere/net.pth is no file"),
     ("missing checkpoint here", ["model.weights=nowhere.pt"], "model.weights=nowhere.pt is no file"),
     ("empty checkpoint name", ["model.weights="], "model.weights="),
@@ -91,9 +100,9 @@ FAILED: list[tuple[str, tuple[str, ...], str]] = [
     ("folders", ("dataset.root=no_classes",), "no_classes holds no images; expected one sub-folder per class"),
     ("folders", ("dataset.root=empty_class",), "has class folders without images: n01443537; fill or remove"),
     ("folders", ("dataset.root=three_classes",), "the model has 1000 classes and the data 3, and 'bird' is none"),
-    ("folders", ("dataset.root=unreadable",), "cannot read the image unreadable/n01440764/0.png"),
-    ("folders", ("dataset.root=few",), "dataset.calibration=2 does not fit: few has 2 images"),
-    ("machine", ("dataset.calibration=5000", "device=auto", "runtime=auto"), "digits keeps 1 to 200 images"),
+    ("folders", ("dataset.root=unreadable",), "dataset.calibration=2 does not fit: unreadable has 0 images"),
+    ("folders", ("dataset.root=few",), "few has no usable image to evaluate beside the 2 of dataset.calibration"),
+    ("machine", ("dataset.calibration=5000", "device=auto", "runtime=auto"), "digits keeps up to 200 images"),
     (
         "machine",
         ("dataset.calibration=200", "device=auto", "runtime=auto"),
@@ -146,8 +155,8 @@ def write_folders(folder: Path) -> None:
     write_images(folder / "three_classes", ("bird", "cat", "dog"), 2)
     write_images(folder / "few", IMAGENET[:2], 1)
     write_images(folder / "unreadable", IMAGENET[:2], 3)
-    for number in range(3):
-        (folder / "unreadable" / IMAGENET[0] / f"{number}.png").write_text(f"no image {number}")
+    for path in (folder / "unreadable").rglob("*.png"):
+        path.write_text(f"no image {path}")
 
 
 GRIDS = {

@@ -105,7 +105,7 @@ def test_light_modules_import_no_framework(tmp_path: Path, environment: dict[str
         ("launch.py pruner=l", {"pruner=l1", "pruner=l1_global", "pruner=ln_structured"}),
         ("launch.py quantizer=int8 quantizer.cal", {"quantizer.calibration="}),
         ("launch.py hydra/launcher=lo", {"hydra/launcher=local_parallel"}),
-        ("launch.py experiment=", {"experiment=prune_and_quantize"}),
+        ("launch.py experiment=pru", {"experiment=prune_and_quantize"}),
     ],
 )
 def test_completion(launch: Launch, line: str, expected: set[str]) -> None:

@@ -1,9 +1,12 @@
-"""Datasets: splits never overlap, labels meet the right logits, and images are prepared as torchvision does."""
+"""Datasets: splits never overlap, labels meet the right logits, and every data set is what its config says."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,63 +14,39 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
+from image_folders import (
+    IMAGENETTE,
+    TINY,
+    contents,
+    draw,
+    fill,
+    labels_by_content,
+    load,
+    make_root,
+    model_of,
+    torchvisions,
+    upright,
+)
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pq_sweep.datasets import digits, image_folder, imagenet_wnids, read_image, stratified_order
+from pq_sweep import datasets, download
+from pq_sweep.datasets import (
+    cifar10,
+    digits,
+    fake,
+    fetch_dataset,
+    imagenet,
+    imagenet_sample,
+    imagenette,
+    imagewoof,
+)
 from pq_sweep.models import digits_cnn, torchvision_model
 from pq_sweep.types import Data, Model, Preprocess, Split
 
-TINY = Preprocess(size=8, resize=8, mean=(0.0,) * 3, std=(1.0,) * 3)
-# Published positions of ImageNette's classes among ImageNet's 1,000.
-IMAGENETTE = {
-    "n01440764": 0,
-    "n02102040": 217,
-    "n02979186": 482,
-    "n03000684": 491,
-    "n03028079": 497,
-    "n03394916": 566,
-    "n03417042": 569,
-    "n03425413": 571,
-    "n03445777": 574,
-    "n03888257": 701,
-}
-
 both_layouts = pytest.mark.parametrize("layout", ["flat", "train_and_val"])
-
-
-def model_of(num_classes: int, classes: tuple[str, ...] | None = None, preprocess: Preprocess = TINY) -> Model:
-    return Model(nn.Flatten(), num_classes, preprocess, classes)
-
-
-def contents(split: Split) -> list[bytes]:
-    """Return each image as bytes, so that images are compared by what they show."""
-    return [image.numpy().tobytes() for images, _ in split.batches(64) for image in images]
-
-
-def draw(path: Path, seed: int, size: tuple[int, int] = (12, 10)) -> None:
-    """Write an image of noise that no other seed gives."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def fill(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
-    """Make class folders with `counts` different images each, PNG and JPEG in turn."""
-    for position, (name, count) in enumerate(counts.items()):
-        for index in range(count):
-            suffix = ".png" if index % 2 else ".JPEG"
-            draw(folder / name / f"{index:03}{suffix}", seed + position * 1000 + index)
-    return folder
-
-
-def make_root(root: Path, layout: str, counts: dict[str, int]) -> Path:
-    if layout == "flat":
-        return fill(root, counts)
-    fill(root / "train", counts)
-    fill(root / "val", counts, seed=100_000)
-    return root
+each_layout = pytest.mark.parametrize("layout", ["flat", "val", "train_and_val"])
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +94,16 @@ class TestDigits:
         assert contents(less.evaluation) == contents(data.evaluation)
         assert contents(less.training()) == contents(data.training())
 
-    @pytest.mark.parametrize("calibration", [-1, 0, 201])
+    @pytest.mark.parametrize("calibration", [-1, 201])
     def test_calibration_out_of_range_is_refused(self, calibration: int) -> None:
         text = refused(lambda: digits(digits_cnn(weights=None), calibration=calibration))
         assert f"dataset.calibration={calibration}" in text
-        assert "1 to 200" in text
+        assert "up to 200" in text
+
+    def test_calibration_may_be_none_at_all(self, data: Data) -> None:
+        none = digits(digits_cnn(weights=None), calibration=0)
+        assert len(none.calibration) == 0
+        assert contents(none.evaluation) == contents(data.evaluation)
 
     def test_bigger_input_is_enlarged_and_normalised(self, data: Data) -> None:
         mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -133,93 +117,127 @@ class TestDigits:
         assert "7 classes and the data 10" in refused(lambda: digits(model_of(7)))
 
 
-class TestStratifiedOrder:
-    @pytest.mark.parametrize("counts", [(5, 5), (30, 10, 20), (1, 50), (7,)])
-    def test_every_prefix_has_the_classes_in_proportion(self, counts: tuple[int, ...]) -> None:
-        labels = np.repeat(np.arange(len(counts)), counts)
-        order = stratified_order(labels.tolist(), seed=3)
-        assert sorted(order.tolist()) == list(range(len(labels)))
-        for size in range(1, len(labels) + 1):
-            found = np.bincount(labels[order[:size]], minlength=len(counts))
-            assert np.abs(found - size * np.asarray(counts) / len(labels)).max() <= 2
-
-    def test_seed_decides(self) -> None:
-        labels = [0, 1] * 20
-        first, again, other = (stratified_order(labels, seed=seed).tolist() for seed in (0, 0, 1))
-        assert first == again != other
-
-
 class TestImageFolder:
     counts = {"cat": 12, "dog": 8, "owl": 4}  # noqa: RUF012
 
-    @both_layouts
-    def test_calibration_images_are_no_evaluation_images(self, tmp_path: Path, layout: str) -> None:
-        data = image_folder(model_of(3), root=str(make_root(tmp_path, layout, self.counts)), calibration=6)
-        calibration, evaluation = contents(data.calibration), contents(data.evaluation)
-        assert not set(calibration) & set(evaluation)
-        assert len(calibration) == 6
-        assert len(evaluation) == (18 if layout == "flat" else 24)
+    @each_layout
+    @pytest.mark.parametrize("calibration", [0, 6])
+    def test_calibration_images_are_no_evaluation_images(self, tmp_path: Path, layout: str, calibration: int) -> None:
+        data = load(make_root(tmp_path, layout, self.counts), 3, calibration=calibration)
+        calibrating, evaluation = contents(data.calibration), contents(data.evaluation)
+        assert not set(calibrating) & set(evaluation)
+        assert len(set(calibrating)) == len(calibrating) == calibration
+        assert len(set(evaluation)) == len(evaluation) == (24 if layout == "train_and_val" else 24 - calibration)
 
-    def test_flat_folder_has_no_training_images(self, tmp_path: Path) -> None:
-        data = image_folder(model_of(3), root=str(fill(tmp_path, self.counts)), calibration=6)
+    @pytest.mark.parametrize("layout", ["flat", "val"])
+    def test_root_without_train_has_no_training_images(self, tmp_path: Path, layout: str) -> None:
+        data = load(make_root(tmp_path, layout, self.counts), 3, calibration=6)
         assert data.train is None
         assert "train/ and val/" in refused(data.training)
 
     def test_train_and_val_keep_their_roles(self, tmp_path: Path) -> None:
-        root = make_root(tmp_path, "train_and_val", self.counts)
-        data = image_folder(model_of(3), root=str(root), calibration=6)
+        data = load(make_root(tmp_path, "train_and_val", self.counts), 3, calibration=6)
         train, evaluation = contents(data.training()), contents(data.evaluation)
         assert len(train) == len(evaluation) == 24
         assert set(contents(data.calibration)) <= set(train)
         assert not set(train) & set(evaluation)
+        assert data.evaluation.names is not None
+        assert data.calibration.names is not None
+        assert {name.split("/")[0] for name in data.evaluation.names} == {"val"}
+        assert {name.split("/")[0] for name in data.calibration.names} == {"train"}
 
-    def test_copies_in_a_flat_folder_do_not_cross_the_split(self, tmp_path: Path) -> None:
+    def test_training_images_are_not_decoded_before_they_are_used(self, tmp_path: Path) -> None:
+        data = load(make_root(tmp_path, "train_and_val", self.counts), 3, calibration=6)
+        assert data.record()["decoded"] == 24 + 6
+        data.training().fetch([0, 1, 2])
+        assert data.record()["decoded"] == 24 + 6  # the first ones of the same order
+        contents(data.training())
+        assert data.record()["decoded"] == 24 + 24
+
+    @pytest.mark.parametrize("copy", [shutil.copy, lambda path, new: new.symlink_to(path), os.link])
+    def test_copies_in_a_flat_folder_do_not_cross_the_split(self, tmp_path: Path, copy: Callable[..., Any]) -> None:
         """Every image of a class is there twice: without a check some copies would land on both sides."""
         root = fill(tmp_path, self.counts)
         for path in sorted((root / "cat").iterdir()):
-            shutil.copy(path, path.with_name(f"copy_{path.name}"))
-        data = image_folder(model_of(3), root=str(root), calibration=18)
+            copy(path, path.with_name(f"copy_{path.name}"))
+        data = load(root, 3, calibration=18)
         calibration, evaluation = set(contents(data.calibration)), set(contents(data.evaluation))
         assert not calibration & evaluation
         assert len(calibration | evaluation) == 24
+        assert len(data.evaluation) + len(data.record()["left_out"]) == 36 - 18
 
-    def test_copies_of_val_are_left_out_of_train(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("copy", [shutil.copy, lambda path, new: new.symlink_to(path), os.link])
+    def test_copies_of_val_are_left_out_of_train(self, tmp_path: Path, copy: Callable[..., Any]) -> None:
         root = make_root(tmp_path, "train_and_val", self.counts)
         for path in sorted((root / "val" / "dog").iterdir()):
-            shutil.copy(path, root / "train" / "dog" / f"copy_{path.name}")
-        data = image_folder(model_of(3), root=str(root), calibration=24)
+            copy(path, root / "train" / "dog" / f"copy_{path.name}")
+        data = load(root, 3, calibration=24)
         assert len(data.evaluation) == 24
         assert not set(contents(data.training()) + contents(data.calibration)) & set(contents(data.evaluation))
+        assert len(data.record()["left_out"]) == 8
+        assert "dataset.calibration=25" in refused(lambda: load(root, 3, calibration=25))
 
     def test_folder_of_copies_leaves_nothing_to_evaluate_and_is_refused(self, tmp_path: Path) -> None:
         draw(tmp_path / "cat" / "one.png", 0)
         shutil.copy(tmp_path / "cat" / "one.png", tmp_path / "cat" / "two.png")
-        assert str(tmp_path) in refused(lambda: image_folder(model_of(1), root=str(tmp_path), calibration=1))
+        assert str(tmp_path) in refused(lambda: load(tmp_path, 1))
 
     @both_layouts
     @pytest.mark.parametrize("calibration", [6, 12])
     def test_calibration_is_stratified(self, tmp_path: Path, layout: str, calibration: int) -> None:
-        root = make_root(tmp_path, layout, self.counts)
-        labels = image_folder(model_of(3), root=str(root), calibration=calibration).calibration.labels
+        labels = load(make_root(tmp_path, layout, self.counts), 3, calibration=calibration).calibration.labels
         for label, count in enumerate(self.counts.values()):
             assert abs(int((labels == label).sum()) - calibration * count / 24) <= 1
 
-    @both_layouts
+    @each_layout
+    @pytest.mark.parametrize("evaluation", [1, 6, 12, 1000])
+    def test_evaluation_takes_so_many_in_proportion(self, tmp_path: Path, layout: str, evaluation: int) -> None:
+        root = make_root(tmp_path, layout, self.counts)
+        data, again, other = (load(root, 3, calibration=6, evaluation=evaluation, seed=seed) for seed in (0, 0, 1))
+        available = 24 if layout == "train_and_val" else 18
+        assert len(data.evaluation) == min(evaluation, available)
+        assert data.evaluation.names == again.evaluation.names == tuple(sorted(data.evaluation.names or ()))
+        assert (set(data.evaluation.names or ()) == set(other.evaluation.names or ())) == (
+            evaluation == 1000 and layout == "train_and_val"
+        )
+        if evaluation < available:
+            counts = torch.bincount(data.evaluation.labels, minlength=3)
+            assert (counts - evaluation * torch.tensor([12, 8, 4]) / 24).abs().max() <= 1.5
+        assert not set(contents(data.evaluation)) & set(contents(data.calibration))
+
+    @each_layout
+    def test_fewer_images_decode_fewer(self, tmp_path: Path, layout: str) -> None:
+        data = load(make_root(tmp_path, layout, self.counts), 3, calibration=6, evaluation=5)
+        assert data.record()["decoded"] == 11
+
+    @each_layout
+    def test_images_to_evaluate_do_not_depend_on_those_to_calibrate(self, tmp_path: Path, layout: str) -> None:
+        root = make_root(tmp_path, layout, self.counts)
+        chosen = [load(root, 3, calibration=count, evaluation=6).evaluation.names for count in (0, 4, 18)]
+        assert chosen[0] == chosen[1] == chosen[2]
+
+    @each_layout
     def test_labels_follow_the_class_folders(self, tmp_path: Path, layout: str) -> None:
         root = make_root(tmp_path, layout, self.counts)
-        data = image_folder(model_of(3), root=str(root), calibration=6)
+        data = load(root, 3, calibration=6)
         assert data.classes == ("cat", "dog", "owl")
-        truth = {
-            read_image(path, TINY).numpy().tobytes(): data.classes.index(path.parent.name) for path in root.rglob("*.*")
-        }
-        for split in (data.evaluation, data.calibration):
+        truth = labels_by_content(root, data.classes)
+        for split in (data.evaluation, data.calibration, data.train or data.evaluation):
             assert [truth[image] for image in contents(split)] == split.labels.tolist()
+
+    @each_layout
+    def test_names_say_which_image_it_is(self, tmp_path: Path, layout: str) -> None:
+        root = make_root(tmp_path, layout, self.counts)
+        data = load(root, 3, calibration=6)
+        for split in (data.evaluation, data.calibration):
+            assert split.names is not None
+            expected = [torchvisions(upright(root / name), TINY).numpy().tobytes() for name in split.names]
+            assert contents(split) == expected
 
     @both_layouts
     def test_seed_decides_the_split(self, tmp_path: Path, layout: str) -> None:
-        root = str(make_root(tmp_path, layout, self.counts))
-        splits = [image_folder(model_of(3), root=root, calibration=6, seed=seed) for seed in (0, 0, 1)]
-        first, again, other = (contents(data.calibration) for data in splits)
+        root = make_root(tmp_path, layout, self.counts)
+        first, again, other = (contents(load(root, 3, calibration=6, seed=seed).calibration) for seed in (0, 0, 1))
         assert first == again
         assert set(first) != set(other)
 
@@ -227,162 +245,334 @@ class TestImageFolder:
         fill(tmp_path, {"cat": 2, "dog": 2, ".cache": 3})
         draw(tmp_path / "cat" / "night" / "deep.PNG", 77)
         (tmp_path / "cat" / "notes.txt").write_text("no image")
-        data = image_folder(model_of(2), root=str(tmp_path), calibration=1)
+        data = load(tmp_path)
         assert len(data.evaluation) + len(data.calibration) == 5
         assert data.classes == ("cat", "dog")
 
-    @both_layouts
-    @pytest.mark.parametrize("calibration", [-1, 0, 25])
+    @each_layout
+    @pytest.mark.parametrize("calibration", [-1, 25])
     def test_calibration_out_of_range_is_refused(self, tmp_path: Path, layout: str, calibration: int) -> None:
         root = make_root(tmp_path, layout, self.counts)
-        text = refused(lambda: image_folder(model_of(3), root=str(root), calibration=calibration))
+        text = refused(lambda: load(root, 3, calibration=calibration))
         assert f"dataset.calibration={calibration}" in text
 
-    def test_flat_folder_keeps_an_image_to_evaluate(self, tmp_path: Path) -> None:
-        root = str(fill(tmp_path, self.counts))
-        assert len(image_folder(model_of(3), root=root, calibration=23).evaluation) == 1
-        assert "24" in refused(lambda: image_folder(model_of(3), root=root, calibration=24))
-
-    def test_different_classes_in_train_and_val_are_refused(self, tmp_path: Path) -> None:
-        fill(tmp_path / "train", {"cat": 2, "dog": 2})
-        fill(tmp_path / "val", {"cat": 2, "owl": 2})
-        assert "class folders" in refused(lambda: image_folder(model_of(2), root=str(tmp_path), calibration=1))
+    @pytest.mark.parametrize("layout", ["flat", "val"])
+    def test_an_image_is_kept_to_evaluate(self, tmp_path: Path, layout: str) -> None:
+        root = make_root(tmp_path, layout, self.counts)
+        assert len(load(root, 3, calibration=23).evaluation) == 1
+        assert "24" in refused(lambda: load(root, 3, calibration=24))
 
     def test_missing_folder_is_refused(self, tmp_path: Path) -> None:
-        root = str(tmp_path / "absent")
-        assert root in refused(lambda: image_folder(model_of(2), root=root))
+        assert str(tmp_path / "absent") in refused(lambda: load(tmp_path / "absent"))
 
     def test_file_as_folder_is_refused(self, tmp_path: Path) -> None:
-        draw(tmp_path / "cat.png", 0)
-        root = str(tmp_path / "cat.png")
-        assert root in refused(lambda: image_folder(model_of(2), root=root))
+        path = draw(tmp_path / "cat.png", 0)
+        assert str(path) in refused(lambda: load(path))
 
     def test_empty_folder_is_refused(self, tmp_path: Path) -> None:
-        assert str(tmp_path) in refused(lambda: image_folder(model_of(2), root=str(tmp_path)))
+        assert str(tmp_path) in refused(lambda: load(tmp_path))
 
     @both_layouts
     def test_empty_class_folder_is_refused(self, tmp_path: Path, layout: str) -> None:
         root = make_root(tmp_path, layout, self.counts)
         (root / ("val/empty" if layout == "train_and_val" else "empty")).mkdir()
-        assert "empty" in refused(lambda: image_folder(model_of(3), root=str(root), calibration=1))
+        assert "empty" in refused(lambda: load(root, 3))
 
 
-class TestClasses:
-    def columns(self, folder: Path, names: tuple[str, ...], model: Model) -> list[int] | None:
-        """Return the logits that compete for a folder with these classes."""
-        data = image_folder(model, root=str(fill(folder, dict.fromkeys(names, 2))), calibration=1)
-        picked = data.logits(torch.arange(model.num_classes).repeat(2, 1))
-        assert picked.shape == (2, len(names))
-        return None if data.columns is None else picked[0].tolist()
+OPTIONS: dict[str, Any] = {"calibration": 2, "evaluation": None, "seed": 0}
 
-    def test_wordnet_ids_pick_their_logits_among_imagenets(self, tmp_path: Path) -> None:
-        found = self.columns(tmp_path, tuple(IMAGENETTE), model_of(1000, tuple(map(str, range(1000)))))
-        assert found == list(IMAGENETTE.values())
 
-    def test_imagenet_has_1000_different_ids(self) -> None:
-        assert len(set(imagenet_wnids())) == 1000
-        assert list(imagenet_wnids()) == sorted(imagenet_wnids())
+class TestImageNet:
+    names = ("n01440764", "n02102040", "n03888257")
+    columns = (0, 217, 701)
 
-    @pytest.mark.parametrize(
-        ("known", "names", "columns"),
-        [
-            (("cat", "dog", "owl"), ("dog", "owl"), [1, 2]),
-            (("owl", "dog", "cat"), ("cat", "dog", "owl"), [2, 1, 0]),
-            (("cat", "dog"), ("cat", "dog"), None),
-            (None, ("cat", "dog"), None),
-        ],
-        ids=["subset", "other order", "same", "model without names"],
-    )
-    def test_names_pick_their_logits(
-        self, tmp_path: Path, known: tuple[str, ...] | None, names: tuple[str, ...], columns: list[int] | None
-    ) -> None:
-        assert self.columns(tmp_path, names, model_of(len(known or names), known)) == columns
+    def make(self, root: Path, layout: str, names: tuple[str, ...]) -> Path:
+        """Make a root of class folders, or of files that are named by their class."""
+        if layout != "files":
+            return make_root(root, layout, dict.fromkeys(names, 4))
+        for number, name in enumerate(names):
+            for index in range(4):
+                draw(root / f"{name}_thing_{index}.JPEG", number * 10 + index)
+        return root
 
     @pytest.mark.parametrize(
-        ("model", "names", "unknown"),
+        ("dataset", "layout"),
         [
-            (model_of(3, ("cat", "dog", "owl")), ("dog", "wolf"), "wolf"),
-            (model_of(3), ("dog", "wolf"), "dog"),
-            (model_of(1000), ("n01440764", "n99999999"), "n99999999"),
-            (model_of(2, ("cat", "dog")), ("dog", "wolf"), "wolf"),
-            (model_of(2, ("0", "1")), ("one", "zero"), "one"),
+            (imagenet, "flat"),
+            (imagenet, "val"),
+            (imagenet, "train_and_val"),
+            (imagenet_sample, "flat"),
+            (imagenet_sample, "files"),
         ],
-        ids=["subset", "model without names", "WordNet id", "as many", "as many, other words"],
     )
-    def test_unknown_names_are_refused(
-        self, tmp_path: Path, model: Model, names: tuple[str, ...], unknown: str
+    def test_ids_pick_their_logits(self, tmp_path: Path, dataset: Callable[..., Data], layout: str) -> None:
+        root = self.make(tmp_path, layout, self.names)
+        data = dataset(model_of(1000), root=str(root), **OPTIONS)
+        assert data.classes == self.names
+        assert data.columns is not None
+        assert data.columns.tolist() == list(self.columns)
+        assert len(data.evaluation) == (12 if layout == "train_and_val" else 10)
+        for split in (data.evaluation, data.calibration):
+            assert split.names is not None
+            ids = [next(wnid for wnid in self.names if wnid in name) for name in split.names]
+            assert [self.names[label] for label in split.labels.tolist()] == ids
+
+    @pytest.mark.parametrize("dataset", [imagenette, imagewoof])
+    def test_root_of_ones_own(self, tmp_path: Path, dataset: Callable[..., Data]) -> None:
+        root = self.make(tmp_path, "train_and_val", self.names)
+        data = dataset(model_of(1000), root=str(root), size=160, **OPTIONS)
+        assert data.classes == self.names
+        assert len(data.training()) == 12
+
+    @pytest.mark.parametrize(
+        ("dataset", "layout", "options"),
+        [
+            (imagenet, "flat", {}),
+            (imagenette, "train_and_val", {"size": 160}),
+            (imagewoof, "val", {"size": 160}),
+            (imagenet_sample, "flat", {}),
+            (imagenet_sample, "files", {}),
+        ],
+    )
+    @pytest.mark.parametrize("model", [model_of(1000), model_of(2)], ids=["1,000 classes", "as many classes"])
+    @pytest.mark.parametrize("names", [("n01440764", "n99999999"), ("cat", "n01440764")])
+    def test_unknown_id_is_refused(
+        self,
+        tmp_path: Path,
+        dataset: Callable[..., Data],
+        layout: str,
+        options: dict[str, Any],
+        model: Model,
+        names: tuple[str, str],
     ) -> None:
-        fill(tmp_path, dict.fromkeys(names, 2))
-        assert unknown in refused(lambda: image_folder(model, root=str(tmp_path), calibration=1))
+        root = self.make(tmp_path, layout, names)
+        text = refused(lambda: dataset(model, root=str(root), **options, **OPTIONS))
+        assert repr("cat" if "cat" in names else "n99999999") in text
+
+    @pytest.mark.parametrize("name", ["photo.jpg", "dog_1.jpg"])
+    def test_file_without_id_is_refused(self, tmp_path: Path, name: str) -> None:
+        self.make(tmp_path, "files", self.names)
+        draw(tmp_path / name, 99)
+        text = refused(lambda: imagenet_sample(model_of(1000), root=str(tmp_path), **OPTIONS))
+        assert repr(name.partition("_")[0]) in text
+
+    def test_files_in_a_clone_are_found(self, tmp_path: Path) -> None:
+        self.make(tmp_path, "files", self.names)
+        (tmp_path / ".git").mkdir()
+        assert len(imagenet_sample(model_of(1000), root=str(tmp_path), **OPTIONS).evaluation) == 10
+
+    def test_sample_without_images_is_refused(self, tmp_path: Path) -> None:
+        text = refused(lambda: imagenet_sample(model_of(1000), root=str(tmp_path), **OPTIONS))
+        assert "n01440764_tench.jpg" in text
+
+    def test_sample_of_unusable_images(self, tmp_path: Path) -> None:
+        self.make(tmp_path, "files", self.names)
+        bad = tmp_path / "n01440764_bad.jpg"
+        bad.write_bytes(b"")
+        data = imagenet_sample(model_of(1000), root=str(tmp_path), **OPTIONS)
+        assert data.record()["left_out"] == {str(bad): "the file is empty"}
+
+    @pytest.mark.parametrize(
+        ("dataset", "size", "archive"),
+        [
+            (imagenette, 160, "imagenette2-160"),
+            (imagenette, "320", "imagenette2-320"),
+            (imagenette, "full", "imagenette2"),
+            (imagewoof, 160, "imagewoof2-160"),
+            (imagewoof, 320, "imagewoof2-320"),
+            (imagewoof, "full", "imagewoof2"),
+        ],
+    )
+    def test_size_chooses_the_archive(
+        self,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        dataset: Callable[..., Data],
+        size: int | str,
+        archive: str,
+    ) -> None:
+        self.make(tmp_path / archive, "train_and_val", self.names)
+        asked = []
+        monkeypatch.setattr(datasets, "fetch_dataset", lambda *arguments: asked.append(arguments) or tmp_path)
+        data = dataset(model_of(1000), root=None, size=size, **OPTIONS)
+        assert len(data.evaluation) == 12
+        ((url, name, checksum),) = asked
+        assert url.endswith(f"/{archive}.tgz")
+        assert name == archive
+        assert checksum.startswith("md5:")
+
+    @pytest.mark.parametrize("dataset", [imagenette, imagewoof])
+    def test_other_size_is_refused(self, dataset: Callable[..., Data]) -> None:
+        text = refused(lambda: dataset(model_of(1000), root=None, size=224, **OPTIONS))
+        assert "dataset.size=224" in text
+        assert "160, 320, full" in text
+
+    def test_archive_is_fetched_once(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("PQ_SWEEP_CACHE", str(tmp_path))
+        fetched: list[Any] = []
+        monkeypatch.setattr(download, "fetch", lambda *arguments, **options: fetched.append((arguments, options)))
+        monkeypatch.setattr(download, "extract", lambda archive, folder: folder.mkdir(parents=True))
+        folders = [fetch_dataset("https://example.org/things.tgz", "things", "md5:0") for _ in range(2)]
+        assert folders == [tmp_path / "datasets" / "things"] * 2
+        ((arguments, options),) = fetched
+        assert arguments == ("https://example.org/things.tgz", tmp_path / "datasets" / "things.tgz")
+        assert options["checksum"] == "md5:0"
+        assert "dataset.root" in options["hint"]
 
 
-def photo(size: tuple[int, int]) -> Image.Image:
-    """Return smooth shapes with noise on them, so that resizing and cropping both show."""
-    width, height = size
-    x, y = np.meshgrid(np.linspace(0, 6, width), np.linspace(0, 9, height))
-    waves = np.stack([np.sin(x + y), np.cos(x * y), np.sin(x) * np.cos(2 * y)], axis=-1)
-    noise = np.random.default_rng(0).normal(0, 12, waves.shape)
-    return Image.fromarray((waves * 100 + 128 + noise).clip(0, 255).astype(np.uint8))
+CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SMALL = Preprocess(size=32, resize=32, mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
-class TestReadImage:
-    @pytest.mark.parametrize("size", [(320, 200), (200, 320), (60, 50), (96, 96)])
-    @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-    def test_equals_torchvisions_pipeline(self, tmp_path: Path, size: tuple[int, int], interpolation: str) -> None:
-        from torchvision import transforms as T
+class TestCifar10:
+    """An imitation of CIFAR-10's files, with ten images in each batch."""
 
-        photo(size).save(tmp_path / "photo.jpg")
-        preprocess = Preprocess(size=64, resize=80, interpolation=interpolation)
-        pipeline = T.Compose(
-            [
-                T.Resize(80, T.InterpolationMode(interpolation)),
-                T.CenterCrop(64),
-                T.ToTensor(),
-                T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-            ]
+    @pytest.fixture
+    def root(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        from torchvision.datasets import CIFAR10
+
+        folder = tmp_path / CIFAR10.base_folder
+        folder.mkdir()
+
+        def write(name: str, content: dict[str, Any]) -> str:
+            data = pickle.dumps(content)
+            (folder / name).write_bytes(data)
+            return hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+        sums = {name: write(name, self.batch(number)) for number, name in enumerate(self.batches)}
+        monkeypatch.setattr(CIFAR10, "train_list", [[name, sums[name]] for name in self.batches[:5]])
+        monkeypatch.setattr(CIFAR10, "test_list", [[name, sums[name]] for name in self.batches[5:]])
+        meta = write("batches.meta", {"label_names": list(CIFAR_CLASSES)})
+        monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": meta})
+        return tmp_path
+
+    batches = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
+
+    def batch(self, number: int) -> dict[str, Any]:
+        """Return ten images whose colours say which batch and image they are of; the classes are in turn."""
+        data = np.random.default_rng(number).integers(0, 256, (10, 3072), dtype=np.uint8)
+        return {"data": data, "labels": [(index + number) % 10 for index in range(10)]}
+
+    def truth(self) -> dict[bytes, int]:
+        """Return the label of each image by what it shows under torchvision's ToTensor."""
+        found = {}
+        for number in range(6):
+            batch = self.batch(number)
+            for pixels, label in zip(batch["data"], batch["labels"], strict=True):
+                image = Image.fromarray(pixels.reshape(3, 32, 32).transpose(1, 2, 0))
+                found[torchvisions(image, SMALL).numpy().tobytes()] = label
+        return found
+
+    def test_images_labels_and_parts(self, root: Path) -> None:
+        data = cifar10(model_of(10, preprocess=SMALL), root=str(root), calibration=8, evaluation=None, seed=0)
+        truth, parts = self.truth(), (data.evaluation, data.calibration, data.training())
+        assert [len(part) for part in parts] == [10, 8, 42]
+        for part in parts:
+            assert [truth[image] for image in contents(part)] == part.labels.tolist()
+        assert len({image for part in parts for image in contents(part)}) == 60
+        assert data.classes == CIFAR_CLASSES
+        assert data.columns is None
+        test_images = list(truth)[50:]
+        assert contents(data.evaluation) == test_images
+
+    def test_evaluation_takes_so_many_in_order(self, root: Path) -> None:
+        model = model_of(10, preprocess=SMALL)
+        all_of_them = contents(cifar10(model, root=str(root), calibration=0, evaluation=None, seed=0).evaluation)
+        data, again, other = (
+            cifar10(model, root=str(root), calibration=10, evaluation=4, seed=seed) for seed in (0, 0, 1)
         )
-        expected = pipeline(Image.open(tmp_path / "photo.jpg").convert("RGB"))
-        assert torch.equal(read_image(tmp_path / "photo.jpg", preprocess), expected)
+        assert (
+            contents(data.evaluation)
+            == contents(again.evaluation)
+            == sorted(contents(data.evaluation), key=all_of_them.index)
+        )
+        assert contents(data.calibration) == contents(again.calibration)
+        assert len(data.evaluation) == len(set(data.evaluation.labels.tolist())) == 4
+        assert sorted(data.calibration.labels.tolist()) == list(range(10))
+        assert contents(data.evaluation) + contents(data.calibration) != contents(other.evaluation) + contents(
+            other.calibration
+        )
 
-    @pytest.mark.parametrize(
-        ("mode", "suffix"),
-        [("L", ".png"), ("L", ".jpg"), ("1", ".png"), ("P", ".png"), ("RGBA", ".png"), ("CMYK", ".jpg")],
-    )
-    @pytest.mark.parametrize("channels", [1, 3])
-    def test_modes_are_converted(self, tmp_path: Path, mode: str, suffix: str, channels: int) -> None:
-        preprocess = Preprocess(size=32, resize=32, channels=channels, mean=(0.0,) * channels, std=(1.0,) * channels)
-        converted = photo((32, 32)).convert(mode)
-        converted.save(tmp_path / f"photo{suffix}", quality=100, subsampling=0)
-        found = read_image(tmp_path / f"photo{suffix}", preprocess)
-        expected = np.asarray(converted.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255
-        assert found.shape == (channels, 32, 32)
-        assert np.abs(found.permute(1, 2, 0).numpy().squeeze() - expected).mean() < 0.02
+    @pytest.mark.parametrize("calibration", [-1, 51])
+    def test_calibration_out_of_range_is_refused(self, root: Path, calibration: int) -> None:
+        call = lambda: cifar10(model_of(10), root=str(root), calibration=calibration, evaluation=None, seed=0)  # noqa: E731
+        assert f"dataset.calibration={calibration}" in refused(call)
 
-    def test_16_bit_grey_keeps_its_shades(self, tmp_path: Path) -> None:
-        ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
-        Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "ramp.png")
-        found = read_image(tmp_path / "ramp.png", Preprocess(size=32, resize=32, mean=(0.0,) * 3, std=(1.0,) * 3))
-        np.testing.assert_allclose(found[0].numpy(), ramp / 65535, atol=0.01)
+    def test_grey_model_gets_grey(self, root: Path) -> None:
+        """Pillow rounds its grey to whole shades."""
+        grey = Preprocess(size=32, resize=32, channels=1, mean=(0.2,), std=(0.5,))
+        colour, found = (
+            cifar10(model_of(10, preprocess=preprocess), root=str(root), **OPTIONS).evaluation.fetch([0, 3])
+            for preprocess in (SMALL, grey)
+        )
+        assert found.shape == (2, 1, 32, 32)
+        for image, expected in zip(found, colour, strict=True):
+            shades = Image.fromarray((expected * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()).convert("L")
+            difference = image[0] * 0.5 + 0.2 - torch.from_numpy(np.asarray(shades, dtype=np.float32)) / 255
+            assert difference.abs().max() < 1 / 255
 
-    @pytest.mark.parametrize(
-        ("orientation", "turn"), [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_270)]
-    )
-    def test_exif_orientation_is_applied(self, tmp_path: Path, orientation: int, turn: Image.Transpose) -> None:
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        photo((48, 40)).save(tmp_path / "turned.png", exif=exif)
-        photo((48, 40)).transpose(turn).save(tmp_path / "upright.png")
-        found, expected = (read_image(tmp_path / name, TINY) for name in ("turned.png", "upright.png"))
-        assert torch.equal(found, expected)
+    def test_bigger_model_gets_enlarged_images(self, root: Path) -> None:
+        big = Preprocess(size=224, resize=256)
+        small, found = (
+            cifar10(model_of(10, preprocess=preprocess), root=str(root), **OPTIONS).evaluation.fetch([0, 3])
+            for preprocess in (SMALL, big)
+        )
+        enlarged = nn.functional.interpolate(small, size=(224, 224), mode="bilinear")
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (big.mean, big.std))
+        torch.testing.assert_close(found, (enlarged - mean) / std)
 
-    @pytest.mark.parametrize("damage", ["empty", "text", "truncated"])
-    def test_unreadable_image_is_named(self, tmp_path: Path, damage: str) -> None:
-        root = fill(tmp_path, {"cat": 2, "dog": 2})
-        broken = root / "dog" / "001.png"
-        kept = {"empty": b"", "text": b"no image at all", "truncated": broken.read_bytes()[:200]}
-        broken.write_bytes(kept[damage])
-        data = image_folder(model_of(2), root=str(root), calibration=1)
-        assert str(broken) in refused(lambda: contents(data.evaluation) + contents(data.calibration))
+    @pytest.mark.parametrize("damage", ["missing folder", "empty folder", "missing batch", "changed batch", "no meta"])
+    def test_folder_that_is_not_cifar10_is_refused(self, root: Path, damage: str) -> None:
+        folder = root / "cifar-10-batches-py"
+        if damage == "missing folder":
+            root = root / "absent"
+        elif damage == "empty folder":
+            shutil.rmtree(folder)
+        elif damage == "changed batch":
+            (folder / "test_batch").write_bytes(b"changed")
+        else:
+            (folder / {"missing batch": "data_batch_3", "no meta": "batches.meta"}[damage]).unlink()
+        assert str(root) in refused(lambda: cifar10(model_of(10), root=str(root), **OPTIONS))
+
+    def test_other_number_of_classes_is_refused(self, root: Path) -> None:
+        assert "airplane" in refused(lambda: cifar10(model_of(1000), root=str(root), **OPTIONS))
+
+    def test_without_a_root_it_is_fetched(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+        monkeypatch.setattr(datasets, "fetch_dataset", lambda *arguments: asked.append(arguments) or root)
+        assert len(cifar10(model_of(10), root=None, **OPTIONS).evaluation) == 10
+        ((url, name, checksum),) = asked
+        assert url.endswith("cifar-10-python.tar.gz")
+        assert name == "cifar10"
+        assert checksum == "md5:c58f30108f718f92721af3b95e74349a"
+
+
+class TestFake:
+    grey = Preprocess(size=5, resize=5, channels=1, mean=(0.0,), std=(1.0,))
+
+    @pytest.mark.parametrize("preprocess", [TINY, grey], ids=["RGB", "grey"])
+    def test_parts_are_as_asked_and_share_no_image(self, preprocess: Preprocess) -> None:
+        data = fake(model_of(7, preprocess=preprocess), images=20, calibration=6, seed=3)
+        parts = (data.evaluation, data.calibration, data.training())
+        assert [len(part) for part in parts] == [20, 6, 6]
+        assert len({image for part in parts for image in contents(part)}) == 32
+        image = data.evaluation.fetch([0, 1])
+        assert image.shape == (2, preprocess.channels, preprocess.size, preprocess.size)
+        assert image.dtype == torch.float32
+        assert all(0 <= label < 7 for part in parts for label in part.labels.tolist())
+        assert data.classes == tuple("0123456")
+        assert data.columns is None
+
+    def test_seed_decides(self) -> None:
+        first, again, other = (fake(model_of(7), images=20, calibration=6, seed=seed) for seed in (0, 0, 1))
+        assert contents(first.evaluation) == contents(again.evaluation)
+        assert first.evaluation.labels.tolist() == again.evaluation.labels.tolist()
+        assert not set(contents(first.evaluation)) & set(contents(other.evaluation))
+
+    def test_calibration_may_be_none_at_all(self) -> None:
+        data = fake(model_of(7, tuple("abcdefg")), images=3, calibration=0, seed=0)
+        assert [len(data.evaluation), len(data.calibration)] == [3, 0]
+        assert data.classes == tuple("abcdefg")
 
 
 class Pairs(Dataset[tuple[Tensor, int]]):
@@ -478,6 +668,7 @@ def plain_predictions(weights: Path, root: Path) -> dict[bytes, int]:
     return answers
 
 
+@pytest.mark.slow
 def test_predictions_on_photographs_equal_a_plain_torchvision_loop(shared_data: Path, tmp_path: Path) -> None:
     """Every prediction of ResNet-18 among ImageNette's ten classes, four photographs of each."""
     for source in sorted((shared_data / "imagenette160" / "val").iterdir()):
@@ -486,7 +677,7 @@ def test_predictions_on_photographs_equal_a_plain_torchvision_loop(shared_data: 
             (tmp_path / source.name / path.name).symlink_to(path)
     weights = shared_data / "weights" / "resnet18.pth"
     model = torchvision_model(name="resnet18", weights=str(weights))
-    photographs = image_folder(model, root=str(tmp_path), calibration=1)
+    photographs = imagenet(model, root=str(tmp_path), calibration=1, evaluation=None, seed=0)
     with torch.no_grad():
         outputs = [photographs.logits(model.module(images)) for images, _ in photographs.evaluation.batches(13)]
     predicted = torch.cat(outputs).argmax(1)

@@ -19,7 +19,7 @@ from independent import matrices, onnx_logits, relative_error, snr_db, tensors, 
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from pq_sweep import quantizers
+from pq_sweep import qdq, quantizers
 from pq_sweep.datasets import digits
 from pq_sweep.export import export_onnx
 from pq_sweep.models import digits_cnn, torchvision_model
@@ -163,7 +163,7 @@ def test_every_weight_is_rounded_by_its_own_channel(case: Case, tmp_path: Path, 
 def test_weights_have_seven_bits_where_byte_products_saturate(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vnni: bool, largest: int
 ) -> None:
-    monkeypatch.setattr(quantizers, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(qdq, "has_vnni", lambda: vnni)
     record = quantize("int8", case, tmp_path / "model.onnx", "cpu")
     graph = onnx.load(tmp_path / "model.onnx")
     constants = tensors(graph)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pq_sweep import pruners, recovery
+from pq_sweep import pruners, recovery, removal
 from pq_sweep.datasets import digits, image_folder
 from pq_sweep.models import digits_cnn
 from pq_sweep.types import Data, Model, Preprocess, Split, UserError
@@ -151,7 +151,8 @@ def test_first_training_images_of_a_folder_show_every_class(tmp_path: Path) -> N
                 pixels[0, 0] = index + 20 if part == "train" else index + 40
                 Image.fromarray(pixels).save(tmp_path / part / name / f"{index}.png")
     model = normed()
-    reestimate(model, image_folder(model, root=str(tmp_path), calibration=2), images=8, batch_size=8)
+    data = image_folder(model, root=str(tmp_path), calibration=2, evaluation=None, seed=0)
+    reestimate(model, data, images=8, batch_size=8)
     mean = norm_of(model).running_mean
     assert mean is not None
     assert ((mean > 0.3) & (mean < 0.7)).all()
@@ -189,7 +190,7 @@ def test_reestimation_never_costs_accuracy(amount: float, data: Data) -> None:
 
 
 def remove_half(model: Model, data: Data) -> None:
-    pruners.remove(model, data, amount=0.5, importance="magnitude", p=2, global_ranking=False, round_to=None)
+    removal.remove(model, data, amount=0.5, importance="magnitude", p=2, global_ranking=False, round_to=None)
 
 
 def test_reestimation_helps_after_removal(data: Data) -> None:

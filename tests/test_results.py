@@ -23,7 +23,9 @@ from sweep_folders import (
     write_status,
 )
 
-from pq_sweep.results import PQ_BENCH, find_sweeps, job_name, metrics, read_sweep, tables, write_csv
+from pq_sweep import tables as drawing
+from pq_sweep.results import PQ_BENCH, find_sweeps, job_name, metrics, read_sweep, write_csv
+from pq_sweep.tables import tables
 from pq_sweep.types import UserError
 
 
@@ -44,6 +46,12 @@ def with_latency(**sizes: float | None) -> dict[str, Any]:
     timed = result["latency"]["1"]
     result["latency"] = {size[1:]: timed | {"p99_ms": p99} for size, p99 in sizes.items()}
     return result
+
+
+def swept(folder: Path, *overrides: list[str]) -> Path:
+    """Return a sweep of jobs that differ in their overrides."""
+    jobs = [announced(str(number)) | {"overrides": given} for number, given in enumerate(overrides)]
+    return write_manifest(folder / "sweep", *jobs)
 
 
 def csv_rows(sweep: Path) -> list[dict[str, str]]:
@@ -314,3 +322,36 @@ def test_printed_table_is_whole_without_a_terminal(tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     assert "x" * 200 in out
     assert out.count("┏") == 1
+
+
+def test_swept_options_have_columns(tmp_path: Path) -> None:
+    same = "measure.threads=1"
+    sweep = swept(tmp_path, [same, "pruner.n=1", "+pruner.dim=0"], [same, "pruner.n=2", "++pruner.dim=0"], [same])
+
+    assert [(row["pruner.n"], row["pruner.dim"]) for row in csv_rows(sweep)] == [("1", "0"), ("2", "0"), ("", "")]
+    assert read_sweep(sweep).options == ("pruner.n", "pruner.dim")
+    assert "measure.threads" not in csv_rows(sweep)[0]
+    header = " ".join(drawn(sweep, 400)[:5])
+    assert "pruner" in header
+    assert " dim " in header
+
+
+def test_swept_amounts_have_one_column(tmp_path: Path) -> None:
+    sweep = swept(tmp_path, ["pruner.amount=0.1"], ["pruner.amount=0.9"])
+
+    assert read_sweep(sweep).options == ()
+
+
+def test_unusable_images_are_counted_under_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = write_manifest(tmp_path / "sweep", announced("0"), announced("1"))
+    write_result(sweep, "0")
+    drawing.show(read_sweep(sweep))
+    assert "left out" not in capsys.readouterr().out
+    result = real_result()
+    result["images"] |= {"left_out": {"a.png": "the file is empty", "b.png": "the file is empty"}}
+    write_result(sweep, "1", result)
+
+    drawing.show(read_sweep(sweep))
+
+    assert "2 images of digits were left out as unusable" in capsys.readouterr().out
+    assert [row.get("images_left_out") for row in read_sweep(sweep).rows] == [0, 2]

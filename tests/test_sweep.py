@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from pq_sweep.models import digits_cnn
 from pq_sweep.results import PQ_BENCH
-from pq_sweep.sweep import compose_grid, refuse_impossible
+from pq_sweep.sweep import compose_grid
 
 README_SWEEP = ("-m", "pruner=l1_global", "pruner.amount=0.1,0.5,0.9")
 GRID = ("-m", "pruner=none,l1_global,remove", "quantizer=none,fp16,int8", "runtime=onnxruntime")
@@ -49,7 +49,6 @@ COLUMNS = (
     "job", "model", "dataset", "pruner", "quantizer", "runtime", "device", "amount", "top-1 %", "drop", "points",
     "ms b1", "ms b8", "ms b32", "p50/p99", "images/s", "original", "size", "sparsity", "params", "thousand", "prep s",
 )  # fmt: skip
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
 
 Ran = tuple[Path, Done]
 
@@ -356,20 +355,6 @@ def composed(experiment: str) -> list[DictConfig]:
         jobs = compose_grid(config)
     assert jobs is not None
     return jobs
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_composes_and_can_run(experiment: str) -> None:
-    jobs = composed(experiment)
-    assert jobs
-    refuse_impossible(jobs)
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_experiment_says_what_it_is_and_how_to_run_it(experiment: str) -> None:
-    text = (ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text()
-    assert text.startswith("# @package _global_\n# ")
-    assert f"experiment={experiment}" in text
 
 
 def test_prune_and_quantize_is_nine_jobs() -> None:

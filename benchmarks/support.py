@@ -1,0 +1,246 @@
+"""Try every model with every kind of compression and write a table: `python -m benchmarks.support docs/support.md`.
+
+Each cell is run, on the CPU, at default settings: status, seconds, size as a share of the FP32 network's file, and how
+near the logits stay to those of the FP32 network (signal-to-noise ratio in dB). Weights come from
+`--weights FOLDER` where it has <model>.pth, and are random elsewhere; images from `--images FOLDER`, else noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+TECHNIQUES = ("zero-fill", "remove", "export", "fp16", "int8", "remove + int8")
+AMOUNT = 0.5
+IMAGES = 16
+Cell = dict[str, Any]
+
+
+def main() -> None:
+    """Run what has no record yet, model by model in a process of its own, and write the table."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("table", type=Path, help="the Markdown file to write")
+    parser.add_argument("--weights", type=Path, help="folder with <model>.pth of trained weights")
+    parser.add_argument("--images", type=Path, help="folder of class folders of images")
+    parser.add_argument("--records", type=Path, help="keep the records here, and go on from them")
+    parser.add_argument("--only", nargs="*", help="models to try instead of all")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(try_model(options.one, options.weights, options.images)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        records = options.records or Path(scratch)
+        records.mkdir(parents=True, exist_ok=True)
+        for name in tqdm(options.only or model_names(), unit="model"):
+            if not (records / f"{name}.json").exists():
+                (records / f"{name}.json").write_text(json.dumps(in_own_process(name, options)))
+        found = {path.stem: json.loads(path.read_text()) for path in sorted(records.glob("*.json"))}
+    options.table.parent.mkdir(parents=True, exist_ok=True)
+    options.table.write_text(table(found))
+
+
+def model_names() -> list[str]:
+    """Return every model of the catalogue."""
+    return sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
+
+
+def in_own_process(name: str, options: argparse.Namespace) -> Cell:
+    """Try a model where a crash takes nothing else with it."""
+    given = [f"--{key}={value}" for key in ("weights", "images") if (value := getattr(options, key))]
+    command = [sys.executable, "-m", "benchmarks.support", "unused", "--one", name, *given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return {"weights": "?", "cells": {technique: {"error": reason} for technique in TECHNIQUES}}
+
+
+def try_model(name: str, weights: Path | None, images: Path | None) -> Cell:
+    """Compress one model in every way; the FP32 network in torch is the reference."""
+    import torch
+    from hydra.utils import instantiate
+
+    from pq_sweep.measure import use_threads
+
+    use_threads(None)
+    torch.manual_seed(0)
+    trained = weights / f"{name}.pth" if weights and (weights / f"{name}.pth").exists() else None
+    packaged = name == "digits_cnn"
+    dataset = ["dataset=fake", f"dataset.images={IMAGES}"]
+    if images and not packaged:
+        dataset = ["dataset=image_folder", f"dataset.root={images}", f"dataset.evaluation={IMAGES}"]
+    dataset = ["dataset=digits"] if packaged else dataset
+    chosen = [] if packaged else [f"model.weights={trained or 'null'}"]
+    cfg = config(f"model={name}", *chosen, *dataset)
+    model = instantiate(cfg.model)
+    if not (trained or packaged):
+        randomise(model)
+    data = instantiate(cfg.dataset, _partial_=True)(model)
+    if not (trained or packaged):
+        settle(model, data)
+    with tempfile.TemporaryDirectory() as folder:
+        cells = {technique: attempt(technique, model, data, Path(folder)) for technique in TECHNIQUES}
+    return {"weights": "packaged" if packaged else "trained" if trained else "random", "cells": cells}
+
+
+def config(*overrides: str) -> Any:
+    """Compose a job's config."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def randomise(model: Any) -> None:
+    """Draw all weights so that answers depend on the image: torchvision's ViT, for one, starts with a head of zeros."""
+    from torch import nn
+
+    for part in model.module.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(part.weight, nonlinearity="linear" if part.bias is None else "relu")
+
+
+def settle(model: Any, data: Any) -> None:
+    """Give BatchNorm the statistics of what it sees, as training would have."""
+    from torch import nn
+
+    from pq_sweep.recovery import bn_reestimate
+
+    if any(isinstance(part, nn.BatchNorm2d) for part in model.module.modules()):
+        bn_reestimate(model, data, images=IMAGES, batch_size=IMAGES)
+
+
+def attempt(technique: str, model: Any, data: Any, folder: Path) -> Cell:
+    """Run one cell; what goes wrong is its content."""
+    start = time.perf_counter()
+    try:
+        return run(technique, copy.deepcopy(model), data, folder) | {"seconds": time.perf_counter() - start}
+    except Exception as error:
+        return {"error": " ".join(str(error).split()), "seconds": time.perf_counter() - start}
+
+
+def run(technique: str, model: Any, data: Any, folder: Path) -> Cell:
+    """Compress the model and compare file and logits with those of the FP32 network."""
+    import torch
+
+    from pq_sweep.mixed import snr_db
+    from pq_sweep.progress import Stages
+    from pq_sweep.runtimes import OnnxRuntime, Torch
+    from pq_sweep.types import Workspace
+
+    images = data.evaluation.fetch(list(range(min(IMAGES, len(data.evaluation)))))
+    work = Workspace(folder, "cpu", torch.get_num_threads(), Stages(folder, technique))
+    prune, quantize, runtime = PARTS[technique]
+    original = file_size(model)
+    with torch.inference_mode():
+        reference = model.module(images)
+        prune(model, data)
+        if runtime:
+            reference = model.module(images)  # what the graph is to compute
+    session = (OnnxRuntime if runtime else Torch)().open(model, quantize(), data, work)
+    logits = session(images)
+    session.close()
+    assert logits.shape == reference.shape, f"{tuple(logits.shape)} logits instead of {tuple(reference.shape)}"
+    assert logits.isfinite().all(), "the logits are not finite"
+    return {"size": session.artifact.stat().st_size / original, "snr_db": snr_db(reference, logits)}
+
+
+def component(group: str, name: str, *overrides: str) -> Any:
+    """Return a component at its defaults, as a function."""
+    from hydra.utils import instantiate
+
+    return instantiate(config(f"{group}={name}", *overrides)[group], _partial_=True, _convert_="all")
+
+
+def keep(model: Any, data: Any) -> None:
+    """Prune nothing."""
+
+
+def prune(name: str, model: Any, data: Any) -> None:
+    """Prune at the table's amount."""
+    component("pruner", name, f"pruner.amount={AMOUNT}")(model, data)
+
+
+def int8() -> Any:
+    """Return the INT8 quantizer on the table's number of images."""
+    return component("quantizer", "int8", f"quantizer.images={IMAGES}")
+
+
+# How to prune, how to quantize, and whether the result runs under ONNX Runtime (else torch).
+PARTS: dict[str, tuple[Callable[..., Any], Callable[[], Any], bool]] = {
+    "zero-fill": (partial(prune, "l1_global"), partial(component, "quantizer", "none"), False),
+    "remove": (partial(prune, "remove"), partial(component, "quantizer", "none"), False),
+    "export": (keep, partial(component, "quantizer", "none"), True),
+    "fp16": (keep, partial(component, "quantizer", "fp16"), True),
+    "int8": (keep, int8, True),
+    "remove + int8": (partial(prune, "remove"), int8, True),
+}
+
+
+def file_size(model: Any) -> int:
+    """Return the bytes of the state_dict's file."""
+    import torch
+
+    with tempfile.NamedTemporaryFile() as file:
+        torch.save(model.module.state_dict(), file.name)
+        return Path(file.name).stat().st_size
+
+
+def table(records: dict[str, Cell]) -> str:
+    """Draw the records as Markdown."""
+    rows = [["model", "weights", *TECHNIQUES], ["---"] * (2 + len(TECHNIQUES))]
+    for name, record in records.items():
+        rows.append([name, record["weights"], *(text(record["cells"][technique]) for technique in TECHNIQUES)])
+    lines = [f"| {' | '.join(row)} |\n" for row in rows]
+    return HEADER.format(**versions(), amount=AMOUNT, images=IMAGES) + "".join(lines)
+
+
+def text(cell: Cell) -> str:
+    """Draw one cell."""
+    if "error" in cell:
+        return f"**failed**: {cell['error']}".replace("|", "/")
+    return f"ok {cell['seconds']:.1f} s, {cell['size']:.2f}, {cell['snr_db']:.0f} dB"
+
+
+def versions() -> dict[str, str]:
+    """Name what ran."""
+    import onnxruntime
+    import torch
+    import torchvision
+
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__,
+            "onnxruntime": onnxruntime.__version__, "machine": platform.machine()}  # fmt: skip
+
+
+HEADER = """\
+# What works on which model
+
+Written by `make support`; every cell was run: torch {torch}, torchvision {torchvision}, ONNX Runtime {onnxruntime}, CPU
+({machine}). A cell says whether it worked, the seconds from the network to its logits, the size of its file as a share
+of the FP32 state_dict, and the signal-to-noise ratio of its logits against the FP32 network's (200 dB: equal).
+
+- `zero-fill` is `pruner=l1_global`, `remove` is `pruner=remove`, both at {amount} and without recovery: their
+  signal-to-noise ratio is that of a network that nobody has repaired.
+- `export`, `fp16` and `int8` run the ONNX graph under ONNX Runtime; `int8` is calibrated on {images} images. With
+  `remove + int8` the ratio is against the FP32 network that was left after removal.
+- Weights are `trained` where they were at hand; `random` ones (BatchNorm measured on images) show that a technique
+  works, not how well: for accuracy, run a sweep.
+
+"""
+
+
+if __name__ == "__main__":
+    main()

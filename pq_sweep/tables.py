@@ -1,0 +1,134 @@
+"""Results drawn in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pq_sweep.results import Row, Sweep, batch_sizes, write_csv
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TEXTS = ("job", "model", "dataset", "pruner", "quantizer", "runtime", "device")
+
+# Cores kept busy by other processes from which on latency is called disturbed.
+NOISY_LOAD = 0.2
+
+
+def tables(sweep: Sweep, width: int) -> list[Table]:
+    """Draw the rows in `width` characters without cutting anything off.
+
+    What does not fit loses the columns that say the same in every row, which go into the title, and is then split into
+    tables that repeat the columns that tell the jobs apart.
+    """
+    sizes = batch_sizes(sweep.rows)
+    rows = [_cells(row, sizes, sweep.options) for row in sweep.rows]
+    columns = {
+        name: [row.get(name, "-") for row in rows] for name in dict.fromkeys(name for row in rows for name in row)
+    }
+    title = f"{sweep.folder}: {sweep.summary}"
+    if _width(columns) > width and len(rows) > 1:
+        same = [name for name in TEXTS if len(set(columns[name])) == 1]
+        title = ", ".join([title, *(f"{name} {columns.pop(name)[0]}" for name in same)])
+    names = {*TEXTS, *map(_heading, sweep.options)}
+    keys = {name: cells for name, cells in columns.items() if name in names}
+    parts = [dict(keys)]
+    for name, cells in columns.items():
+        if name in keys:
+            continue
+        if _width(parts[-1] | {name: cells}) > width and len(parts[-1]) > len(keys):
+            parts.append(dict(keys))
+        parts[-1][name] = cells
+    unfinished = [row["status"] != "finished" for row in sweep.rows]
+    return [_draw(part, title if part is parts[0] else None, unfinished) for part in parts]
+
+
+def _draw(columns: dict[str, list[str]], title: str | None, marked: list[bool]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=Text(title) if title else None, title_justify="left", header_style="bold")
+    for name in columns:
+        drawn.add_column(name, justify="left" if name in TEXTS else "right", no_wrap=name not in TEXTS, overflow="fold")
+    for cells, mark in zip(zip(*columns.values(), strict=True), marked, strict=True):
+        drawn.add_row(*(Text(cell) for cell in cells), style="yellow" if mark else None)
+    return drawn
+
+
+def _width(columns: dict[str, list[str]]) -> int:
+    """Return the characters that a table of these columns takes."""
+    lines = ([*name.split("\n"), *cells] for name, cells in columns.items())
+    return sum(max(map(len, column)) + 3 for column in lines) + 1
+
+
+def show(sweep: Sweep) -> None:
+    """Print the table, the failed and missing jobs, and where the CSV lies."""
+    from rich.console import Console
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    for drawn in tables(sweep, console.width):
+        console.print(drawn)
+    for line in [*_unfinished(sweep), *_disturbed(sweep), *_left_out(sweep), f"CSV: {write_csv(sweep)}"]:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _unfinished(sweep: Sweep) -> Iterator[str]:
+    """Say of each job that did not finish where it stopped and why."""
+    for row in sweep.rows:
+        job = f"job {row['job']} ({row['name']})"
+        if row["status"] == "failed":
+            log = sweep.folder / row["job"] / "job.log"
+            yield f"{job} failed at {row['stage']}: {row['error']} Traceback: {log}"
+        elif row["status"] != "finished":
+            yield f"{job} is {row['status']}" + (f", stage {row['stage']}" if row["stage"] else "")
+
+
+def _disturbed(sweep: Sweep) -> Iterator[str]:
+    """Warn of latency that was measured while other processes were busy."""
+    loads = {row["job"]: row["load_of_others"] for row in sweep.rows if row.get("load_of_others", 0) > NOISY_LOAD}
+    if loads:
+        jobs = ", ".join(f"{job} ({load:.1f} cores)" for job, load in loads.items())
+        yield f"latency is not to be trusted where other processes were busy meanwhile: job {jobs}"
+
+
+def _left_out(sweep: Sweep) -> Iterator[str]:
+    """Say how many images could not be used."""
+    counts = {row["dataset"]: row["images_left_out"] for row in sweep.rows if row.get("images_left_out")}
+    for dataset, count in counts.items():
+        yield f"{count} images of {dataset} were left out as unusable; result.json names each (images, left_out)"
+
+
+def _heading(option: str) -> str:
+    """Return an option in two short lines."""
+    return option.replace(".", "\n", 1)
+
+
+def _cells(row: Row, sizes: list[int], options: tuple[str, ...]) -> dict[str, str]:
+    """Format a row for the table, by column."""
+
+    def number(key: str, form: str, scale: float = 1) -> str:
+        return format(row[key] * scale, form) if key in row else "-"
+
+    recovery = row.get("recovery", "none")
+    texts = {name: str(row.get(name, "-")) for name in TEXTS}
+    texts["pruner"] += "" if recovery == "none" else f" + {recovery}"
+    latency = {
+        f"ms b{size}\np50/p99": f"{number(f'latency_ms/b{size}', '.3f')}/{number(f'latency_p99_ms/b{size}', '.3f')}"
+        for size in sizes
+    }
+    largest = max(sizes, default=1)
+    texts |= {_heading(key): str(row[key]) for key in options}
+    return texts | {
+        "amount": "-" if row.get("pruner") == "none" else str(row.get("amount", "-")),
+        "top-1 %": number("accuracy", ".2f", 100) if row["status"] == "finished" else row["status"],
+        "drop\npoints": number("accuracy_drop_points", ".2f"),
+        **latency,
+        f"images/s\nb{largest}": number(f"throughput/b{largest}", ",.0f"),
+        "original\nMB": number("original_size_mb", ".3f"),
+        "size\nMB": number("engine_size_mb", ".3f"),
+        "sparsity": number("sparsity", ".3f"),
+        "params\nthousand": number("params", ",.1f", 1e-3),
+        "prep s": number("prep_time_s", ".2f"),
+    }
