@@ -125,11 +125,10 @@ def settle(model: Any, data: Any) -> None:
 
 def attempt(technique: str, model: Any, data: Any, folder: Path) -> Cell:
     """Run one cell; what goes wrong is its content."""
-    start = time.perf_counter()
     try:
-        return run(technique, copy.deepcopy(model), data, folder) | {"seconds": time.perf_counter() - start}
+        return run(technique, copy.deepcopy(model), data, folder)
     except Exception as error:
-        return {"error": " ".join(str(error).split()), "seconds": time.perf_counter() - start}
+        return {"error": " ".join(str(error).split())}
 
 
 def run(technique: str, model: Any, data: Any, folder: Path) -> Cell:
@@ -137,25 +136,74 @@ def run(technique: str, model: Any, data: Any, folder: Path) -> Cell:
     import torch
 
     from pq_sweep.mixed import snr_db
-    from pq_sweep.progress import Stages
-    from pq_sweep.runtimes import OnnxRuntime, Torch
-    from pq_sweep.types import Workspace
 
     images = data.evaluation.fetch(list(range(min(IMAGES, len(data.evaluation)))))
-    work = Workspace(folder, "cpu", torch.get_num_threads(), Stages(folder, technique))
-    prune, quantize, runtime = PARTS[technique]
-    original = file_size(model)
     with torch.inference_mode():
         reference = model.module(images)
-        prune(model, data)
-        if runtime:
-            reference = model.module(images)  # what the graph is to compute
-    session = (OnnxRuntime if runtime else Torch)().open(model, quantize(), data, work)
-    logits = session(images)
-    session.close()
+    original = file_size(model)
+    start = time.perf_counter()
+    artifact, logits = TRY[technique](model, data, images, folder)
+    seconds = time.perf_counter() - start
+    if technique == "remove + int8":
+        with torch.inference_mode():
+            reference = model.module(images)  # the removed network, which the graph is to compute
     assert logits.shape == reference.shape, f"{tuple(logits.shape)} logits instead of {tuple(reference.shape)}"
     assert logits.isfinite().all(), "the logits are not finite"
-    return {"size": session.artifact.stat().st_size / original, "snr_db": snr_db(reference, logits)}
+    return {"size": artifact.stat().st_size / original, "snr_db": snr_db(reference, logits), "seconds": seconds}
+
+
+def try_pruning(name: str, model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, Any]:
+    """Prune the network and run it under torch."""
+    import torch
+
+    component("pruner", name, f"pruner.amount={AMOUNT}")(model, data)
+    torch.save(model.module.state_dict(), folder / "model.pt")
+    with torch.inference_mode():
+        return folder / "model.pt", model.module(images)
+
+
+def try_export(model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, Any]:
+    """Export the network, prove the graph equal, and run it under ONNX Runtime."""
+    from pq_sweep.export import check_export, export_onnx
+
+    graph = folder / "export.onnx"
+    export_onnx(model, graph)
+    check_export(model, graph)
+    return graph, answer(graph, images)
+
+
+def try_quantizer(name: str, model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, Any]:
+    """Quantize the exported graph and run it under ONNX Runtime."""
+    from pq_sweep.progress import Stages
+
+    options = [f"quantizer.images={IMAGES}"] if name == "int8" else []
+    target = folder / f"{name}.onnx"
+    stage = Stages(folder, name)
+    component("quantizer", name, *options)(folder / "export.onnx", target, data, form="cpu", stage=stage)
+    return target, answer(target, images, name)
+
+
+def try_both(model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, Any]:
+    """Remove channels, export, quantize and run under ONNX Runtime."""
+    component("pruner", "remove", f"pruner.amount={AMOUNT}")(model, data)
+    try_export(model, data, images, folder)
+    return try_quantizer("int8", model, data, images, folder)
+
+
+def answer(graph: Path, images: Any, quantizer: str = "none") -> Any:
+    """Run a graph as a job does."""
+    import torch
+
+    from pq_sweep.progress import Stages
+    from pq_sweep.runtimes import OnnxRuntime
+    from pq_sweep.types import Workspace
+
+    work = Workspace(graph.parent, "cpu", torch.get_num_threads(), Stages(graph.parent, ""))
+    session = OnnxRuntime().load(graph, component("quantizer", quantizer), work, {})
+    try:
+        return session(images)
+    finally:
+        session.close()
 
 
 def component(group: str, name: str, *overrides: str) -> Any:
@@ -165,28 +213,13 @@ def component(group: str, name: str, *overrides: str) -> Any:
     return instantiate(config(f"{group}={name}", *overrides)[group], _partial_=True, _convert_="all")
 
 
-def keep(model: Any, data: Any) -> None:
-    """Prune nothing."""
-
-
-def prune(name: str, model: Any, data: Any) -> None:
-    """Prune at the table's amount."""
-    component("pruner", name, f"pruner.amount={AMOUNT}")(model, data)
-
-
-def int8() -> Any:
-    """Return the INT8 quantizer on the table's number of images."""
-    return component("quantizer", "int8", f"quantizer.images={IMAGES}")
-
-
-# How to prune, how to quantize, and whether the result runs under ONNX Runtime (else torch).
-PARTS: dict[str, tuple[Callable[..., Any], Callable[[], Any], bool]] = {
-    "zero-fill": (partial(prune, "l1_global"), partial(component, "quantizer", "none"), False),
-    "remove": (partial(prune, "remove"), partial(component, "quantizer", "none"), False),
-    "export": (keep, partial(component, "quantizer", "none"), True),
-    "fp16": (keep, partial(component, "quantizer", "fp16"), True),
-    "int8": (keep, int8, True),
-    "remove + int8": (partial(prune, "remove"), int8, True),
+TRY: dict[str, Callable[..., tuple[Path, Any]]] = {
+    "zero-fill": partial(try_pruning, "l1_global"),
+    "remove": partial(try_pruning, "remove"),
+    "export": try_export,
+    "fp16": partial(try_quantizer, "fp16"),
+    "int8": partial(try_quantizer, "int8"),
+    "remove + int8": try_both,
 }
 
 
@@ -229,8 +262,9 @@ HEADER = """\
 # What works on which model
 
 Written by `make support`; every cell was run: torch {torch}, torchvision {torchvision}, ONNX Runtime {onnxruntime}, CPU
-({machine}). A cell says whether it worked, the seconds from the network to its logits, the size of its file as a share
-of the FP32 state_dict, and the signal-to-noise ratio of its logits against the FP32 network's (200 dB: equal).
+({machine}). A cell says whether it worked, the seconds from the network (for `fp16` and `int8` from its export) to the
+logits of {images} images, the size of its file as a share of the FP32 state_dict, and the signal-to-noise ratio of its
+logits against the FP32 network's (200 dB: equal).
 
 - `zero-fill` is `pruner=l1_global`, `remove` is `pruner=remove`, both at {amount} and without recovery: their
   signal-to-noise ratio is that of a network that nobody has repaired.

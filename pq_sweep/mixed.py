@@ -118,7 +118,7 @@ def rank_layers(graph: Calibrated, data: Data) -> list[Layer]:
     """Measure for each layer how much noise it adds to the logits when it alone is in 8 bit."""
     from tqdm import tqdm
 
-    images = data.calibration.take(SENSITIVITY_IMAGES)
+    images = data.calibrating().take(SENSITIVITY_IMAGES)
     (inputs, _) = next(images.batches(len(images)))
     reference = data.logits(_session(graph.model)(inputs))
     layers = []

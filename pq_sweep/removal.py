@@ -174,7 +174,7 @@ def _gradients(model: Model, data: Data, *, absolute: bool) -> None:
     """Leave in `.grad` the mean over the calibration images of dL/dw, or of |dL/dw| (then image by image)."""
     parameters = list(model.module.parameters())
     totals = [torch.zeros_like(parameter) for parameter in parameters]
-    images = data.calibration.batches(1 if absolute else 64, parameters[0].device)
+    images = data.calibrating().batches(1 if absolute else 64, parameters[0].device)
     for batch, labels in tqdm(images, desc="gradients", disable=None, leave=False):
         loss = nn.functional.cross_entropy(data.logits(model.module(batch)), labels, reduction="sum")
         for total, grad in zip(totals, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):

@@ -103,10 +103,15 @@ class OnnxRuntime:
     def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
         """Export, check, quantize and load the graph."""
         graph, details = make_graph(model, quantizer, data, work, form="cpu")
-        details["disabled_optimizers"] = _crashing_optimizers(quantizer, graph)
         with work.stage("build"):
-            session = _ort_session(graph, _provider(work.device), {}, work, details["disabled_optimizers"])
-        return OrtSession(session, work.device, graph, details | _placement(session), "onnxruntime")
+            return self.load(graph, quantizer, work, details)
+
+    def load(self, graph: Path, quantizer: Any, work: Workspace, details: dict[str, Any]) -> Session:
+        """Load a graph that the quantizer wrote."""
+        disabled = _crashing_optimizers(quantizer, graph)
+        session = _ort_session(graph, _provider(work.device), {}, work, disabled)
+        details = details | {"disabled_optimizers": disabled} | _placement(session)
+        return OrtSession(session, work.device, graph, details, "onnxruntime")
 
 
 @dataclass(frozen=True)

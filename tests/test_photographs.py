@@ -1,0 +1,134 @@
+"""Real networks on real photographs: what the papers found, found again. Skipped where the shared data is absent."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import Launch, new_user, only_sweep, python, results
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP1 = {"resnet18": 0.962, "mobilenet_v2": 0.982, "squeezenet1_1": 0.924}  # of the 500, as the data's manifest says
+SHORT = ("measure.batch_sizes=[1]", "measure.iterations=5", "measure.max_s=0.1", "tracking=none")
+
+Sweep = Callable[..., tuple[Path, list[dict[str, Any]]]]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """Run a sweep on the 500 photographs, once, and return its folder and its jobs' results."""
+    shared = ROOT.parent / "shared" / "data"
+    if not shared.is_dir():
+        pytest.skip("needs real weights and photographs in shared/data, which are not here")
+    home = {"PQ_SWEEP_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+    @cache
+    def run(model: str, *overrides: str) -> tuple[Path, list[dict[str, Any]]]:
+        folder = tmp_path_factory.mktemp(model)
+        chosen = [f"model={model}", f"model.weights={shared}/weights/{model}.pth", "dataset=imagenette"]
+        arguments = [str(ROOT / "launch.py"), "-m", *chosen, f"dataset.root={shared}/imagenette160", *SHORT, *overrides]
+        done = python(arguments, folder, new_user() | home, timeout=1800)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return only_sweep(folder), results(only_sweep(folder))
+
+    return run
+
+
+def plain_loop(name: str, shared: Path) -> dict[str, int]:
+    """Evaluate image by image with torchvision alone; return the class index (of 1,000) by file."""
+    model = torchvision.models.get_model(name)
+    model.load_state_dict(torch.load(shared / "weights" / f"{name}.pth", weights_only=True))
+    model.eval()
+    transform = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].transforms()
+    wnids = (shared / "imagenet_wnids.txt").read_text().split()
+    root = shared / "imagenette160"
+    columns = torch.tensor([wnids.index(folder.name) for folder in sorted((root / "val").iterdir())])
+    answers = {}
+    for path in sorted((root / "val").rglob("*.JPEG")):
+        with Image.open(path) as image, torch.inference_mode():
+            logits = model(transform(image.convert("RGB"))[None])[0, columns]
+        answers[str(path.relative_to(root))] = int(logits.argmax())
+    return answers
+
+
+@pytest.mark.parametrize("name", sorted(TOP1))
+def test_every_answer_is_that_of_a_plain_torchvision_loop(sweep: Sweep, shared_data: Path, name: str) -> None:
+    folder, (dense, *_) = sweep(name, "quantizer=none,fp16,int8", "runtime=onnxruntime")
+    _, (torch_job,) = sweep(name, "runtime=torch")
+    with next(folder.glob("baseline/*/images.csv")).open() as file:
+        images = [row["image"] for row in csv.DictReader(file)]
+
+    expected = plain_loop(name, shared_data)
+
+    assert dense["accuracy"]["top1"] == torch_job["accuracy"]["top1"] == TOP1[name]
+    baseline = np.load(next(folder.glob("baseline/*/predictions.npy")))
+    assert dict(zip(images, baseline.tolist(), strict=True)) == expected
+    assert dict(zip(images, np.load(folder / "0" / "predictions.npy").tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize(("name", "points"), [("resnet18", 1.0), ("mobilenet_v2", 2.0), ("squeezenet1_1", 2.0)])
+def test_quantization_costs_little(sweep: Sweep, name: str, points: float) -> None:
+    _, (dense, fp16, int8) = sweep(name, "quantizer=none,fp16,int8", "runtime=onnxruntime")
+
+    assert fp16["accuracy"]["drop_points"] <= 0.3
+    assert int8["accuracy"]["drop_points"] <= points
+    sizes = [job["size_bytes"]["compressed"] / dense["size_bytes"]["compressed"] for job in (fp16, int8)]
+    assert sizes[0] == pytest.approx(0.5, abs=0.02)
+    assert 0.24 < sizes[1] < 0.3
+
+
+def top1(sweep: Sweep, pruner: str, *more: str) -> dict[float, float]:
+    """Return the accuracy of resnet18 at the amounts .5 and .7, by torch."""
+    _, jobs = sweep("resnet18", f"pruner={pruner}", "pruner.amount=0.5,0.7", *more)
+    return dict(zip((0.5, 0.7), (job["accuracy"]["top1"] for job in jobs), strict=True))
+
+
+def test_pruning_keeps_the_papers_order(sweep: Sweep) -> None:
+    everywhere, layerwise, random, removed = (top1(sweep, pruner) for pruner in ("l1_global", "l1", "random", "remove"))
+
+    assert abs(everywhere[0.5] - TOP1["resnet18"]) <= 0.02
+    for amount in (0.5, 0.7):
+        assert everywhere[amount] > layerwise[amount] > random[amount], amount
+        assert layerwise[amount] > removed[amount], amount  # zeros cost less than channels, nothing being repaired
+
+
+def test_batchnorm_repairs_what_pruning_broke(sweep: Sweep) -> None:
+    broken = top1(sweep, "l1")
+    repaired = top1(sweep, "l1", "recovery=bn_reestimate")
+
+    assert repaired[0.7] - broken[0.7] > 0.5
+    assert repaired[0.5] > broken[0.5]
+
+
+def test_later_sweeps_decode_nothing_and_answer_the_same(sweep: Sweep, shared_data: Path, launch: Launch) -> None:
+    first, (one,) = sweep("squeezenet1_1", "seed=0")
+    second, (two, three) = sweep("squeezenet1_1", "seed=0,1")
+
+    assert two["images"]["decoded"] == three["images"]["decoded"] == 0
+    assert two["images"]["from_cache"] == 564
+    assert one["accuracy"] == two["accuracy"]
+    assert (first / "0" / "predictions.npy").read_bytes() == (second / "0" / "predictions.npy").read_bytes()
+
+
+def test_mixed_precision_on_mobilenet(sweep: Sweep) -> None:
+    """Two points of the calibration images are allowed, the worst layers stay, and most are in 8 bit."""
+    folder, (job,) = sweep("mobilenet_v2", "quantizer=mixed", "quantizer.max_drop=2", "runtime=onnxruntime")
+    record = job["session"]["quantizer"]
+    noise = {layer["name"]: layer["snr_db"] for layer in record["layers"]}
+    kept = {layer["name"] for layer in record["layers"] if layer["precision"] == "fp32"}
+
+    assert len(noise) == 53
+    assert kept == set(sorted(noise, key=lambda name: noise[name])[: len(kept)])
+    assert record["calibration_drop_points"] <= 2
+    assert job["accuracy"]["drop_points"] <= 3
+    assert (folder / "0" / "precisions.svg").stat().st_size > 1000

@@ -1,0 +1,45 @@
+"""The table of what works on which model: the command that makes it, and that the one in docs/ is whole."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, python
+
+CELL = re.compile(r"ok \d+\.\d s, \d\.\d\d, -?\d+ dB")
+MODELS = {path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")}
+
+
+def rows(table: Path) -> dict[str, list[str]]:
+    """Return the cells of each model's row."""
+    lines = [line for line in table.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return {name: row for name, *row in cells if name not in ("model", "---")}
+
+
+@pytest.mark.slow
+def test_every_cell_of_a_model_is_run(tmp_path: Path, environment: dict[str, str]) -> None:
+    table = tmp_path / "support.md"
+    command = ["-m", "benchmarks.support", str(table), "--only", "digits_cnn"]
+    done = python(command, ROOT, environment, timeout=600)
+
+    assert done.returncode == 0, done.stderr
+    weights, *cells = rows(table)["digits_cnn"]
+    assert weights == "packaged"
+    assert len(cells) == 6
+    assert all(CELL.fullmatch(cell) for cell in cells), cells
+    sizes = [float(cell.split(", ")[1]) for cell in cells]
+    zero_fill, removed, exported, fp16, int8, both = sizes
+    assert zero_fill > 0.95 > removed > both
+    assert exported > fp16 > int8 > both
+
+
+def test_the_documented_table_has_every_model_and_no_gap() -> None:
+    found = rows(ROOT / "docs" / "support.md")
+
+    assert found.keys() == MODELS
+    for name, (_, *cells) in found.items():
+        assert len(cells) == 6, name
+        assert all(CELL.fullmatch(cell) for cell in cells), (name, cells)
