@@ -20,7 +20,12 @@ DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 CALIBRATIONS = ("minmax", "entropy", "percentile")
 KEPT_PRECISIONS = ("fp32", "fp16")
 IMPORTANCES = ("random", "magnitude", "taylor", "sensitivity", "bn_scale", "lamp")
-CHOICES = {"quantizer.calibration": CALIBRATIONS, "quantizer.keep": KEPT_PRECISIONS, "pruner.importance": IMPORTANCES}
+CHOICES = {
+    "dataset.size": ("160", "320", "full"),
+    "quantizer.calibration": CALIBRATIONS,
+    "quantizer.keep": KEPT_PRECISIONS,
+    "pruner.importance": IMPORTANCES,
+}
 
 WEIGHT_FILES = (".pt", ".pth", ".safetensors")
 # Options of this package's components: the least and largest value, and whether it is a whole number.
@@ -77,8 +82,8 @@ def _values(cfg: DictConfig) -> Iterator[str]:
     ):
         yield f"measure.batch_sizes={sizes} is not valid; give whole numbers from 1 on, such as [1,8]."
     for key, valid in CHOICES.items():
-        value = OmegaConf.select(cfg, key)
-        if value is not None and value not in valid:
+        value, group = OmegaConf.select(cfg, key), cfg[key.partition(".")[0]]
+        if value is not None and _is_ours(group) and str(value) not in valid:
             yield f"{key}={value} is not known; valid are: {', '.join(valid)}."
     images, available = OmegaConf.select(cfg, "quantizer.images"), cfg.dataset.get("calibration")
     if _is_number(images) and _is_number(available) and images > available:
@@ -89,7 +94,7 @@ def _values(cfg: DictConfig) -> Iterator[str]:
 
 def _numbers(group: str, options: DictConfig) -> Iterator[str]:
     """Check the options of our own components by name; null is left to the component."""
-    if not str(options._target_).startswith("pq_sweep."):
+    if not _is_ours(options):
         return
     for name, (least, most, whole) in RANGES.items():
         value = options.get(name)
@@ -160,6 +165,11 @@ def _realisers(precision: str) -> list[str]:
     runtimes = (Torch, OnnxRuntime, TensorRT)
     return [f"runtime={runtime.__name__.lower()} device={kind}" for runtime in runtimes
             for kind, names in runtime.precisions.items() if precision in names]  # fmt: skip
+
+
+def _is_ours(options: DictConfig) -> bool:
+    """Say whether a component is this package's: another's options of the same names mean what they like."""
+    return str(options._target_).startswith("pq_sweep.")
 
 
 def _is_number(value: Any, *, whole: bool = False) -> bool:

@@ -22,6 +22,7 @@ AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 INSTEAD = "or give model.weights=/path or model.weights=null"
 # Torchvision's weights come under its own licence unless their description names another.
 TORCHVISION_LICENCE = "https://github.com/pytorch/vision/blob/main/LICENSE"
+APACHE_LICENCE = "https://www.apache.org/licenses/LICENSE-2.0"  # this project's own
 SIMPLENET_LICENCE = "https://github.com/Coderx7/SimpleNet_Pytorch"
 HOW_TO_SAVE = "save one by torch.save(model.state_dict(), path)."
 
@@ -32,7 +33,7 @@ def digits_cnn(*, weights: str | None = "DEFAULT") -> Model:
 
     preprocess = Preprocess(size=8, resize=8, channels=1, mean=(0.0,), std=(1.0,))
     packaged = files("pq_sweep").joinpath("weights/digits_cnn.safetensors")
-    model = Model(DigitsCNN().eval(), 10, preprocess, tuple(str(digit) for digit in range(10)))
+    model = Model(DigitsCNN().eval(), 10, preprocess, tuple(str(digit) for digit in range(10)), APACHE_LICENCE)
     if weights:
         load_weights(model.module, Path(str(packaged)) if weights == "DEFAULT" else Path(weights))
     return model
@@ -130,7 +131,7 @@ def _cifar(module: nn.Module, weights: str | None, num_classes: int) -> Model:
     if weights:
         load_weights(module, Path(weights))
     preprocess = Preprocess(size=32, resize=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-    return Model(module.eval(), num_classes, preprocess, CIFAR10 if num_classes == 10 else None)
+    return Model(module.eval(), num_classes, preprocess, CIFAR10 if num_classes == 10 else None, APACHE_LICENCE)
 
 
 def fetch_weights(weights: str) -> Path:

@@ -153,6 +153,7 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
         flat |= {f"latency_{name}_ms/b{size}": timed[f"{name}_ms"] for name in ("p90", "p99", "mean", "std")}
     images = result["images"]
     flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
+    flat["images_decoded"] = images.get("decoded")
     flat["load_of_others"] = max((timed["load_of_others"] for timed in result["latency"].values()), default=0.0)
     return {name: value for name, value in flat.items() if value is not None}
 

@@ -62,6 +62,11 @@ REFUSED: list[tuple[str, list[str], str]] = [
     ("no calibration images", ["dataset.calibration=0", "quantizer=int8"], "is more than dataset.calibration=0"),
     ("negative calibration", ["dataset.calibration=-1"], "dataset.calibration=-1 is out of range"),
     ("nothing to evaluate", [FOLDER, "dataset.root=.", "dataset.evaluation=0"], "dataset.evaluation=0 is out of range"),
+    (
+        "unknown size of images",
+        ["dataset=imagenette", "dataset.size=64"],
+        "dataset.size=64 is not known; valid are: 160",
+    ),
     ("unknown precision to keep", ["quantizer=mixed", "quantizer.keep=fp8"], "valid are: fp32, fp16"),
     ("mixed on torch", ["runtime=torch", "quantizer=mixed"], "runtime=torch cannot run precision mixed"),
     (

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import requests
 import torch
-from conftest import refused
+from conftest import ROOT, refused
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -262,3 +264,21 @@ def test_damaged_download_is_named(offline: Path, make: Callable[..., Model]) ->
     place = place_named_in(refused(make))
     place.write_bytes(b"half a file")
     assert str(place) in refused(make)
+
+
+MODELS = sorted(path for path in (ROOT / "conf" / "model").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_model_knows_what_it_takes_and_on_which_terms(path: Path) -> None:
+    with torch.device("meta"):  # shapes without the work of drawing weights
+        model: Model = instantiate(OmegaConf.merge(OmegaConf.load(path), {"weights": None}))
+
+    expected = {"inception_v3": 299, "digits_cnn": 8, "vgg7": 32, "resnet20": 32, "resnet56": 32}.get(path.stem, 224)
+    assert model.preprocess.size == expected <= model.preprocess.resize
+    assert len(model.classes or ()) == len(set(model.classes or ())) == model.num_classes or model.num_classes == 1000
+    assert model.licence
+    assert model.licence.startswith("https://")
+    if model.num_classes == 1000:
+        assert model.classes is not None
+        assert (len(model.classes), model.classes[0]) == (1000, "tench")
