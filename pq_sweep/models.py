@@ -15,8 +15,6 @@ from pq_sweep.types import Model, Preprocess, UserError, choose
 
 State = dict[str, Tensor]
 
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
 # Classifiers of GoogLeNet and Inception that only training uses.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 INSTEAD = "or give model.weights=/path or model.weights=null"
@@ -131,7 +129,7 @@ def _cifar(module: nn.Module, weights: str | None, num_classes: int) -> Model:
     if weights:
         load_weights(module, Path(weights))
     preprocess = Preprocess(size=32, resize=32, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-    return Model(module.eval(), num_classes, preprocess, CIFAR10 if num_classes == 10 else None, APACHE_LICENCE)
+    return Model(module.eval(), num_classes, preprocess, licence=APACHE_LICENCE)
 
 
 def fetch_weights(weights: str) -> Path:
