@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from pq_sweep import measure
+from pq_sweep.environment import device_name, versions
+from pq_sweep.fingerprint import digest, files_state, resolved
 from pq_sweep.measure import Protocol, Result
 from pq_sweep.progress import write_json
 from pq_sweep.runtimes import TorchSession
@@ -34,10 +35,14 @@ class Baseline:
 
 
 def load_baseline(cfg: DictConfig, model: Model, data: Data, work: Workspace, protocol: Protocol) -> Baseline:
-    """Read the reference from the sweep's folder, or measure it first; jobs that run at once wait for one of them."""
-    parts = [OmegaConf.to_container(part, resolve=True) for part in (cfg.model, cfg.dataset)]
-    key = hashlib.sha256(json.dumps([*parts, cfg.seed, work.device], sort_keys=True).encode()).hexdigest()[:16]
-    folder = work.folder.parent / "baseline" / key
+    """Read the reference from the sweep's folder, or measure it first; jobs that run at once wait for one of them.
+
+    Each kind of node and device has its own: a job is never compared with what another one measured.
+    """
+    options = resolved(cfg)
+    parts = {name: options[name] for name in ("model", "dataset", "seed")}
+    where = [options.get("node"), device_name(work.device)]
+    folder = work.folder.parent / "baseline" / digest([parts, where, files_state(options), versions()])
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / "baseline.json").exists():

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pq_sweep import sweep
-from pq_sweep.types import UserError
+from pq_sweep.types import Stopped, UserError
 
 EXAMPLES = """\
   # three amounts of global magnitude pruning, compared
@@ -41,6 +41,9 @@ def main(launch: Callable[[], None], conf: Path) -> None:
     except KeyboardInterrupt:
         print("interrupted; finished jobs are kept", file=sys.stderr)
         code = 130
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        code = 143
     except Exception as error:
         if wants_traceback:
             raise

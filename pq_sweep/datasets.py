@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -55,21 +59,35 @@ def digits(model: Model, *, calibration: int = DIGITS_CALIBRATION) -> Data:
     The stratified order is fixed (it does not follow the job's seed), so the packaged weights never saw the
     evaluation images. A model with another input gets the digits enlarged and repeated over its channels.
     """
-    from sklearn.datasets import load_digits
-
     if not 0 <= calibration <= DIGITS_CALIBRATION:
         raise UserError(
             f"dataset.calibration={calibration} does not fit: digits keeps up to {DIGITS_CALIBRATION} images."
         )
-    raw = load_digits()
-    labels = torch.as_tensor(raw.target, dtype=torch.int64)
-    images = torch.as_tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 16
+    pixels, targets = _digits()
+    labels = torch.as_tensor(targets, dtype=torch.int64)
+    images = torch.as_tensor(pixels, dtype=torch.float32).unsqueeze(1) / 16
     order = stratified_order(labels.tolist(), seed=0)
     whole = Split(labels, lambda indices: _fit(images[indices], model.preprocess))
     ends = np.cumsum([DIGITS_EVALUATION, DIGITS_CALIBRATION])
     evaluation, reserved, train = (whole.subset(part.tolist()) for part in np.split(order, ends))
     classes = tuple(str(digit) for digit in range(10))
     return Data(evaluation, reserved.take(calibration), train, classes, match_classes(model, classes))
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return pixels (1797, 8, 8) from 0 to 16 and labels; they are cached, as scikit-learn takes seconds to import."""
+    path = cache_home() / f"digits-{version('scikit-learn')}.npz"
+    with suppress(OSError, ValueError, KeyError, EOFError, BadZipFile), np.load(path) as kept:
+        return kept["pixels"], kept["labels"]
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    aside = path.with_name(f".{os.getpid()}-{path.name}")
+    with suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(aside, pixels=raw.images, labels=raw.target)
+        aside.rename(path)
+    return raw.images, raw.target
 
 
 def image_folder(model: Model, *, root: str, calibration: int, evaluation: int | None, seed: int) -> Data:

@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,29 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "os": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": versions(),
         "git": git_state(),
         "command": command_line(),
         "cpu": {"name": _cpu_name(), "cores_usable": len(os.sched_getaffinity(0)), "threads": threads},
         "device": device_name(device),
         "gpu": _gpu(device),
-        "slurm": {key.lower(): value for key, value in os.environ.items() if key in SLURM},
+        "slurm": slurm(),
     }
 
 
-SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURMD_NODENAME", "SLURM_JOB_PARTITION")
+SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURMD_NODENAME", "SLURM_JOB_PARTITION",
+         "SLURM_JOB_GPUS", "SLURM_RESTART_COUNT", "SLURM_CLUSTER_NAME")  # fmt: skip
+
+
+def slurm() -> dict[str, str]:
+    """Return what SLURM says of the job that this process belongs to; nothing outside of SLURM."""
+    return {key.lower(): os.environ[key] for key in SLURM if key in os.environ}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that numbers depend on."""
+    return {name: found for name in PACKAGES if (found := _version(name))}
 
 
 def command_line() -> str:

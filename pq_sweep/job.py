@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from pq_sweep import measure
 from pq_sweep.baseline import load_baseline
 from pq_sweep.check import check, impossible, refuse
-from pq_sweep.environment import describe, resolve_device
+from pq_sweep.environment import describe, device_name, resolve_device
+from pq_sweep.fingerprint import digest, fingerprint, resolved
 from pq_sweep.measure import Protocol, Result
 from pq_sweep.progress import Stages, write_json
+from pq_sweep.resume import change_once
 from pq_sweep.runtimes import precision_of
 from pq_sweep.sizes import compressed_size, storage_sizes
 from pq_sweep.types import Data, Model, Runtime, Session, Workspace
@@ -36,26 +38,26 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         work = Workspace(folder, resolve_device(cfg.device), measure.use_threads(protocol.threads), stage)
         quantizer = component(cfg.quantizer)
         runtime = possible_runtime(cfg, quantizer, work.device)
+        # What an earlier try kept is of use on the same kind of device only.
+        stage.resume(digest([fingerprint(cfg), device_name(work.device)]))
 
         with stage("load"):
             model, data = load(cfg, work.device)
         with stage("baseline"):
             baseline = load_baseline(cfg, model, data, work, protocol)
-        with stage("prune"):
-            removal = component(cfg.pruner)(model, data)
-        with stage("recover"):
-            component(cfg.recovery)(model, data)
-        with stage("sizes"):
-            network, formats = describe_network(model), storage_sizes(model, folder)
+        removal = change_once(stage, "prune", model, partial(component(cfg.pruner), model, data))
+        change_once(stage, "recover", model, partial(component(cfg.recovery), model, data))
+        network, formats = stage.once("sizes", partial(describe_network, model, baseline.result, folder))
         session = runtime.open(model, quantizer, data, work)
         del model  # from here on only the session holds memory
-        with stage("accuracy"):
-            accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
+        accuracy, predictions = evaluate(session, data, protocol, stage)
         speed = measure.speed(session, data, protocol, stage)
         result = {
             "status": "finished",
+            "fingerprint": fingerprint(cfg),
             "started": stage.started,
             "seconds": time.time() - stage.started,
+            "tries": stage.tries,
             "accuracy": accuracy | baseline.compare(accuracy, predictions),
             **speed,
             "network": network,
@@ -65,11 +67,11 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             "stage_s": stage.seconds,
             "baseline": baseline.result,
             "session": describe_session(session, quantizer, folder),
-            "config": {key: value for key, value in resolved(cfg).items() if key != "tracking"},
+            "config": resolved(cfg),
             "environment": describe(work.device, work.threads),
         }
         session.close()
-        save(folder, result, predictions, removal)
+        save(stage, result, removal)
     return result
 
 
@@ -90,26 +92,31 @@ def load(cfg: DictConfig, device: str) -> tuple[Model, Data]:
     return model, data
 
 
-def save(folder: Path, result: Result, predictions: np.ndarray, removal: Result | None) -> None:
+def evaluate(session: Session, data: Data, protocol: Protocol, stage: Stages) -> tuple[Result, np.ndarray]:
+    """Return accuracy and the predicted class of every evaluation image (N,), which `predictions.npy` holds."""
+    path = stage.folder / "predictions.npy"
+
+    def measured() -> Result:
+        accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
+        np.save(path, predictions)
+        return accuracy
+
+    return stage.once("accuracy", measured, path), np.load(path)
+
+
+def save(stage: Stages, result: Result, removal: Result | None) -> None:
     """Write what a job found; `result.json` comes last, as the sign that all is there."""
-    np.save(folder / "predictions.npy", predictions)
     if removal:
-        write_json(folder / "removal.json", removal)
-    write_json(folder / "result.json", result)
+        write_json(stage.folder / "removal.json", removal)
+    write_json(stage.folder / "result.json", result)
+    stage.finish()
 
 
-def resolved(cfg: DictConfig) -> dict[Any, Any]:
-    """Return the config as plain values."""
-    values = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(values, dict)
-    return values
-
-
-def describe_network(model: Model) -> Result:
-    """Return what the network takes, where the terms of its use stand, and its figures."""
+def describe_network(model: Model, dense: Result, folder: Path) -> tuple[Result, dict[str, int]]:
+    """Return what the network takes, its terms of use and its figures; and its bytes in each format of storage."""
     shape = [model.preprocess.channels, model.preprocess.size, model.preprocess.size]
     about = {"input": shape, "classes": model.num_classes, "licence": model.licence}
-    return about | measure.network(model)
+    return about | measure.network(model, dense), storage_sizes(model, folder)
 
 
 def describe_images(data: Data) -> Result:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pq_sweep.fingerprint import digest
 from pq_sweep.pruners import prunable
 from pq_sweep.types import Data, Model, Session, Stage
 
@@ -207,8 +208,12 @@ def latency_images(data: Data, batch_size: int, device: str) -> Tensor:
     return data.evaluation.fetch(indices).to(device)
 
 
-def network(model: Model) -> Result:
-    """Count parameters, multiply-accumulates of one image, and zeros among the prunable weights."""
+def network(model: Model, known: Result | None = None) -> Result:
+    """Count parameters, multiply-accumulates of one image, and zeros among the prunable weights.
+
+    `known` are the figures of the network before it was changed: while all shapes are the same, so is the arithmetic.
+    """
+    shapes = structure(model)
     weights = [getattr(part, name) for part, name in prunable(model.module)]
     zeros, total = (
         sum(int(n) for n in counts) for counts in zip(*((w.eq(0).sum(), w.numel()) for w in weights), strict=True)
@@ -218,8 +223,14 @@ def network(model: Model) -> Result:
         "nonzero_params": sum(int(parameter.count_nonzero()) for parameter in model.module.parameters()),
         "weights": total,
         "sparsity": zeros / total,
-        "macs": macs(model),
+        "structure": shapes,
+        "macs": known["macs"] if known and known["structure"] == shapes else macs(model),
     }
+
+
+def structure(model: Model) -> str:
+    """Return a hash of the names and shapes of all parameters."""
+    return digest({name: list(parameter.shape) for name, parameter in model.module.named_parameters()})
 
 
 def macs(model: Model) -> int:

@@ -1,4 +1,4 @@
-"""Which stage a job is in, shown as a log line, kept in `status.json`, and timed."""
+"""Which stage a job is in: shown as a log line, kept in `status.json`, timed, and not repeated by a continued job."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pq_sweep.environment import slurm
+from pq_sweep.results import error_files, read_json
+from pq_sweep.types import Stopped
 
 log = logging.getLogger(__name__)
 
 # A list of numbers, which is written on one line.
 NUMBERS = re.compile(r"\[\n[-+.,eE\d\s]*\]")
 
-LEFT_BY_JOBS = (
-    "error.json",
-    "result.json",
-    "removal.json",
-    "predictions.npy",
-    "precisions.svg",
-    "export.onnx",
-    "model.pt",
-    "model.onnx",
-)
+LEFT_BY_JOBS = ("removal.json", "predictions.npy", "precisions.svg", "export.onnx", "model.pt", "model.onnx")
+PROGRESS = "progress.json"
 PREP = ("prune", "recover", "export", "calibrate", "sensitivity", "quantize", "build")
 
 
 class Stages:
-    """Times stages by name: `with stages("export"): ...`."""
+    """Times stages by name, `with stages("export"): ...`, and keeps what was finished in case the job is continued.
+
+    A job is continued when it starts again in its folder with the same key: after a time limit, preemption, the death
+    of its node, or a new start of the sweep. `progress.json` then holds what each finished part returned.
+    """
+
+    # Set when the process ends only to be started again by SLURM: that is no failure.
+    leaving: ClassVar[bool] = False
 
     def __init__(self, folder: Path, label: str) -> None:
         self.folder = folder
@@ -41,36 +44,95 @@ class Stages:
         self.started = time.time()
         self.seconds: dict[str, float] = {}
         self.current = "start"
+        self.key = ""
+        self.tries: list[dict[str, Any]] = []
+        self.kept: dict[str, Any] = {}
+        self.timed_before: frozenset[str] = frozenset()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         log.info("%s | %s", self.label, name)
         self.current = name
-        write_json(
-            self.folder / "status.json",
-            {"stage": name, "since": time.time(), "pid": os.getpid(), "host": os.uname().nodename},
-        )
+        where = {"pid": os.getpid(), "host": os.uname().nodename, "slurm": slurm()}
+        write_json(self.folder / "status.json", {"stage": name, "since": time.time(), **where})
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            if name not in self.timed_before:  # what an earlier try took counts, not what is left of it to do
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def resume(self, key: str) -> None:
+        """Take over what an earlier try of the same job finished, or clear away what another job left."""
+        earlier = read_json(self.folder / PROGRESS) or {}
+        if earlier.get("key") != key:
+            earlier = {}
+            self._clear()
+        self.key, self.kept = key, earlier.get("kept", {})
+        self.seconds = earlier.get("seconds", {})
+        self.timed_before = frozenset(self.seconds)
+        self.tries = [*earlier.get("tries", ()), {"started": self.started, "host": os.uname().nodename, **slurm()}]
+        if self.kept:
+            log.info("%s | continued after: %s", self.label, ", ".join(self.kept))
+        self._write()
+
+    def has(self, name: str) -> bool:
+        """Say whether a part is finished and its files are as they were then."""
+        files = self.kept.get(name, {}).get("files", {})
+        return name in self.kept and all(_size(self.folder / file) == size for file, size in files.items())
+
+    def keep(self, name: str, make: Callable[[], Any], *files: Path) -> Any:
+        """Return the plain value of `make`, which also writes `files`; a continued job does not make it again."""
+        if self.has(name):
+            return self.kept[name]["value"]
+        value = make()
+        self.kept[name] = {"value": value, "files": {file.name: _size(file) for file in files}}
+        self._write()
+        return value
+
+    def once(self, name: str, make: Callable[[], Any], *files: Path) -> Any:
+        """Do as `keep` in a stage of that name."""
+
+        def timed() -> Any:
+            with self(name):
+                return make()
+
+        return self.keep(name, timed, *files)
+
+    def finish(self) -> None:
+        """Forget what was only needed to continue."""
+        for kept in [*self.folder.glob("*.kept.pt"), self.folder / PROGRESS]:
+            kept.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        state = {"key": self.key, "tries": self.tries, "seconds": self.seconds, "kept": self.kept}
+        write_json(self.folder / PROGRESS, state)
+
+    def _clear(self) -> None:
+        self.finish()
+        for name in LEFT_BY_JOBS:
+            (self.folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "engine", ignore_errors=True)
 
     @contextmanager
     def keeping_errors(self) -> Iterator[None]:
         """Write `error.json` if what is inside fails, and let the error go on."""
-        for name in LEFT_BY_JOBS:  # of an earlier run in the same folder
-            (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "engine", ignore_errors=True)
+        forget_error(self.folder)
+        (self.folder / "result.json").unlink(missing_ok=True)
         try:
             yield
-        except Exception as error:
-            message = " ".join(str(error).split()) or type(error).__name__
-            record = {"type": type(error).__name__, "message": message, "stage": self.current}
-            write_json(
-                self.folder / "error.json", record | {"started": self.started, "traceback": traceback.format_exc()}
-            )
+        except (Exception, SystemExit, Stopped) as error:
+            if not self.leaving:
+                with suppress(OSError):  # a full disk; SLURM and the job's stderr tell then
+                    self._record(error)
             raise
+
+    def _record(self, error: BaseException) -> None:
+        message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, SystemExit):
+            message = f"the job called sys.exit({error.code!r}) instead of raising an error."
+        record = {"type": type(error).__name__, "message": message, "stage": self.current, "started": self.started}
+        write_error(self.folder, record | {"slurm": slurm(), "traceback": traceback.format_exc()})
 
     @property
     def prep(self) -> dict[str, float]:
@@ -78,12 +140,36 @@ class Stages:
         return {name: self.seconds[name] for name in PREP if name in self.seconds}
 
 
+def write_error(folder: Path, record: dict[str, Any]) -> None:
+    """Write why a job failed; the very reason may be that nothing can be written into its folder."""
+    inside, beside = error_files(folder)
+    try:
+        folder.mkdir(exist_ok=True)
+        write_json(inside, record)
+    except OSError:
+        write_json(beside, record)
+
+
+def forget_error(folder: Path) -> None:
+    """Remove what an earlier try of a job failed of."""
+    for path in error_files(folder):
+        path.unlink(missing_ok=True)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write aside, then rename: a reader sees the whole file or none."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(content, indent=1, allow_nan=False)
-    with aside.open("w") as file:
-        file.write(NUMBERS.sub(lambda match: " ".join(match.group().split()), text) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    try:
+        with aside.open("w") as file:
+            file.write(NUMBERS.sub(lambda match: " ".join(match.group().split()), text) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+    except OSError:  # the disk is full
+        aside.unlink(missing_ok=True)
+        raise

@@ -25,6 +25,8 @@ PQ_BENCH = (
 )  # fmt: skip
 
 
+# Which job of SLURM it was, where it ran, and how it ended if SLURM ended it.
+SLURM_COLUMNS = ("slurm_job", "node", "partition", "gpus_allotted", "slurm_state", "exit_code")
 GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime")
 
 
@@ -36,21 +38,24 @@ class Sweep:
     rows: list[Row]
     options: tuple[str, ...] = ()
 
-    def count(self, status: str) -> int:
-        """Count the jobs with a status: finished, failed, running or missing."""
-        return sum(row["status"] == status for row in self.rows)
+    def count(self, *statuses: str) -> int:
+        """Count the jobs with one of the statuses: finished, failed, running, pending or missing."""
+        return sum(row["status"] in statuses for row in self.rows)
 
     @property
     def summary(self) -> str:
-        """Return how many jobs are done, failed, running and missing."""
-        named = {"finished": "done", "failed": "failed", "running": "running", "missing": "missing"}
+        """Return how many jobs are done, failed, running, pending and missing."""
+        named = {"finished": "done", **{name: name for name in ("failed", "running", "pending", "missing")}}
         return ", ".join(
             f"{self.count(status)} {name}" for status, name in named.items() if self.count(status) or name == "done"
         )
 
 
-def read_sweep(folder: Path) -> Sweep:
-    """Read the jobs that `sweep.json` announces, and any other job folder that has a result or an error."""
+def read_sweep(folder: Path, states: dict[str, Row] | None = None) -> Sweep:
+    """Read the jobs that `sweep.json` announces, and any other job folder that has a result or an error.
+
+    `states` are what SLURM's queue says of jobs that are not over, by folder; it knows better than what lies there.
+    """
     manifest = read_json(folder / "sweep.json") or {}
     announced = {job["folder"]: job for job in manifest.get("jobs") or []}
     found = {
@@ -65,6 +70,7 @@ def read_sweep(folder: Path) -> Sweep:
         _row(folder / name, announced.get(name, {})) | {key: given.get(name, {}).get(key, "") for key in swept}
         for name in [*announced, *extra]
     ]
+    rows = [row if row["status"] == "finished" else row | (states or {}).get(row["job"], {}) for row in rows]
     return Sweep(folder, rows, swept)
 
 
@@ -85,6 +91,11 @@ def read_job(folder: Path) -> Row:
     """Read one job of a sweep, without the others."""
     jobs = (read_json(folder.parent / "sweep.json") or {}).get("jobs") or []
     return _row(folder, next((job for job in jobs if job["folder"] == folder.name), {}))
+
+
+def finished(folder: Path, fingerprint: str) -> bool:
+    """Say whether a job's folder holds the result of just this job."""
+    return (read_json(folder / "result.json") or {}).get("fingerprint") == fingerprint
 
 
 def find_sweeps(folders: list[Path]) -> list[Sweep]:
@@ -166,17 +177,27 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def error_files(folder: Path) -> tuple[Path, Path]:
+    """Return where the reason of a job's failure is written: into its folder or, if that is full, beside it."""
+    return folder / "error.json", folder.with_name(f"{folder.name}.error.json")
+
+
+def read_error(folder: Path) -> Row | None:
+    """Return why a job failed, or None if it is not known to have."""
+    return next((error for path in error_files(folder) if (error := read_json(path))), None)
+
+
 def job_name(choices: dict[str, Any]) -> str:
     """Say in a few words what a job is: "resnet18 l1_global 0.5 int8 tensorrt"."""
     pruner = [choices["pruner"], choices.get("amount")] if choices["pruner"] != "none" else ["none"]
     recovery = [] if choices["recovery"] == "none" else [choices["recovery"]]
-    parts = [choices["model"], *pruner, *recovery, choices["quantizer"], choices["runtime"]]
+    parts = [choices["model"], *pruner, *recovery, choices["quantizer"], choices["runtime"], choices.get("node_type")]
     return " ".join(str(part) for part in parts if part is not None)
 
 
 def _row(folder: Path, announced: Row) -> Row:
     """Return a job as one flat row, whatever state it is in."""
-    result, error, status = (read_json(folder / f"{name}.json") for name in ("result", "error", "status"))
+    result, status, error = read_json(folder / "result.json"), read_json(folder / "status.json"), read_error(folder)
     row = {
         "job": folder.name,
         "name": announced.get("name", folder.name),
@@ -193,19 +214,35 @@ def _row(folder: Path, announced: Row) -> Row:
             "precision": session["precision"],
             "protocol": result["config"]["measure"]["name"],
             "smallest_format": result["size_bytes"]["smallest_format"],
+            "tries": len(result["tries"]),
+            **_where(environment["slurm"]),
         }
         return row | {"name": job_name(row) if "model" in row else row["name"]} | metrics(result)
     if error:
-        return row | {"status": "failed", "stage": error["stage"], "error": error["message"]}
+        told = {"stage": error["stage"], "error": error["message"], "stderr": error.get("stderr", [])}
+        return row | {"status": "failed"} | told | _where(error.get("slurm") or {})
     if status:
-        return row | {"status": "running" if _alive(status) else "missing", "stage": status["stage"]}
+        where = _where(status.get("slurm") or {})
+        return row | where | {"status": "running" if _alive(status) else "missing", "stage": status["stage"]}
     return row
+
+
+def _where(slurm: dict[str, str]) -> Row:
+    """Return the columns that say which job of SLURM it was, and where and how it ran."""
+    number = slurm.get("slurm_job") or slurm.get("slurm_job_id")
+    if "slurm_array_job_id" in slurm:
+        number = f"{slurm['slurm_array_job_id']}_{slurm['slurm_array_task_id']}"
+    node = slurm.get("slurmd_nodename") or slurm.get("node")
+    names = ("slurm_job_partition", "slurm_job_gpus", "state", "exit_code")
+    found = (number, node, *(slurm.get(name) for name in names))
+    return {key: value for key, value in zip(SLURM_COLUMNS, found, strict=True) if value}
 
 
 def _alive(status: dict[str, Any]) -> bool:
     """Say whether the process that wrote a status still runs, as far as one can know of another host.
 
-    Results are read between jobs, so a status of this very process was left by an interrupted job.
+    Results are read between jobs, so a status of this very process was left by an interrupted job. Whether a job of
+    SLURM still runs is known to its queue.
     """
     if status["host"] != os.uname().nodename:
         return True
@@ -238,16 +275,25 @@ def _natural(name: str) -> tuple[int, str]:
 
 
 def main() -> None:
-    """Rebuild the CSV and print the table of every sweep in the given folders."""
+    """Show how the sweeps in the given folders stand, rebuild their CSV, and finish what their launcher left undone."""
     parser = argparse.ArgumentParser(prog="python -m pq_sweep.results", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="sweep folders, or folders that contain some")
-    from pq_sweep.tables import show
+    parser.add_argument("--watch", action="store_true", help="show what goes on until no job is pending or running")
+    parser.add_argument(
+        "--resubmit-failed", action="store_true", help="start the sweep again; only what is missing runs"
+    )
+    arguments = parser.parse_args()
+    from pq_sweep.sweep import show_sweep, start_again
 
     try:
-        for sweep in find_sweeps(parser.parse_args().folders):
-            show(sweep)
+        for sweep in find_sweeps(arguments.folders):
+            if arguments.resubmit_failed:
+                sys.exit(start_again(sweep.folder))
+            show_sweep(sweep.folder, watching=arguments.watch)
     except UserError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit("no longer watched; jobs of SLURM go on")
 
 
 if __name__ == "__main__":

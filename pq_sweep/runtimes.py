@@ -233,14 +233,21 @@ def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, for
     from pq_sweep.export import check_export, export_onnx
 
     source, target = work.folder / "export.onnx", work.folder / "model.onnx"
-    with work.stage("export"):
-        export_onnx(model, source)
-    with work.stage("check_export"):
-        error = check_export(model, source)
-    record = quantizer(source, target, data, form=form, stage=work.stage)
-    details = {"export_error": error, "exported_bytes": source.stat().st_size, "quantizer": record or {}}
-    source.unlink()
-    return target, details
+
+    def export() -> dict[str, Any]:
+        with work.stage("export"):
+            export_onnx(model, source)
+        with work.stage("check_export"):
+            error = check_export(model, source)
+        return {"export_error": error, "exported_bytes": source.stat().st_size}
+
+    def quantize() -> dict[str, Any]:
+        exported = work.stage.keep("exported", export, source)
+        record = quantizer(source, target, data, form=form, stage=work.stage)
+        source.unlink()
+        return exported | {"quantizer": record or {}}
+
+    return target, work.stage.keep("quantized", quantize, target)
 
 
 def _provider(device: str) -> str:

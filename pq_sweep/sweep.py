@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import logging
-import shutil
+import os
+import signal
+import subprocess
+import sys
+import threading
 import time
 import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from pq_sweep.check import problems
+from pq_sweep import results
 from pq_sweep.environment import command_line, git_state, without_password
-from pq_sweep.progress import write_json
-from pq_sweep.results import GROUPS, job_name, read_json, read_sweep
+from pq_sweep.fingerprint import fingerprint
+from pq_sweep.grid import compose_grid, read_grid
+from pq_sweep.progress import PROGRESS, Stages, write_json
+from pq_sweep.results import finished, read_json
 from pq_sweep.tables import show
-from pq_sweep.tracking import Tracker
-from pq_sweep.types import UserError
+from pq_sweep.tracking import NoTracking, Tracker
+from pq_sweep.types import Stopped, UserError
+from pq_sweep.watch import Watch, watch
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +39,7 @@ class Sweep(Callback):
 
     folder: Path | None = None
     tracker: Tracker | None = None
+    announced: list[dict[str, Any]] = []  # noqa: RUF012 (replaced, never changed)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Announce the jobs of a sweep."""
@@ -43,86 +51,46 @@ class Sweep(Callback):
             config.hydra.job.num = 0
         _or_exit(lambda: self._begin(config, [config]))
 
-    def _begin(self, config: DictConfig, jobs: list[DictConfig] | None) -> None:
-        refuse_impossible(jobs or [])
-        announced = [announce(job) for job in jobs or []]
-        refuse_shared_folders([job["folder"] for job in announced])
+    def _begin(self, config: DictConfig, jobs: Iterable[DictConfig]) -> None:
+        register_plugins()
+        grid = read_grid(jobs)
         folder = claim_folder(config)
-        shutil.rmtree(folder / "baseline", ignore_errors=True)  # weights or images may have changed since
         earlier = read_json(folder / "sweep.json") or {}
+        if config.resume:
+            grid.refuse_other(folder, earlier.get("jobs") or [])
+        if config.hydra.launcher.get("prefetch"):
+            grid.prefetch(folder)
+        tracker = instantiate(config.tracking)
         manifest = {
             "id": earlier.get("id", uuid.uuid4().hex),
             "created": earlier.get("created", time.time()),
             "command": command_line(),
+            "arguments": [without_password(argument) for argument in sys.argv],
+            "working_folder": str(Path.cwd()),
+            "tracking": describe_tracking(config.tracking, tracker),
             "git": git_state(),
-            "jobs": announced,
+            "jobs": grid.announced,
         }
         write_json(folder / "sweep.json", manifest)
-        Sweep.folder, Sweep.tracker = folder, instantiate(config.tracking)
-        Sweep.tracker.begin(folder)
+        Sweep.folder, Sweep.tracker, Sweep.announced = folder, tracker, grid.announced
+        tracker.begin(folder)
 
 
-def compose_grid(config: DictConfig) -> list[DictConfig] | None:
-    """Compose every job of the grid as Hydra's basic sweeper will, or None under another sweeper."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+def register_plugins() -> None:
+    """Make our launchers and sweeper known to Hydra, which does not find those of an editable install by itself."""
+    from hydra.core.plugins import Plugins
 
-    sweeper = config.hydra.sweeper
-    if not sweeper._target_.endswith("BasicSweeper"):
-        return None
-    loader = GlobalHydra.instance().config_loader()
-    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*params, *config.hydra.overrides.task])
-    if any(override.key_or_group == "experiment" and override.is_sweep_override() for override in overrides):
-        raise UserError(
-            "experiment=a,b would run without the grids of both files; start one sweep for each experiment."
-        )
-    grid = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
-    return [_compose(loader, config, list(overrides), number) for number, overrides in enumerate(grid)]
+    from hydra_plugins import pq_sweep_launcher as ours
+
+    for plugin in (ours.CheckedSweeper, ours.SlurmLauncher, ours.LocalLauncher):
+        Plugins.instance().register(plugin)
 
 
-def _compose(loader: Any, config: DictConfig, overrides: list[str], number: int) -> DictConfig:
-    job: DictConfig = loader.load_sweep_config(config, overrides)
-    with open_dict(job):
-        job.hydra.job.num = number
-    return job
-
-
-def refuse_impossible(jobs: list[DictConfig]) -> None:
-    """Raise one UserError that lists everything that is wrong in the grid, each problem once."""
-    found: dict[str, list[int]] = {}
-    for number, job in enumerate(jobs):
-        for problem in problems(OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])):
-            found.setdefault(problem, []).append(number)
-    if found:
-        lines = [
-            f"{problem} ({len(numbers)} of {len(jobs)} jobs)" if len(jobs) > 1 else problem
-            for problem, numbers in found.items()
-        ]
-        raise UserError("\n".join(lines))
-
-
-def refuse_shared_folders(folders: list[str]) -> None:
-    """Raise a UserError if two jobs would write into one folder."""
-    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
-    if twice is not None:
-        raise UserError(f"hydra.sweep.subdir={twice} is the folder of several jobs; use ${{hydra.job.num}} in it.")
-
-
-def announce(job: DictConfig) -> dict[str, Any]:
-    """Return what is known of a job before it runs."""
-    chosen, folder = job.hydra.runtime.choices, str(job.hydra.sweep.subdir)
-    if "/" in folder:
-        raise UserError(
-            f"hydra.sweep.subdir={folder} is nested; job folders lie side by side, such as ${{hydra.job.num}}."
-        )
-    choices = {group: str(chosen.get(group)) for group in GROUPS}
-    choices |= {"amount": OmegaConf.select(job, "pruner.amount"), "device": str(job.device), "seed": job.seed}
-    return {
-        "folder": folder,
-        "name": job_name(choices),
-        "choices": choices,
-        "overrides": [without_password(override) for override in job.hydra.overrides.task],
-    }
+def describe_tracking(config: DictConfig, tracker: Tracker) -> dict[str, Any]:
+    """Return where results are logged, for whoever finishes the sweep from elsewhere; passwords are left out."""
+    values: Any = OmegaConf.to_container(config, resolve=True)
+    store = getattr(tracker, "store", None)
+    return values | ({"uri": without_password(store)} if store else {})
 
 
 def run_job(cfg: DictConfig) -> None:
@@ -131,28 +99,97 @@ def run_job(cfg: DictConfig) -> None:
     A failing job does not raise: Hydra would leave out the batches after it. `error.json` and `job.log` say what went
     wrong, and `finish` makes the exit code of it.
     """
-    from pq_sweep.job import run
-
     folder = Path(HydraConfig.get().runtime.output_dir)
     jobs = (read_json(folder.parent / "sweep.json") or {}).get("jobs", [])
     place = next((number for number, job in enumerate(jobs, 1) if job["folder"] == folder.name), 1)
-    name = jobs[place - 1]["name"] if jobs else folder.name
+    label = f"job {place} of {max(len(jobs), 1)}: {jobs[place - 1]['name'] if jobs else folder.name}"
+    if not cfg.resume and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+        (folder / PROGRESS).unlink(missing_ok=True)
+    elif finished(folder, fingerprint(cfg)):
+        log.info("%s | finished earlier", label)
+        return
+    from pq_sweep.job import run
+
     try:
-        run(cfg, folder, f"job {place} of {max(len(jobs), 1)}: {name}")
-    except Exception as error:
+        with clean_stop():
+            run(cfg, folder, label)
+    except (Exception, SystemExit) as error:
+        if Stages.leaving:
+            raise
         log.error("job %s failed: %s", folder.name, error)
         log.debug("traceback", exc_info=True)
     instantiate(cfg.tracking).log(folder)
+
+
+@contextmanager
+def clean_stop() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that a job that is stopped leaves word of it."""
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; the rest is clearing up
+        raise Stopped("the job was stopped by SIGTERM, as by scancel or preemption; start the sweep again to continue.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there can signals be handled
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def finish() -> bool:
     """Draw the results of the sweep of this process; say whether every job finished."""
     if Sweep.folder is None or Sweep.tracker is None:
         return True
-    sweep = read_sweep(Sweep.folder)
+    return conclude(Watch(Sweep.folder).look(), Sweep.tracker)
+
+
+def conclude(sweep: results.Sweep, tracker: Tracker) -> bool:
+    """Draw results, write the CSV and bring the store up to date; say whether every job finished."""
     show(sweep)
-    print(Sweep.tracker.finish(Sweep.folder))
+    print(tracker.finish(sweep.folder))
+    if sweep.count("pending", "running"):
+        print(f"jobs go on; watch them by: python -m pq_sweep.results {sweep.folder} --watch")
     return sweep.count("finished") == len(sweep.rows)
+
+
+def show_sweep(folder: Path, *, watching: bool) -> None:
+    """Draw a sweep as it stands, or watch it to its end and do what its launcher would have done then."""
+    if not watching:
+        show(Watch(folder).look())
+        return
+    conclude(watch(folder), tracker_of(folder))
+
+
+def tracker_of(folder: Path) -> Tracker:
+    """Return where a sweep is logged; a password is not kept with it and has to come from the environment."""
+    config = (read_json(folder / "sweep.json") or {}).get("tracking")
+    if not config:
+        return NoTracking()
+    if "***" in str(config.get("uri")):
+        config = config | {"uri": None}
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            log.warning("the address of the store holds a password; set MLFLOW_TRACKING_URI to log what is missing.")
+            return NoTracking()
+    tracker: Tracker = instantiate(config)
+    return tracker
+
+
+def start_again(folder: Path) -> int:
+    """Start a sweep once more by its own command, in its folder, and return the exit code; what is done stays."""
+    manifest = read_json(folder / "sweep.json") or {}
+    arguments = [word for word in manifest.get("arguments", ()) if not word.startswith("hydra.sweep.dir=")]
+    if not arguments or any("***" in word for word in arguments):
+        raise UserError(
+            f"{folder} cannot be started again from here: its command is not known, or held a password; repeat the"
+            f" command with hydra.sweep.dir={folder}."
+        )
+    # Overrides have to stand together, options before or behind them.
+    place = next((number for number, word in enumerate(arguments[1:], 1) if "=" in word.lstrip("-")), len(arguments))
+    arguments.insert(place, f"hydra.sweep.dir={folder.absolute()}")
+    return subprocess.run([sys.executable, *arguments], cwd=manifest["working_folder"], check=False).returncode
 
 
 def claim_folder(config: DictConfig) -> Path:

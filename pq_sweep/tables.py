@@ -11,7 +11,7 @@ from pq_sweep.results import Row, Sweep, batch_sizes, write_csv
 if TYPE_CHECKING:
     from rich.table import Table
 
-TEXTS = ("job", "model", "dataset", "pruner", "quantizer", "runtime", "device")
+TEXTS = ("job", "model", "dataset", "pruner", "quantizer", "runtime", "device", "node")
 
 # Cores kept busy by other processes from which on latency is called disturbed.
 NOISY_LOAD = 0.2
@@ -30,7 +30,7 @@ def tables(sweep: Sweep, width: int) -> list[Table]:
     }
     title = f"{sweep.folder}: {sweep.summary}"
     if _width(columns) > width and len(rows) > 1:
-        same = [name for name in TEXTS if len(set(columns[name])) == 1]
+        same = [name for name in TEXTS if len(set(columns.get(name, ()))) == 1]
         title = ", ".join([title, *(f"{name} {columns.pop(name)[0]}" for name in same)])
     names = {*TEXTS, *map(_heading, sweep.options)}
     keys = {name: cells for name, cells in columns.items() if name in names}
@@ -70,7 +70,13 @@ def show(sweep: Sweep) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
     for drawn in tables(sweep, console.width):
         console.print(drawn)
-    for line in [*_unfinished(sweep), *_disturbed(sweep), *_left_out(sweep), f"CSV: {write_csv(sweep)}"]:
+    for line in [
+        *_unfinished(sweep),
+        *_disturbed(sweep),
+        *_on_cpu(sweep),
+        *_left_out(sweep),
+        f"CSV: {write_csv(sweep)}",
+    ]:
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -80,7 +86,8 @@ def _unfinished(sweep: Sweep) -> Iterator[str]:
         job = f"job {row['job']} ({row['name']})"
         if row["status"] == "failed":
             log = sweep.folder / row["job"] / "job.log"
-            yield f"{job} failed at {row['stage']}: {row['error']} Traceback: {log}"
+            yield f"{job} failed at {row['stage']}: {row['error']}" + (f" Traceback: {log}" if log.exists() else "")
+            yield from (f"    {line}" for line in row.get("stderr", ())[-5:])
         elif row["status"] != "finished":
             yield f"{job} is {row['status']}" + (f", stage {row['stage']}" if row["stage"] else "")
 
@@ -91,6 +98,13 @@ def _disturbed(sweep: Sweep) -> Iterator[str]:
     if loads:
         jobs = ", ".join(f"{job} ({load:.1f} cores)" for job, load in loads.items())
         yield f"latency is not to be trusted where other processes were busy meanwhile: job {jobs}"
+
+
+def _on_cpu(sweep: Sweep) -> Iterator[str]:
+    """Say which jobs were given a GPU by SLURM and ran on the CPU."""
+    jobs = [row["job"] for row in sweep.rows if row.get("gpus_allotted") and row.get("device") == "cpu"]
+    if jobs:
+        yield f"SLURM allotted GPUs that were not used, as the jobs ran on device=cpu: job {', '.join(jobs)}"
 
 
 def _left_out(sweep: Sweep) -> Iterator[str]:
@@ -112,13 +126,14 @@ def _cells(row: Row, sizes: list[int], options: tuple[str, ...]) -> dict[str, st
         return format(row[key] * scale, form) if key in row else "-"
 
     recovery = row.get("recovery", "none")
-    texts = {name: str(row.get(name, "-")) for name in TEXTS}
+    texts = {name: str(row.get(name, "-")) for name in TEXTS if name != "node"}
     texts["pruner"] += "" if recovery == "none" else f" + {recovery}"
     latency = {
         f"ms b{size}\np50/p99": f"{number(f'latency_ms/b{size}', '.3f')}/{number(f'latency_p99_ms/b{size}', '.3f')}"
         for size in sizes
     }
     largest = max(sizes, default=1)
+    texts |= {"node": f"{row.get('partition', '')} {row['node']}".strip()} if row.get("node") else {}
     texts |= {_heading(key): str(row[key]) for key in options}
     return texts | {
         "amount": "-" if row.get("pruner") == "none" else str(row.get("amount", "-")),

@@ -17,6 +17,10 @@ class UserError(ValueError):
     """What was asked for cannot be done; the message is one sentence that says what would be right."""
 
 
+class Stopped(BaseException):
+    """SIGTERM came: scancel, preemption, or a machine that shuts down. No `except Exception` may swallow it."""
+
+
 def choose(name: str, value: str, valid: tuple[str, ...]) -> str:
     """Return `value` if it is one of `valid`, else raise a UserError that lists them."""
     if value not in valid:
@@ -140,9 +144,11 @@ class Data:
 
 
 class Stage(Protocol):
-    """Times a named part of a job: `with stage("export"): ...`."""
+    """Times a named part of a job, `with stage("export"): ...`, and keeps what a continued job need not do again."""
 
     def __call__(self, name: str) -> AbstractContextManager[None]: ...
+
+    def keep(self, name: str, make: Callable[[], Any], *files: Path) -> Any: ...
 
 
 @dataclass(frozen=True)

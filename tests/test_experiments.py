@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from pq_sweep.check import problems
-from pq_sweep.sweep import compose_grid
+from pq_sweep.grid import compose_grid
 
 CONF = ROOT / "conf"
 FILES = {path.stem: path for path in sorted((CONF / "experiment").glob("*.yaml"))}
@@ -51,7 +51,7 @@ def jobs_of(name: str) -> list[DictConfig]:
     """Return the jobs that `launch.py experiment=...` would run, without Hydra's own part."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
-        grid = compose_grid(config)
+        grid = list(compose_grid(config))
     assert grid is not None
     return grid
 

@@ -128,8 +128,10 @@ def uncompressed(images: Tensor) -> np.ndarray:
 
 PARTS = {
     "status": str,
+    "fingerprint": str,
     "started": float,
     "seconds": float,
+    "tries": list,
     "accuracy": dict,
     "latency": dict,
     "peak_memory_mb": float | None,

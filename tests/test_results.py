@@ -35,6 +35,7 @@ def half_finished(tmp_path: Path) -> Path:
     sweep = write_manifest(tmp_path / "sweep", *(announced(str(number)) for number in range(5)))
     write_result(sweep, "0")
     write_error(sweep, "1", "no channel is left.")
+    (sweep / "1" / "job.log").touch()
     write_status(sweep, "2", os.getppid())
     write_status(sweep, "3", dead_pid())
     return sweep

@@ -113,7 +113,7 @@ def test_the_artifact_is_the_only_file_of_a_session(opened: Opener, name: str) -
     artifact = opened(name).artifact
 
     assert artifact.is_file()
-    assert {path.name for path in artifact.parent.rglob("*")} <= {artifact.name, "status.json"}
+    assert {path.name for path in artifact.parent.rglob("*")} <= {artifact.name, "status.json", "progress.json"}
 
 
 def test_the_artifact_of_torch_is_its_state_dict(opened: Opener) -> None:

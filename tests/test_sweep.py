@@ -25,9 +25,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from omegaconf import DictConfig
 
+from pq_sweep.grid import compose_grid
 from pq_sweep.models import digits_cnn
 from pq_sweep.results import PQ_BENCH
-from pq_sweep.sweep import compose_grid
 
 README_SWEEP = ("-m", "pruner=l1_global", "pruner.amount=0.1,0.5,0.9")
 GRID = ("-m", "pruner=none,l1_global,remove", "quantizer=none,fp16,int8", "runtime=onnxruntime")
@@ -352,7 +352,7 @@ def composed(experiment: str) -> list[DictConfig]:
     """Return the jobs that `launch.py experiment=...` would run."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = compose("config", overrides=[f"experiment={experiment}"], return_hydra_config=True)
-        jobs = compose_grid(config)
+        jobs = list(compose_grid(config))
     assert jobs is not None
     return jobs
 

@@ -6,31 +6,31 @@ import json
 import logging
 import os
 import shutil
-import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
+from threading import Event, Thread
 
 import pytest
+from cluster.services import mlflow_server
 from commands import LAUNCH, SHORT, Done
-from conftest import Launch, only_sweep, python, results
+from conftest import Launch, only_sweep, python, refused, results
 from mlflow import MlflowClient
-from mlflow.entities import Run
-from sweep_folders import announced, write_error, write_manifest, write_result, write_status
+from stored_runs import EXPERIMENT, all_runs, artifact, artifacts, parent_and_jobs
+from sweep_folders import announced, real_result, write_error, write_manifest, write_result, write_status
 
-from pq_sweep import tracking
+from pq_sweep import runs, stores, tracking
 from pq_sweep.environment import without_password
 from pq_sweep.results import metrics, read_sweep, write_csv
+from pq_sweep.stores import Store, bounded, held, shared_file_system
 from pq_sweep.tracking import Mlflow, NoTracking
 
-EXPERIMENT = "pq_sweep"
 NO_DATABASE = "postgresql+psycopg2://user:s3cret@127.0.0.1:9/pq"
 DOWN = {
     "server": "http://user:s3cret@127.0.0.1:9",
@@ -51,7 +51,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process starts with: no store is known to be down, and no variable names one."""
-    monkeypatch.setattr(Mlflow, "down", set())
+    monkeypatch.setattr(Mlflow, "down", {})
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -75,30 +75,6 @@ def sweep(tmp_path: Path) -> Path:
     write_result(folder, "0")
     write_error(folder, "1", "no channel is left.")
     return folder
-
-
-def all_runs(uri: str) -> list[Run]:
-    client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
-
-
-def parent_and_jobs(uri: str) -> tuple[Run, dict[str, Run]]:
-    """Return the only parent run and its children by job; every run is one or the other, and none is double."""
-    found = all_runs(uri)
-    (parent,) = (run for run in found if run.data.tags.get("pq_sweep.kind") == "sweep")
-    children = [run for run in found if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    jobs = {run.data.tags["pq_sweep.job"]: run for run in children}
-    assert len(found) == 1 + len(children) == 1 + len(jobs)
-    return parent, jobs
-
-
-def artifacts(uri: str, run: Run) -> set[str]:
-    return {item.path for item in MlflowClient(uri).list_artifacts(run.info.run_id)}
-
-
-def artifact(uri: str, run: Run, name: str) -> str:
-    return Path(MlflowClient(uri).download_artifacts(run.info.run_id, name)).read_text()
 
 
 def track(tracker: Mlflow, sweep: Path) -> str:
@@ -224,6 +200,173 @@ def test_job_that_was_killed_while_it_was_logged_is_completed(uri: str, tracker:
     assert artifacts(uri, run) == {"config.yaml", "result.json"}
 
 
+def test_runs_made_twice_become_one(uri: str, tracker: Mlflow, sweep: Path) -> None:
+    """As on a file system without locks: another parent, with a child of a job that is logged already."""
+    tracker.sync(sweep)
+    parent, jobs = parent_and_jobs(uri)
+    client = MlflowClient(uri)
+    tags = {"pq_sweep.sweep": "id of hour", "pq_sweep.kind": "sweep"}
+    other = client.create_run(parent.info.experiment_id, tags=tags)
+    kept = ("pq_sweep.sweep", "pq_sweep.job", "pq_sweep.started")
+    tags = {key: jobs["0"].data.tags[key] for key in kept} | {"mlflow.parentRunId": other.info.run_id}
+    client.create_run(parent.info.experiment_id, tags=tags)
+    client.set_tag(jobs["1"].info.run_id, "mlflow.parentRunId", other.info.run_id)
+    assert tracker.sync(sweep) == 0
+    _, after = parent_and_jobs(uri)
+    assert {name: run.info.status for name, run in after.items()} == {"0": "FINISHED", "1": "FAILED"}
+
+
+def test_parent_runs_while_jobs_are_to_come(uri: str, tracker: Mlflow, sweep: Path) -> None:
+    write_manifest(sweep, *(announced(str(number)) for number in range(3)))
+    write_status(sweep, "2", os.getppid())
+    tracker.begin(sweep)
+    tracker.finish(sweep)
+    assert parent_and_jobs(uri)[0].info.status == "RUNNING"
+    write_result(sweep, "2")
+    tracker.sync(sweep)
+    assert parent_and_jobs(uri)[0].info.status == "FAILED"
+    tracker.begin(sweep)
+    assert parent_and_jobs(uri)[0].info.status == "RUNNING"
+
+
+def test_sync_where_no_lock_can_be(uri: str, tracker: Mlflow, sweep: Path) -> None:
+    for folder in (sweep, sweep / "0", sweep / "1"):
+        (folder / runs.LOCK).mkdir()  # as little of a lock file as in a folder that cannot be written
+    assert tracker.sync(sweep) == 2
+    assert set(parent_and_jobs(uri)[1]) == {"0", "1"}
+
+
+def test_lock_is_held_and_waited_for_a_bounded_time(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with held(lock), pytest.raises(TimeoutError, match="lock is held by another process"), held(lock, 0.2):
+        pass
+    with held(lock, 0.2):
+        pass
+
+
+def test_experiment_that_another_process_made_first_is_used(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = MlflowClient(uri)
+    made, look = client.create_experiment("raced"), MlflowClient.get_experiment_by_name
+    seen = [None]  # as before the other process made it
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", lambda *names: seen.pop() if seen else look(*names))
+    assert Store(uri)._experiment(client, "raced") == made
+
+
+def test_call_that_hangs_is_left_behind() -> None:
+    over = Event()
+    with pytest.raises(TimeoutError, match=r"no answer within 0 s"):
+        bounded(lambda: over.wait(30), 0.1)
+    over.set()
+    assert bounded(lambda: 7, 10) == 7
+    with pytest.raises(ValueError, match="broken"):
+        bounded(lambda: int("broken"), 10)
+
+
+SLURM = {"slurm_job_id": "130", "slurmd_nodename": "a1", "slurm_job_partition": "a100"}
+
+
+def test_job_is_found_by_its_number_in_slurm(uri: str, tracker: Mlflow, sweep: Path) -> None:
+    result = real_result()
+    result["environment"]["slurm"] = SLURM | {"slurm_array_job_id": "123", "slurm_array_task_id": "4"}
+    write_result(sweep, "0", result)
+    path = sweep / "1" / "error.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"slurm": SLURM | {"state": "TIMEOUT", "exit_code": "0:15"}})
+    )
+    tracker.sync(sweep)
+    tags = {name: run.data.tags for name, run in parent_and_jobs(uri)[1].items()}
+    found = {key: tags["0"].get(f"pq_sweep.{key}") for key in ("slurm_job", "node", "partition", "slurm_state")}
+    assert found == {"slurm_job": "123_4", "node": "a1", "partition": "a100", "slurm_state": None}
+    found = {key: tags["1"].get(f"pq_sweep.{key}") for key in ("slurm_job", "node", "slurm_state", "exit_code")}
+    assert found == {"slurm_job": "130", "node": "a1", "slurm_state": "TIMEOUT", "exit_code": "0:15"}
+
+
+MOUNTS = """\
+22 1 0:21 / / rw,relatime - ext4 /dev/sda1 rw
+23 22 0:22 / /home rw,relatime shared:1 - nfs4 server:/home rw,vers=4.2
+24 22 0:23 / /scratch rw - lustre 10.0.0.1@tcp:/scratch rw,flock
+25 24 0:24 / /scratch/local\\040disk rw - xfs /dev/sdb1 rw
+26 22 0:25 / /data rw - autofs systemd-1 rw
+27 22 0:26 / /data rw - fuse.sshfs me@host:/ rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/tmp/mlflow.db", ""),
+        ("/home/me/mlflow.db", "nfs4"),
+        ("/homes/mlflow.db", ""),
+        ("/scratch/x/mlflow.db", "lustre"),
+        ("/scratch/local disk/mlflow.db", ""),
+        ("/data/mlflow.db", "fuse.sshfs"),
+    ],
+)
+def test_shared_file_system(path: str, kind: str) -> None:
+    assert shared_file_system(Path(path), MOUNTS) == kind
+
+
+def test_sqlite_on_a_shared_file_system_is_warned_about(
+    tracker: Mlflow, sweep: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "shared_file_system", lambda path: "nfs4")
+    tracker.begin(sweep)
+    (warning,) = warned(caplog)
+    assert "mlflow.db lies on nfs4" in warning
+    assert "run an MLflow server, see docs/cluster.md" in warning
+
+
+@pytest.mark.parametrize(
+    ("uri", "installed", "address"),
+    [
+        ("postgresql://me@h/n", {"psycopg2"}, "postgresql+psycopg2://me@h/n"),
+        ("postgresql://me@h/n", {"psycopg"}, "postgresql+psycopg://me@h/n"),
+        ("postgresql://me@h/n", {"psycopg", "psycopg2"}, "postgresql+psycopg2://me@h/n"),
+        ("postgresql+psycopg://me@h/n", {"psycopg", "psycopg2"}, "postgresql+psycopg://me@h/n"),
+        ("http://h:5000", set(), "http://h:5000"),
+    ],
+)
+def test_postgresql_driver_is_the_one_installed(
+    uri: str, installed: set[str], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "find_spec", lambda name: name in installed or None)
+    assert Store(uri).address == address
+
+
+@pytest.mark.parametrize("uri", ["postgresql://me:s3cret@h/n", "postgresql+psycopg2://me:s3cret@h/n"])
+def test_postgresql_without_a_driver_says_what_to_install(
+    uri: str, sweep: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stores, "find_spec", lambda name: None)
+    said = refused(lambda: Store(uri).address)
+    assert "pip install '.[postgres]'" in said
+    assert "s3cret" not in said
+    track(Mlflow(uri, EXPERIMENT), sweep)
+    (warning,) = warned(caplog)
+    assert "pip install '.[postgres]'" in warning
+
+
+# Imports all of pq_sweep, then MLflow as pq_sweep does.
+IMPORT = """
+import os, pkgutil, sys, importlib, pq_sweep
+for module in pkgutil.iter_modules(pq_sweep.__path__):
+    importlib.import_module(f"pq_sweep.{module.name}")
+assert "mlflow" not in sys.modules
+pq_sweep.stores.import_mlflow()
+from mlflow.telemetry.utils import is_telemetry_disabled
+print(is_telemetry_disabled(), os.environ["DO_NOT_TRACK"], os.environ["MLFLOW_DISABLE_TELEMETRY"])
+"""
+
+
+@pytest.mark.slow
+def test_mlflow_is_never_imported_before_its_calls_home_are_off(tmp_path: Path) -> None:
+    off = ("MLFLOW", "DO_NOT_TRACK", "CI", "PYTEST", "GITHUB")  # in tests MLflow is silent of its own accord
+    env = {key: value for key, value in os.environ.items() if not key.startswith(off)}
+    done = python(["-c", IMPORT], tmp_path, env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "true", "true"]
+
+
 @pytest.mark.parametrize("name", ["old", "größe λ", "it's"])
 def test_sweep_without_manifest_is_logged_once(uri: str, tracker: Mlflow, tmp_path: Path, name: str) -> None:
     write_result(tmp_path / name, "0")
@@ -266,6 +409,92 @@ def test_server_that_does_not_answer_is_given_up(sweep: Path, caplog: pytest.Log
         start = time.monotonic()
         track(Mlflow(f"http://127.0.0.1:{silent.getsockname()[1]}", EXPERIMENT), sweep)
     assert time.monotonic() - start < 20
+    assert len(warned(caplog)) == 1
+
+
+@pytest.fixture
+def hanging_server() -> Iterator[str]:
+    """A server that says it is well, and answers nothing else."""
+    over = Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path != "/health":
+                over.wait(60)
+            self.send_response(200)
+            self.end_headers()
+
+        do_POST = do_GET
+
+        def log_message(self, *arguments: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        over.set()
+        server.shutdown()
+
+
+# Logs a job to a store that hangs, and ends.
+LOG = """
+import sys, time
+from pathlib import Path
+from pq_sweep import tracking
+tracking.PATIENCE_S = 1
+job = Path(sys.argv[2])
+tracking.import_mlflow()
+start = time.monotonic()
+tracking.Mlflow(sys.argv[1], "pq_sweep").log(job)
+print(time.monotonic() - start, time.time())
+"""
+
+
+@pytest.mark.slow
+def test_process_ends_although_its_store_hangs(hanging_server: str, tmp_path: Path, sweep: Path) -> None:
+    done = python(["-c", LOG, hanging_server, str(sweep / "0")], tmp_path, dict(os.environ))
+    ended = time.time()
+    assert done.returncode == 0, done.stderr
+    assert f"{hanging_server} cannot be used (no answer within 1 s); results stay on disk" in done.stderr
+    waited, returned = (float(word) for word in done.stdout.split())
+    assert waited < 10
+    assert ended - returned < 10
+
+
+def test_job_waits_for_a_locked_store_a_bounded_time(
+    uri: str, tracker: Mlflow, sweep: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker.begin(sweep)
+    monkeypatch.setattr(tracking, "PATIENCE_S", 1)
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"), isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        start = time.monotonic()
+        tracker.log(sweep / "0")
+        assert time.monotonic() - start < 5
+        tracker.log(sweep / "1")
+        assert time.monotonic() - start < 5
+    assert len(warned(caplog)) == 1
+    assert "MLflow UI" in tracker.finish(sweep)
+    assert set(parent_and_jobs(uri)[1]) == {"0", "1"}
+
+
+def test_store_that_comes_back_is_used_again(
+    tmp_path: Path, empty_store: Path, sweep: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "late" / "mlflow.db"
+    uri = f"sqlite:///{store}"
+    tracker = Mlflow(uri, EXPERIMENT)
+    tracker.begin(sweep)
+    store.parent.mkdir()
+    shutil.copy(empty_store, store)
+    tracker.log(sweep / "0")  # too soon
+    assert all_runs(uri) == []
+    monkeypatch.setattr(tracking, "AGAIN_S", 0)
+    tracker.log(sweep / "0")
+    assert set(parent_and_jobs(uri)[1]) == {"0"}
+    assert "MLflow UI" in tracker.finish(sweep)
+    assert set(parent_and_jobs(uri)[1]) == {"0", "1"}
     assert len(warned(caplog)) == 1
 
 
@@ -372,7 +601,7 @@ def test_no_tracking_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_parameters_are_the_choices_and_their_options(sweep: Path) -> None:
     (row, _) = read_sweep(sweep).rows
-    found = tracking.parameters(sweep / "0", row)
+    found = runs.parameters(sweep / "0", row)
     assert found["pruner"] == "l1_global"
     assert found["measure.batch_sizes"] == "[1]"
     assert not any("_target_" in key or key.startswith("tracking") for key in found)
@@ -418,43 +647,10 @@ def test_sweeps_that_start_at_once_share_a_new_store(tmp_path: Path, environment
     assert kinds == ["sweep", "sweep"]
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
-
-
-def wait_until_healthy(url: str, process: subprocess.Popen[Any]) -> None:
-    end = time.monotonic() + 120
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urlopen(f"{url}/health", timeout=2) as answer:
-                assert answer.status == 200
-                return
-        except (URLError, OSError):
-            time.sleep(0.3)
-    pytest.fail("mlflow server did not start")
-
-
-@contextmanager
-def mlflow_server(folder: Path, env: dict[str, str]) -> Iterator[str]:
-    """Run `mlflow server` in `folder` on a free port of the loopback and stop it whatever happens."""
-    port = free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--backend-store-uri", "sqlite:///server.db", "--workers", "1"]
-    settings = env | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=settings, stdout=log, stderr=log, start_new_session=True)
-        try:
-            wait_until_healthy(f"http://127.0.0.1:{port}", process)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 @pytest.mark.slow
 def test_real_server(tmp_path: Path, environment: dict[str, str]) -> None:
-    with mlflow_server(tmp_path, environment) as url:
+    with mlflow_server(tmp_path, f"sqlite:///{tmp_path / 'server.db'}") as server:
+        url = server.uri
         env = environment | {"MLFLOW_TRACKING_URI": url}
         done = python([LAUNCH, *SHORT, "pruner=l1"], tmp_path, env)
         assert done.returncode == 0, done.stderr

@@ -1,0 +1,154 @@
+"""The grid of a sweep: composed and checked as a whole before its first job, so that nothing starts that cannot end."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from pq_sweep.check import problems
+from pq_sweep.environment import without_password
+from pq_sweep.fingerprint import digest, fingerprint
+from pq_sweep.results import GROUPS, finished, job_name
+from pq_sweep.types import UserError
+
+
+@dataclass
+class Grid:
+    """What is known of the jobs before they run, and one job for each pair of model and dataset that they load."""
+
+    announced: list[dict[str, Any]] = field(default_factory=list)
+    loads: dict[str, DictConfig] = field(default_factory=dict)
+
+    def refuse_other(self, folder: Path, earlier: list[dict[str, Any]]) -> None:
+        """Raise a UserError if a finished job would be replaced by another one, not by itself after a change."""
+        before = {job["folder"]: job for job in earlier}
+        for job in self.announced:
+            old = before.get(job["folder"], job)
+            same = (old["overrides"], old["choices"]) == (job["overrides"], job["choices"])
+            if not same and (folder / job["folder"] / "result.json").exists():
+                raise UserError(
+                    f"{folder / job['folder']} holds the finished job {old['name']!r} of another grid; start the new"
+                    " grid in a folder of its own, or give resume=false to replace what is there."
+                )
+
+    def prefetch(self, folder: Path) -> None:
+        """Load every model and dataset once, here: what has to be downloaded is, and what cannot load is told.
+
+        Hundreds of jobs would otherwise download the same file at once, or find out one by one that it does not load.
+        """
+        from concurrent.futures import ProcessPoolExecutor
+        from multiprocessing import get_context
+
+        missing = {job["loads"] for job in self.announced if not finished(folder / job["folder"], job["fingerprint"])}
+        if not missing:
+            return
+        # In a process of its own, so that a launcher that waits for days does not hold torch's memory.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            told = list(pool.map(try_to_load, (self.loads[key] for key in sorted(missing))))
+        refuse_all(Counter(filter(None, told)), len(missing))
+
+
+def read_grid(jobs: Iterable[DictConfig]) -> Grid:
+    """Check and announce every job, or raise one UserError that lists everything that is wrong, each problem once."""
+    grid, wrong = Grid(), list[list[str]]()
+    for job in jobs:
+        wrong.append([*problems(without_hydra(job)), *node_problems(job)])
+        if not wrong[-1]:
+            grid.announced.append(announce(job))
+            grid.loads.setdefault(grid.announced[-1]["loads"], without_hydra(job))
+    refuse_all(Counter(chain.from_iterable(wrong)), len(wrong))
+    refuse_shared_folders([job["folder"] for job in grid.announced])
+    return grid
+
+
+def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
+    """Compose the jobs one by one as the sweeper will; none under a sweeper that chooses its jobs as it goes."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+    sweeper = config.hydra.sweeper
+    if not sweeper._target_.endswith(("BasicSweeper", "CheckedSweeper")):
+        return
+    loader = GlobalHydra.instance().config_loader()
+    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*params, *config.hydra.overrides.task])
+    if any(override.key_or_group == "experiment" and override.is_sweep_override() for override in overrides):
+        raise UserError(
+            "experiment=a,b would run without the grids of both files; start one sweep for each experiment."
+        )
+    grid = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+    yield from (_compose(loader, config, list(overrides), number) for number, overrides in enumerate(grid))
+
+
+def _compose(loader: Any, config: DictConfig, overrides: list[str], number: int) -> DictConfig:
+    job: DictConfig = loader.load_sweep_config(config, overrides)
+    with open_dict(job):
+        job.hydra.job.num = number
+    return job
+
+
+def without_hydra(job: DictConfig) -> DictConfig:
+    """Return a composed job as it runs."""
+    return OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
+
+
+def node_problems(job: DictConfig) -> list[str]:
+    """List what is wrong with the kind of node that a job asks for."""
+    types = job.hydra.launcher.get("node_types") or {}
+    if job.node is None or job.node in types:
+        return []
+    valid = f"valid are: {', '.join(types)}" if types else "it needs hydra/launcher=slurm, whose node_types it names"
+    return [f"node={job.node} is not known; {valid}."]
+
+
+def refuse_all(found: Counter[str], jobs: int) -> None:
+    """Raise one UserError of all problems, each with the number of jobs that have it."""
+    if found:
+        lines = [f"{problem} ({count} of {jobs} jobs)" if jobs > 1 else problem for problem, count in found.items()]
+        raise UserError("\n".join(lines))
+
+
+def refuse_shared_folders(folders: list[str]) -> None:
+    """Raise a UserError if two jobs would write into one folder."""
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice is not None:
+        raise UserError(f"hydra.sweep.subdir={twice} is the folder of several jobs; use ${{hydra.job.num}} in it.")
+
+
+def try_to_load(job: DictConfig) -> str | None:
+    """Load a job's model and dataset; return in a sentence why it cannot be done, or None."""
+    from pq_sweep.cli import explain
+    from pq_sweep.job import load
+
+    try:
+        load(job, "cpu")
+    except Exception as error:
+        return explain(error)
+    return None
+
+
+def announce(job: DictConfig) -> dict[str, Any]:
+    """Return what is known of a job before it runs."""
+    chosen, folder = job.hydra.runtime.choices, str(job.hydra.sweep.subdir)
+    if "/" in folder:
+        raise UserError(
+            f"hydra.sweep.subdir={folder} is nested; job folders lie side by side, such as ${{hydra.job.num}}."
+        )
+    choices = {group: str(chosen.get(group)) for group in GROUPS}
+    choices |= {"amount": OmegaConf.select(job, "pruner.amount"), "device": str(job.device), "seed": job.seed}
+    choices |= {"node_type": job.node} if job.node else {}
+    return {
+        "folder": folder,
+        "name": job_name(choices),
+        "choices": choices,
+        "fingerprint": fingerprint(job),
+        "loads": digest([OmegaConf.to_container(group) for group in (job.model, job.dataset)]),
+        "overrides": [without_password(override) for override in job.hydra.overrides.task],
+    }

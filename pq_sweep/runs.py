@@ -1,0 +1,203 @@
+"""What MLflow shows of a sweep: a parent run, and a child run for each job with its figures and files.
+
+Runs are found again by tags, so whatever was interrupted is completed and nothing is doubled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pq_sweep.results import (
+    GROUPS,
+    SLURM_COLUMNS,
+    Sweep,
+    error_files,
+    metrics,
+    read_error,
+    read_job,
+    read_json,
+)  # fmt: skip
+from pq_sweep.stores import Store, held
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+LOCK = ".mlflow.lock"  # in the folder of what is logged: the sweep, or a job
+MAX_VALUE = 6000  # MLflow's limit for the length of a parameter
+
+
+class View:
+    """One sweep in a store: the parent run, made if it is not there, and a child for each job."""
+
+    def __init__(self, store: Store, experiment: str, sweep: Path) -> None:
+        self.sweep = sweep
+        self.manifest = read_manifest(sweep)
+        self.client, self.experiment = store.open(experiment)
+        self.logged: dict[str, Run] = {}
+        self.parent = self._find_or_make_parent()
+
+    def begin(self) -> None:
+        """Show that the sweep runs, be it again."""
+        if self.parent.info.status != "RUNNING":
+            self.client.update_run(self.parent.info.run_id, "RUNNING")
+
+    def upload(self, job: Path) -> bool:
+        """Log one job as a child run; return False if the store has it already."""
+        result = read_json(job / "result.json")
+        record = result or read_error(job)
+        if record is None:
+            return False
+        status, started = "FINISHED" if result else "FAILED", f"{record['started']:.6f}"
+        if _is_complete(self.logged.get(job.name), status, started):
+            return False
+        with held(job / LOCK):  # the job, its launcher and a sync can be here at the same time
+            run = self._only(self._find({"pq_sweep.job": job.name}), started)
+            if _is_complete(run, status, started):
+                return False
+            row, notes = read_job(job), self._notes(job, started)
+            if run is None:
+                tags = {"pq_sweep.sweep": self.manifest["id"], "pq_sweep.job": job.name} | notes
+                run = self.client.create_run(self.experiment, int(record["started"] * 1000), tags, row["name"])
+            self._fill(run.info.run_id, job, row, notes)
+            ended = int((record["started"] + record["seconds"]) * 1000) if result else None
+            self.client.set_terminated(run.info.run_id, status, ended)
+        return True
+
+    def survey(self) -> None:
+        """Learn which jobs are logged, and put right what processes made twice that could not lock each other out."""
+        parent = self.parent.info.run_id
+        jobs = [run for run in self._find({}) if "pq_sweep.job" in run.data.tags]
+        for run in jobs:
+            if run.data.tags.get("mlflow.parentRunId") != parent:
+                self.client.set_tag(run.info.run_id, "mlflow.parentRunId", parent)
+        for run in self._find({"pq_sweep.kind": "sweep"}):
+            if run.info.run_id != parent:
+                self.client.delete_run(run.info.run_id)
+        names = Counter(run.data.tags["pq_sweep.job"] for run in jobs)
+        self.logged = {name: run for run in jobs if names[name := run.data.tags["pq_sweep.job"]] == 1}
+
+    def summarize(self, done: Sweep) -> None:
+        """Log how many jobs ended how, and end the parent run unless some are still to come."""
+        parent = self.parent.info.run_id
+        for status in ("finished", "failed", "missing"):
+            self.client.set_tag(parent, f"pq_sweep.{status}", str(done.count(status)))
+        if (self.sweep / "results.csv").exists():
+            self.client.log_artifact(parent, str(self.sweep / "results.csv"))
+        if done.count("running") or done.count("pending"):
+            self.client.update_run(parent, "RUNNING")
+        else:
+            self.client.set_terminated(parent, "FINISHED" if done.count("finished") == len(done.rows) else "FAILED")
+
+    def _find(self, tags: dict[str, str]) -> list[Run]:
+        """Return the runs of the sweep that have the tags; if there is one to keep, every process has it first."""
+        wanted = {"pq_sweep.sweep": self.manifest["id"]} | tags
+        text = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
+        runs: list[Run] = []
+        token: str | None = None
+        while True:
+            page = self.client.search_runs([self.experiment], text, max_results=1000, page_token=token)
+            runs += page
+            token = page.token
+            if not token:
+                return sorted(runs, key=lambda run: (run.info.status == "RUNNING", run.info.run_id))
+
+    def _only(self, runs: list[Run], started: str) -> Run | None:
+        """Return the run to go on with; delete doubles, and those of an earlier try, whose values cannot change."""
+        kept = next((run for run in runs if run.data.tags.get("pq_sweep.started") == started), None)
+        for run in runs:
+            if run is not kept:
+                self.client.delete_run(run.info.run_id)
+        return kept
+
+    def _find_or_make_parent(self) -> Run:
+        tags = {"pq_sweep.kind": "sweep"}
+        found = self._find(tags)
+        if not found:
+            with held(self.sweep / LOCK):
+                found = self._find(tags) or [self._make_parent(tags)]
+        return found[0]
+
+    def _make_parent(self, tags: dict[str, str]) -> Run:
+        about = {
+            "pq_sweep.sweep": self.manifest["id"],
+            "pq_sweep.folder": str(self.sweep.absolute()),
+            "pq_sweep.command": self.manifest.get("command", ""),
+        }
+        commit = (self.manifest.get("git") or {}).get("commit")
+        about |= {"mlflow.source.git.commit": commit} if commit else {}
+        start = int(self.manifest.get("created", 0) * 1000) or None
+        name = "/".join(self.sweep.absolute().parts[-2:])
+        return self.client.create_run(self.experiment, start_time=start, tags=tags | about, run_name=name)
+
+    def _notes(self, job: Path, started: str) -> dict[str, str]:
+        return {
+            "mlflow.parentRunId": self.parent.info.run_id,
+            "pq_sweep.started": started,
+            "pq_sweep.folder": str(job.absolute()),
+        }
+
+    def _fill(self, run: str, job: Path, row: dict[str, Any], notes: dict[str, str]) -> None:
+        """Log parameters, metrics, tags and files of one job, in one batch each."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        result = read_json(job / "result.json")
+        if result:
+            when = int((result["started"] + result["seconds"]) * 1000)
+            values = [Metric(key, float(value), when, 0) for key, value in metrics(result).items()]
+            tags = _result_tags(result)
+        else:
+            values, tags = [], {"pq_sweep.error": row["error"], "pq_sweep.stage": row["stage"]}
+        tags |= {f"pq_sweep.{key}": row[key] for key in SLURM_COLUMNS if key in row}
+        params = [Param(key, value[:MAX_VALUE]) for key, value in parameters(job, row).items()]
+        labels = [RunTag(key, str(value)[:MAX_VALUE]) for key, value in (notes | tags).items()]
+        self.client.log_batch(run, values, params, labels)
+        self.client.log_dict(run, job_config(job), "config.yaml")
+        for path in (job / "result.json", *error_files(job), *job.glob("*.svg")):
+            if path.exists():
+                self.client.log_artifact(run, str(path))
+
+
+def _is_complete(run: Run | None, status: str, started: str) -> bool:
+    return run is not None and run.info.status == status and run.data.tags.get("pq_sweep.started") == started
+
+
+def read_manifest(sweep: Path) -> dict[str, Any]:
+    """Return what is known of a sweep; one without `sweep.json` is known by its folder."""
+    manifest: dict[str, Any] | None = read_json(sweep / "sweep.json")
+    return manifest or {"id": hashlib.sha256(str(sweep.resolve()).encode()).hexdigest()[:32]}
+
+
+def job_config(job: Path) -> dict[str, Any]:
+    """Return the composed config of a job without where it was logged, which may hold a password."""
+    from omegaconf import OmegaConf
+
+    path = job / ".hydra" / "config.yaml"
+    config: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    return {str(group): values for group, values in config.items() if group != "tracking"}
+
+
+def parameters(job: Path, row: dict[str, Any]) -> dict[str, str]:
+    """Return a job's choices and options by name: `pruner`, `pruner.amount`, ..."""
+    options: dict[str, str] = {}
+    for group, values in job_config(job).items():
+        if isinstance(values, dict):
+            options |= {f"{group}.{key}": str(value) for key, value in values.items() if key != "_target_"}
+        elif values is not None:
+            options[group] = str(values)
+    return options | {name: str(row[name]) for name in GROUPS if name in row}
+
+
+def _result_tags(result: dict[str, Any]) -> dict[str, Any]:
+    environment, session = result["environment"], result["session"]
+    tags = {
+        "pq_sweep.device": environment["device"],
+        "pq_sweep.engine": session["engine"],
+        "pq_sweep.precision": session["precision"],
+        "pq_sweep.protocol": result["config"]["measure"]["name"],
+        "pq_sweep.host": environment["host"],
+    }
+    git = environment["git"]
+    return tags | ({"mlflow.source.git.commit": git["commit"], "pq_sweep.git_dirty": git["dirty"]} if git else {})

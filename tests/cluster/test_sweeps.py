@@ -1,0 +1,348 @@
+"""Sweeps as a researcher runs them on a cluster, and everything that goes wrong there."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import LAUNCH, SHORT, Done
+from conftest import ROOT, new_user
+from stored_runs import parent_and_jobs
+
+from cluster.services import Server, Unavailable, mlflow_server, postgres
+from cluster.slurm import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+
+ON_V100 = "hydra/launcher=slurm_v100"
+ANYWHERE = "hydra.launcher.partition='v100,a100'"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An MLflow server on PostgreSQL."""
+    folder = tmp_path_factory.mktemp("store")
+    try:
+        with postgres(folder) as database, mlflow_server(folder, database.uri) as server:
+            yield server
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+@dataclass
+class Site:
+    """A user's working folder on a cluster."""
+
+    folder: Path
+    env: dict[str, str]
+
+    def launch(self, name: str, *overrides: str) -> subprocess.Popen[str]:
+        """Start a sweep in the folder `name`."""
+        options = ("-m", "--config-dir", "conf")
+        return self.start([sys.executable, LAUNCH, *options, f"hydra.sweep.dir={name}", *SHORT, *overrides])
+
+    def start(self, command: list[str]) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=pipe, stderr=pipe, text=True)
+
+    def sweep(self, name: str, *overrides: str) -> Done:
+        """Run a sweep to its end."""
+        return done(self.launch(name, *overrides))
+
+    def results(self, *arguments: str) -> Done:
+        return done(self.start([sys.executable, "-m", "pq_sweep.results", *arguments]))
+
+    def tries(self, kind: str) -> list[str]:
+        """Return the nodes on which an accident's job was tried."""
+        path = self.folder / "signs" / f"{kind}.tries"
+        return path.read_text().split() if path.exists() else []
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        with (self.folder / name / "results.csv").open() as file:
+            return list(csv.DictReader(file))
+
+
+def done(process: subprocess.Popen[str], seconds: float = 300) -> Done:
+    """Wait for a process; what it printed says why, if it takes too long."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"still running after {seconds} s: {process.communicate()}") from None
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def until(condition: Callable[[], Any], launcher: subprocess.Popen[str] | None = None, seconds: float = 150) -> Any:
+    """Wait for something to be so, as long as the launcher runs, and return it."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert launcher is None or launcher.poll() is None, f"the launcher ended: {done(launcher)}"
+        assert time.monotonic() < end, "it did not come to pass in time"
+        time.sleep(0.2)
+    return found
+
+
+def site_in(folder: Path, slurm: Cluster, tracking: str) -> Site:
+    (folder / "signs").mkdir()
+    (folder / "conf" / "pruner").mkdir(parents=True)
+    (folder / "conf" / "pruner" / "accident.yaml").write_text(
+        "_target_: cluster.accidents.accident\nkind: nothing\namount: 0.5\n"
+    )
+    paths = {"PYTHONPATH": str(ROOT / "tests"), "ACCIDENT_SIGNS": str(folder / "signs")}
+    return Site(folder, new_user() | slurm.env | paths | {"MLFLOW_TRACKING_URI": tracking})
+
+
+@pytest.fixture
+def site(tmp_path: Path, slurm: Cluster, store: Server) -> Site:
+    return site_in(tmp_path, slurm, store.uri)
+
+
+def by_name(rows: list[dict[str, str]], part: str) -> dict[str, str]:
+    (row,) = (row for row in rows if part in row["name"].split() or row.get("pruner.kind") == part)
+    return row
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+# --- twelve jobs on three nodes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster, store: Server) -> tuple[Site, Done]:
+    site = site_in(tmp_path_factory.mktemp("twelve"), slurm, store.uri)
+    amounts = "pruner.amount=0.1,0.2,0.3,0.5,0.7,0.9"
+    return site, site.sweep(
+        "twelve", ON_V100, "node=v100,a100", "pruner=l1_global", amounts, "tracking.experiment=twelve"
+    )
+
+
+def test_twelve_jobs_run_where_they_should(twelve: tuple[Site, Done]) -> None:
+    site, ran = twelve
+    assert ran.returncode == 0, ran.stderr
+    rows = site.rows("twelve")
+    assert [row["status"] for row in rows] == ["finished"] * 12
+    assert {(row["node_type"], row["partition"]) for row in rows} == {("v100", "v100"), ("a100", "a100")}
+    assert {row["node"] for row in rows} == {"v1", "v2", "a1"}
+    assert all((row["node"] == "a1") == (row["partition"] == "a100") for row in rows)
+    assert len({row["slurm_job"] for row in rows}) == 12
+
+
+def test_twelve_children_of_one_parent_name_where_they_ran(twelve: tuple[Site, Done], store: Server) -> None:
+    rows = {row["job"]: row for row in twelve[0].rows("twelve")}
+    parent, children = parent_and_jobs(store.uri, "twelve")
+    assert parent.info.status == "FINISHED"
+    assert children.keys() == rows.keys()
+    for job, run in children.items():
+        assert run.info.status == "FINISHED"
+        for tag in ("node", "partition", "slurm_job"):
+            assert run.data.tags[f"pq_sweep.{tag}"] == rows[job][tag]
+        assert run.data.metrics["accuracy"] == float(rows[job]["accuracy"])
+
+
+def test_kinds_of_nodes_do_not_share_a_reference(twelve: tuple[Site, Done]) -> None:
+    assert len(list((twelve[0].folder / "twelve" / "baseline").iterdir())) == 2
+
+
+def test_a_finished_sweep_starts_nothing_again(twelve: tuple[Site, Done], slurm: Cluster) -> None:
+    site, _ = twelve
+    before = {path: path.stat().st_mtime_ns for path in site.folder.glob("twelve/*/result.json")}
+    again = site.results("twelve", "--resubmit-failed")
+    assert again.returncode == 0, again.stderr
+    assert "0 jobs submitted, 12 finished or queued before" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in site.folder.glob("twelve/*/result.json")} == before
+
+
+# --- accidents --------------------------------------------------------------------------------------------------------
+
+KINDS = ("nothing", "raise", "exit", "vanish", "killed", "cancelled", "full", "node_dies")
+REASONS = {
+    "raise": r"this pruner divides by nothing\.",
+    "exit": r"the job called sys\.exit\(3\) instead of raising an error\.",
+    "vanish": r"SLURM job \d+_\d+ ended: it failed, exit code 4 \(state FAILED, node \w+\)\.",
+    "killed": r"SLURM job \d+_\d+ ended: it failed, killed by signal 9 \(often: out of memory\) \(state FAILED, .*",
+    "cancelled": r"the job was stopped by SIGTERM.* SLURM job \d+_\d+ ended: it was cancelled .*state CANCELLED.*",
+    "full": r"SLURM job \d+_\d+ ended: it failed, exit code 1 \(state FAILED, node \w+\)\.",
+}
+
+
+@pytest.fixture(scope="module")
+def accidents(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster, store: Server) -> tuple[Site, Done]:
+    """A sweep in which nearly everything happens that can."""
+    site = site_in(tmp_path_factory.mktemp("accidents"), slurm, store.uri)
+    launcher = site.launch("accidents", *grid_of_accidents(KINDS))
+    until(lambda: site.tries("cancelled"), launcher)
+    job = until(lambda: read(site.folder / "accidents" / "submitted.json")["jobs"][str(KINDS.index("cancelled"))]["id"])
+    slurm.run("scancel", job)
+    (node,) = until(lambda: site.tries("node_dies"), launcher)
+    slurm.kill_node(node)
+    until(lambda: len(site.tries("node_dies")) == 2, launcher)
+    ended = done(launcher)
+    slurm.start_node(node)
+    return site, ended
+
+
+def grid_of_accidents(kinds: tuple[str, ...]) -> tuple[str, ...]:
+    grid = f"pruner.kind={','.join(kinds)}"
+    return (ON_V100, ANYWHERE, "pruner=accident", grid, "tracking.experiment=accidents")
+
+
+def running(slurm: Cluster) -> str:
+    return slurm.run("squeue", "--noheader", "--array", "--format=%i|%T")
+
+
+def test_every_accident_has_one_row_with_its_reason(accidents: tuple[Site, Done]) -> None:
+    site, ended = accidents
+    assert ended.returncode == 1
+    rows = {row["pruner.kind"]: row for row in site.rows("accidents")}
+    assert list(rows) == list(KINDS)
+    assert {kind for kind, row in rows.items() if row["status"] == "finished"} == {"nothing", "node_dies"}
+    for kind, reason in REASONS.items():
+        assert rows[kind]["status"] == "failed"
+        assert re.fullmatch(reason, rows[kind]["error"]), rows[kind]["error"]
+        assert rows[kind]["error"] in " ".join(ended.stdout.split())
+    assert "last words of a vanishing job" in ended.stdout
+
+
+def test_a_job_whose_node_died_ran_again(accidents: tuple[Site, Done]) -> None:
+    site, _ = accidents
+    assert len(site.tries("node_dies")) == 2
+    result = read(site.folder / "accidents" / str(KINDS.index("node_dies")) / "result.json")
+    assert len(result["tries"]) == 2
+
+
+def test_no_run_of_an_accident_stays_open(accidents: tuple[Site, Done], store: Server) -> None:
+    parent, children = parent_and_jobs(store.uri, "accidents")
+    assert parent.info.status == "FAILED"
+    rows = {row["job"]: row for row in accidents[0].rows("accidents")}
+    assert children.keys() == rows.keys()
+    for job, run in children.items():
+        assert run.info.status == ("FINISHED" if rows[job]["status"] == "finished" else "FAILED")
+        assert run.data.tags.get("pq_sweep.error", "") == rows[job]["error"]
+
+
+def test_the_second_start_runs_only_what_is_missing(accidents: tuple[Site, Done], store: Server) -> None:
+    site, _ = accidents
+    (site.folder / "signs" / "over").touch()
+    before = {kind: len(site.tries(kind)) for kind in KINDS}
+    again = site.sweep("accidents", *grid_of_accidents(KINDS))
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [row["status"] for row in site.rows("accidents")] == ["finished"] * len(KINDS)
+    assert {kind for kind in KINDS if len(site.tries(kind)) > before[kind]} == set(REASONS)
+    parent, children = parent_and_jobs(store.uri, "accidents")
+    assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"}
+    assert len(children) == len(KINDS)
+
+
+def test_a_job_that_hits_its_time_limit_goes_on_where_it_was(site: Site) -> None:
+    """A minute is SLURM's shortest limit; the warning comes some seconds after the start."""
+    limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=40", "tracking=none")
+    ended = site.sweep("late", *grid_of_accidents(("times_out",))[:-1], *limits)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (row,) = site.rows("late")
+    assert row["status"] == "finished"
+    assert len(site.tries("times_out")) == 2
+    assert len(read(site.folder / "late" / "0" / "result.json")["tries"]) == 2
+
+
+# --- the launcher and the store go away ------------------------------------------------------------------------------
+
+
+def test_jobs_outlive_launcher_and_server(site: Site, slurm: Cluster, store: Server) -> None:
+    """The server stops for half of the sweep, the launcher is killed; `--watch` finishes what it would have done."""
+    grid = (ON_V100, "pruner=l1_global", "pruner.amount=0.1,0.3,0.5,0.7", "tracking.experiment=orphans")
+    launcher = site.launch("orphans", *grid)
+    folder = site.folder / "orphans"
+    until(lambda: list(folder.glob("*/result.json")), launcher)
+    store.stop()
+    launcher.send_signal(signal.SIGKILL)
+    launcher.communicate()
+    until(lambda: len(list(folder.glob("*/result.json"))) == 4)
+    slurm.wait_for_idle(120)
+    store.start()
+    watched = site.results("orphans", "--watch")
+    assert watched.returncode == 0, watched.stderr
+    assert [row["status"] for row in site.rows("orphans")] == ["finished"] * 4
+    parent, children = parent_and_jobs(store.uri, "orphans")
+    assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"}
+    assert len(children) == 4
+    again = site.sweep("orphans", *grid)
+    assert "0 jobs submitted, 4 finished or queued before" in again.stdout
+
+
+def test_what_is_queued_is_not_submitted_again(site: Site, slurm: Cluster) -> None:
+    """Two launchers of one sweep, the first of which was killed while its jobs still waited."""
+    slurm.run("scontrol", "update", "PartitionName=a100", "State=DOWN")
+    grid = ("hydra/launcher=slurm_a100", "pruner=l1_global", "pruner.amount=0.1,0.5", "tracking=none")
+    try:
+        first = site.launch("waiting", *grid)
+        until(lambda: running(slurm).count("PENDING") == 2, first)
+        first.kill()
+        first.communicate()
+        seen = site.results("waiting")
+        assert "0 done, 2 pending" in seen.stdout
+        second = site.launch("waiting", *grid)
+        time.sleep(8)
+        assert running(slurm).count("PENDING") == 2
+    finally:
+        slurm.run("scontrol", "update", "PartitionName=a100", "State=UP")
+    assert done(second).returncode == 0
+    assert [row["status"] for row in site.rows("waiting")] == ["finished"] * 2
+
+
+# --- what never starts -----------------------------------------------------------------------------------------------
+
+
+def test_an_impossible_grid_submits_nothing_and_says_all(site: Site, slurm: Cluster) -> None:
+    wrong = ("model.weights=/nowhere/weights.pth", "node=v100,h100", "runtime=torch", "quantizer=int8", "device=cuda")
+    ended = site.sweep("wrong", ON_V100, *wrong)
+    assert ended.returncode == 1
+    for problem in ("/nowhere/weights.pth is no file", "node=h100 is not known", "cannot run precision int8"):
+        assert problem in ended.stderr
+    assert not (site.folder / "wrong" / "submitted.json").exists()
+    assert running(slurm) == ""
+
+
+def test_what_does_not_load_is_told_before_anything_is_submitted(site: Site) -> None:
+    (site.folder / "other.pth").write_bytes(b"no checkpoint")
+    ended = site.sweep("unloadable", ON_V100, "model.weights=other.pth", "seed=0,1", "tracking=none")
+    assert ended.returncode == 1
+    assert "other.pth" in ended.stderr
+    assert not (site.folder / "unloadable" / "submitted.json").exists()
+
+
+def test_slurm_refuses_what_it_does_not_have(site: Site) -> None:
+    ended = site.sweep("refused", "hydra/launcher=slurm", "hydra.launcher.partition=h100", "tracking=none")
+    assert ended.returncode == 1
+    assert re.search(r"SLURM took no jobs: .*invalid partition", ended.stderr)
+
+
+# --- many ------------------------------------------------------------------------------------------------------------
+
+
+def test_64_jobs_eight_at_a_time(site: Site, store: Server, record_property: Callable[[str, object], None]) -> None:
+    many = ("hydra.launcher.array_parallelism=8", "hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1")
+    seeds = f"seed={','.join(map(str, range(64)))}"
+    start = time.monotonic()
+    ended = site.sweep("many", ON_V100, *many, "pruner=l1_global", seeds, "tracking.experiment=many")
+    seconds = time.monotonic() - start
+    assert ended.returncode == 0, ended.stderr
+    results = [read(path) for path in (site.folder / "many").glob("*/result.json")]
+    _, children = parent_and_jobs(store.uri, "many")
+    assert len(results) == len(children) == 64
+    assert {run.info.status for run in children.values()} == {"FINISHED"}
+    assert "cannot be used" not in ended.stderr
+    assert not list((site.folder / "many").glob("*/.submitit/*cannot be used*"))
+    record_property("seconds_per_job", seconds / 64)
+    print(f"64 jobs in {seconds:.0f} s, of which {sum(result['seconds'] for result in results):.0f} s inside jobs")
