@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: install sweep test lint ui weights support gpu-check
+.PHONY: install sweep test lint ui weights support cluster-test gpu-check
 
 install: $(VENV)/installed
 
@@ -33,6 +33,10 @@ weights: install
 # Hours of work: every model in every way. IMAGES and WEIGHTS name folders of photographs and trained weights.
 support: install
 	$(BIN)/python -m benchmarks.support docs/support.md $(if $(IMAGES),--images $(IMAGES)) $(if $(WEIGHTS),--weights $(WEIGHTS))
+
+# A real SLURM, PostgreSQL and MLflow server on the loopback; see docs/cluster.md for what to install.
+cluster-test: install
+	$(BIN)/pytest -m slurm tests/cluster
 
 gpu-check: install
 	$(BIN)/pytest -m gpu

@@ -49,9 +49,12 @@ def main(launch: Callable[[], None], conf: Path) -> None:
             raise
         print(explain(error), file=sys.stderr)
         code = 1
-    if not sweep.finish():
-        code = code or 1
-    sys.exit(code)
+    try:
+        complete = sweep.finish()
+    except OSError as error:
+        print(f"the results cannot be written: {error}", file=sys.stderr)
+        complete = False
+    sys.exit(code or (0 if complete else 1))
 
 
 def explain(error: BaseException) -> str:

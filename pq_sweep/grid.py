@@ -60,7 +60,7 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
     """Check and announce every job, or raise one UserError that lists everything that is wrong, each problem once."""
     grid, wrong = Grid(), list[list[str]]()
     for job in jobs:
-        wrong.append([*problems(without_hydra(job)), *node_problems(job)])
+        wrong.append([*problems(without_hydra(job)), *launcher_problems(job)])
         if not wrong[-1]:
             grid.announced.append(announce(job))
             grid.loads.setdefault(grid.announced[-1]["loads"], without_hydra(job))
@@ -99,13 +99,23 @@ def without_hydra(job: DictConfig) -> DictConfig:
     return OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
 
 
-def node_problems(job: DictConfig) -> list[str]:
-    """List what is wrong with the kind of node that a job asks for."""
-    types = job.hydra.launcher.get("node_types") or {}
-    if job.node is None or job.node in types:
-        return []
-    valid = f"valid are: {', '.join(types)}" if types else "it needs hydra/launcher=slurm, whose node_types it names"
-    return [f"node={job.node} is not known; {valid}."]
+def launcher_problems(job: DictConfig) -> Iterator[str]:
+    """List what is wrong with the kind of node that a job asks for, and with its time limit."""
+    launcher = job.hydra.launcher
+    types = launcher.get("node_types") or {}
+    if job.node is not None and job.node not in types:
+        valid = (
+            f"valid are: {', '.join(types)}" if types else "it needs hydra/launcher=slurm, whose node_types it names"
+        )
+        yield f"node={job.node} is not known; {valid}."
+    minutes, delay = launcher.get("timeout_min"), launcher.get("signal_delay_s")
+    if minutes and delay:
+        # SLURM may warn a minute early; submitit takes a warning for preemption, which may happen for ever, before the
+        # last fifth of the time or the last ten minutes.
+        most = min(max(12 * minutes, 600) - 60, 60 * minutes - 1)
+        if delay > most:
+            key = f"hydra.launcher.signal_delay_s={delay}"
+            yield f"{key} is too long for timeout_min={minutes}; give at most {most:.0f}."
 
 
 def refuse_all(found: Counter[str], jobs: int) -> None:

@@ -10,7 +10,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -122,15 +122,16 @@ class Stages:
         try:
             yield
         except (Exception, SystemExit, Stopped) as error:
-            if not self.leaving:
-                with suppress(OSError):  # a full disk; SLURM and the job's stderr tell then
-                    self._record(error)
+            if not is_leaving(error):
+                self._record(error)
             raise
 
     def _record(self, error: BaseException) -> None:
         message = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, SystemExit):
             message = f"the job called sys.exit({error.code!r}) instead of raising an error."
+        if type(error).__name__ == "UncompletedJobError":  # raised by submitit in the middle of whatever ran
+            message = f"{message.rstrip('.')}; raise hydra.launcher.timeout_min or max_num_timeout."
         record = {"type": type(error).__name__, "message": message, "stage": self.current, "started": self.started}
         write_error(self.folder, record | {"slurm": slurm(), "traceback": traceback.format_exc()})
 
@@ -140,14 +141,20 @@ class Stages:
         return {name: self.seconds[name] for name in PREP if name in self.seconds}
 
 
+def is_leaving(error: BaseException) -> bool:
+    """Say whether submitit ends the process because SLURM will start it again."""
+    return Stages.leaving and isinstance(error, SystemExit)
+
+
 def write_error(folder: Path, record: dict[str, Any]) -> None:
-    """Write why a job failed; the very reason may be that nothing can be written into its folder."""
-    inside, beside = error_files(folder)
-    try:
-        folder.mkdir(exist_ok=True)
-        write_json(inside, record)
-    except OSError:
-        write_json(beside, record)
+    """Write why a job failed; the very reason may be that nothing can be written into its folder, or anywhere."""
+    for path in error_files(folder):
+        try:
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, record)
+            return
+        except OSError as error:
+            log.error("%s cannot be written: %s", path, error)
 
 
 def forget_error(folder: Path) -> None:

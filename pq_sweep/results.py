@@ -286,11 +286,13 @@ def main() -> None:
     from pq_sweep.sweep import show_sweep, start_again
 
     try:
-        for sweep in find_sweeps(arguments.folders):
-            if arguments.resubmit_failed:
-                sys.exit(start_again(sweep.folder))
-            show_sweep(sweep.folder, watching=arguments.watch)
-    except UserError as error:
+        sweeps = [sweep.folder for sweep in find_sweeps(arguments.folders)]
+        if arguments.resubmit_failed:
+            done = [start_again(folder) == 0 for folder in sweeps]
+        else:
+            done = [show_sweep(folder, watching=arguments.watch) for folder in sweeps]
+        sys.exit(0 if all(done) else 1)
+    except (UserError, OSError) as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("no longer watched; jobs of SLURM go on")

@@ -24,7 +24,7 @@ from pq_sweep import results
 from pq_sweep.environment import command_line, git_state, without_password
 from pq_sweep.fingerprint import fingerprint
 from pq_sweep.grid import compose_grid, read_grid
-from pq_sweep.progress import PROGRESS, Stages, write_json
+from pq_sweep.progress import PROGRESS, is_leaving, write_json
 from pq_sweep.results import finished, read_json
 from pq_sweep.tables import show
 from pq_sweep.tracking import NoTracking, Tracker
@@ -90,7 +90,9 @@ def describe_tracking(config: DictConfig, tracker: Tracker) -> dict[str, Any]:
     """Return where results are logged, for whoever finishes the sweep from elsewhere; passwords are left out."""
     values: Any = OmegaConf.to_container(config, resolve=True)
     store = getattr(tracker, "store", None)
-    return values | ({"uri": without_password(store)} if store else {})
+    if not store:
+        return values
+    return values | {"uri": without_password(store), "from_environment": values.get("uri") is None}
 
 
 def run_job(cfg: DictConfig) -> None:
@@ -114,7 +116,7 @@ def run_job(cfg: DictConfig) -> None:
         with clean_stop():
             run(cfg, folder, label)
     except (Exception, SystemExit) as error:
-        if Stages.leaving:
+        if is_leaving(error):
             raise
         log.error("job %s failed: %s", folder.name, error)
         log.debug("traceback", exc_info=True)
@@ -155,12 +157,12 @@ def conclude(sweep: results.Sweep, tracker: Tracker) -> bool:
     return sweep.count("finished") == len(sweep.rows)
 
 
-def show_sweep(folder: Path, *, watching: bool) -> None:
-    """Draw a sweep as it stands, or watch it to its end and do what its launcher would have done then."""
-    if not watching:
-        show(Watch(folder).look())
-        return
-    conclude(watch(folder), tracker_of(folder))
+def show_sweep(folder: Path, *, watching: bool) -> bool:
+    """Draw a sweep as it stands, or watch it to its end and do what its launcher would have; say if all went well."""
+    if watching:
+        return conclude(watch(folder), tracker_of(folder))
+    show(Watch(folder, patient=False).look())
+    return True
 
 
 def tracker_of(folder: Path) -> Tracker:
@@ -168,8 +170,10 @@ def tracker_of(folder: Path) -> Tracker:
     config = (read_json(folder / "sweep.json") or {}).get("tracking")
     if not config:
         return NoTracking()
+    if config.pop("from_environment", False) and "MLFLOW_TRACKING_URI" in os.environ:
+        config["uri"] = None
     if "***" in str(config.get("uri")):
-        config = config | {"uri": None}
+        config["uri"] = None
         if "MLFLOW_TRACKING_URI" not in os.environ:
             log.warning("the address of the store holds a password; set MLFLOW_TRACKING_URI to log what is missing.")
             return NoTracking()
@@ -180,7 +184,8 @@ def tracker_of(folder: Path) -> Tracker:
 def start_again(folder: Path) -> int:
     """Start a sweep once more by its own command, in its folder, and return the exit code; what is done stays."""
     manifest = read_json(folder / "sweep.json") or {}
-    arguments = [word for word in manifest.get("arguments", ()) if not word.startswith("hydra.sweep.dir=")]
+    given = manifest.get("arguments", ())
+    arguments = [word for word in given if not word.startswith("hydra.sweep.dir=") and word != "resume=false"]
     if not arguments or any("***" in word for word in arguments):
         raise UserError(
             f"{folder} cannot be started again from here: its command is not known, or held a password; repeat the"

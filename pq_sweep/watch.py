@@ -36,6 +36,8 @@ class Watch:
 
     folder: Path
     grace_s: float = GRACE_S
+    # Whether there will be another look: without one, a job that has been silent for long enough is dead.
+    patient: bool = True
     gone_since: dict[str, float] = field(default_factory=dict)
     queue: dict[str, Queued] = field(default_factory=dict)
     answers: bool = True
@@ -64,7 +66,7 @@ class Watch:
         if queued is not None:
             self.gone_since.pop(name, None)
             waiting = queued.state in ("PENDING", "CONFIGURING", "REQUEUED", "SPECIAL_EXIT")
-            detail = {"node": queued.node, "reason": queued.reason if waiting else ""}
+            detail = {"node": queued.node, "reason": queued.reason if waiting else "", "error": ""}
             return {"status": "pending" if waiting else "running", **detail}
         if not self.answers:
             return {"status": "running", "reason": "SLURM does not answer"}
@@ -75,11 +77,17 @@ class Watch:
         if (self.folder / name / "result.json").exists() or _settled(self.folder / name):
             return None
         ended = slurm.ended(job["id"])
-        since = self.gone_since.setdefault(name, time.monotonic())
-        if not ended.final and time.monotonic() - since < self.grace_s:
+        if not ended.final and self._seconds_gone(name, job) < self.grace_s:
             return {"status": "running", "reason": "left the queue"}
         self._settle(name, job, ended)
         return None
+
+    def _seconds_gone(self, name: str, job: dict[str, Any]) -> float:
+        """Return for how long a job has not been in the queue, as far as one can know."""
+        if self.patient:
+            return time.monotonic() - self.gone_since.setdefault(name, time.monotonic())
+        signs = (self.folder / name / "status.json", self.folder / name / "job.log", self.folder / job["stderr"])
+        return time.time() - max([job["submitted"], *(path.stat().st_mtime for path in signs if path.exists())])
 
     def _settle(self, name: str, job: dict[str, Any], ended: Ended | None) -> None:
         """Leave an `error.json` for a job that ended without a result: SLURM's reason and the end of its stderr."""

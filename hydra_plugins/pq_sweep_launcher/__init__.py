@@ -99,11 +99,11 @@ class WatchedLauncher(BaseSubmititLauncher):
     def _run(self, folder: Path, planned: list[Planned]) -> None:
         raise NotImplementedError
 
-    def _executor(self, node: str | None = None) -> "submitit.AutoExecutor":
+    def _executor(self, node: str = "") -> "submitit.AutoExecutor":
         """Return submitit's executor with the launcher's options, and those of a kind of node before them."""
         import submitit
 
-        params = self.params | (self.params.get("node_types") or {}).get(node, {})
+        params = self.params | ((self.params.get("node_types") or {}).get(node) or {})
         limits = {f"{self._EXECUTOR}_max_num_timeout": params["max_num_timeout"]} if "max_num_timeout" in params else {}
         executor = submitit.AutoExecutor(params["submitit_folder"], cluster=self._EXECUTOR, **limits)
         # sbatch would take "False" as a value.
@@ -139,13 +139,24 @@ class SlurmLauncher(WatchedLauncher):
     def _run(self, folder: Path, planned: list[Planned]) -> None:
         from filelock import FileLock
 
+        from pq_sweep.types import UserError
         from pq_sweep.watch import watch
+
+        # srun does not always take over from sbatch how many cores a job has, and torch would run on one.
+        self.params["setup"] = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *(self.params.get("setup") or ())]
 
         # Two that start the same sweep at once must not both find its jobs missing.
         with FileLock(folder / ".submit.lock"):
             missing = list(self._missing(folder, planned))
-            for node, group in groupby(sorted(missing, key=lambda plan: plan.node or ""), key=lambda plan: plan.node):
-                self._submit(folder, node, list(group))
+            try:
+                for node, group in groupby(sorted(missing, key=_node), key=_node):
+                    self._submit(folder, node, list(group))
+            except Exception as error:
+                done = sum(plan.job is not None for plan in missing)
+                later = (
+                    f"; {done} jobs were submitted before, start again with hydra.sweep.dir={folder}" if done else ""
+                )
+                raise UserError(f"SLURM took no jobs: {' '.join(str(error).split())}{later}.") from error
         log.warning("%d jobs submitted, %d finished or queued before", len(missing), len(planned) - len(missing))
         watch(folder)
 
@@ -156,31 +167,25 @@ class SlurmLauncher(WatchedLauncher):
 
         assert self.config is not None
         resume = self.config.get("resume")
-        active = {row["job"] for row in Watch(folder).look().rows if row["status"] in ("pending", "running")}
+        active = {
+            row["job"] for row in Watch(folder, patient=False).look().rows if row["status"] in ("pending", "running")
+        }
         for plan in planned:
             done = resume and plan.fingerprint and finished(folder / plan.folder, plan.fingerprint)
             if not done and plan.folder not in active:
                 yield plan
 
-    def _submit(self, folder: Path, node: str | None, plans: list[Planned]) -> None:
+    def _submit(self, folder: Path, node: str, plans: list[Planned]) -> None:
         """Submit jobs of one kind of node in as few arrays as SLURM allows, and write down which job is which."""
         from pq_sweep.progress import forget_error
         from pq_sweep.slurm import max_array_size
-        from pq_sweep.types import UserError
         from pq_sweep.watch import remember
 
         executor, size = self._executor(node), max_array_size()
         for start in range(0, len(plans), size):
             chunk = plans[start : start + size]
             arguments = zip(*(self._arguments(plan) for plan in chunk), strict=True)
-            try:
-                jobs = executor.map_array(self, *arguments)
-            except Exception as error:
-                done = (
-                    f"; {start} jobs were submitted before, start again with hydra.sweep.dir={folder}" if start else ""
-                )
-                raise UserError(f"SLURM took no jobs: {' '.join(str(error).split())}{done}.") from error
-            for plan, job in zip(chunk, jobs, strict=True):
+            for plan, job in zip(chunk, executor.map_array(self, *arguments), strict=True):
                 plan.job = job
                 forget_error(folder / plan.folder)
             remember(folder, {plan.folder: _describe(folder, plan) for plan in chunk})
@@ -213,6 +218,10 @@ class LocalLauncher(WatchedLauncher):
             return bool(running)
 
         watch(folder, busy=busy)
+
+
+def _node(plan: Planned) -> str:
+    return plan.node or ""
 
 
 def _share_path() -> None:

@@ -20,7 +20,7 @@ from conftest import ROOT, new_user
 from stored_runs import parent_and_jobs
 
 from cluster.services import Server, Unavailable, mlflow_server, postgres
-from cluster.slurm import Cluster
+from cluster.slurm import Cluster, cluster, short_folder
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -48,8 +48,8 @@ class Site:
 
     def launch(self, name: str, *overrides: str) -> subprocess.Popen[str]:
         """Start a sweep in the folder `name`."""
-        options = ("-m", "--config-dir", "conf")
-        return self.start([sys.executable, LAUNCH, *options, f"hydra.sweep.dir={name}", *SHORT, *overrides])
+        options = ("-m", "--config-dir", "conf", f"hydra.sweep.dir={name}", *SHORT, "hydra.launcher.prefetch=false")
+        return self.start([sys.executable, LAUNCH, *options, *overrides])
 
     def start(self, command: list[str]) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
@@ -72,7 +72,7 @@ class Site:
             return list(csv.DictReader(file))
 
 
-def done(process: subprocess.Popen[str], seconds: float = 300) -> Done:
+def done(process: subprocess.Popen[str], seconds: float = 540) -> Done:
     """Wait for a process; what it printed says why, if it takes too long."""
     try:
         out, err = process.communicate(timeout=seconds)
@@ -181,7 +181,8 @@ REASONS = {
 def accidents(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster, store: Server) -> tuple[Site, Done]:
     """A sweep in which nearly everything happens that can."""
     site = site_in(tmp_path_factory.mktemp("accidents"), slurm, store.uri)
-    launcher = site.launch("accidents", *grid_of_accidents(KINDS))
+    other = late(site)
+    launcher = site.launch("accidents", *grid_of_accidents(KINDS), "tracking.experiment=accidents")
     until(lambda: site.tries("cancelled"), launcher)
     job = until(lambda: read(site.folder / "accidents" / "submitted.json")["jobs"][str(KINDS.index("cancelled"))]["id"])
     slurm.run("scancel", job)
@@ -190,12 +191,13 @@ def accidents(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster, store: S
     until(lambda: len(site.tries("node_dies")) == 2, launcher)
     ended = done(launcher)
     slurm.start_node(node)
+    assert done(other).returncode == 0
     return site, ended
 
 
 def grid_of_accidents(kinds: tuple[str, ...]) -> tuple[str, ...]:
     grid = f"pruner.kind={','.join(kinds)}"
-    return (ON_V100, ANYWHERE, "pruner=accident", grid, "tracking.experiment=accidents")
+    return (ON_V100, ANYWHERE, "pruner=accident", grid)
 
 
 def running(slurm: Cluster) -> str:
@@ -236,7 +238,7 @@ def test_the_second_start_runs_only_what_is_missing(accidents: tuple[Site, Done]
     site, _ = accidents
     (site.folder / "signs" / "over").touch()
     before = {kind: len(site.tries(kind)) for kind in KINDS}
-    again = site.sweep("accidents", *grid_of_accidents(KINDS))
+    again = site.sweep("accidents", *grid_of_accidents(KINDS), "tracking.experiment=accidents")
     assert again.returncode == 0, again.stdout + again.stderr
     assert [row["status"] for row in site.rows("accidents")] == ["finished"] * len(KINDS)
     assert {kind for kind in KINDS if len(site.tries(kind)) > before[kind]} == set(REASONS)
@@ -245,15 +247,31 @@ def test_the_second_start_runs_only_what_is_missing(accidents: tuple[Site, Done]
     assert len(children) == len(KINDS)
 
 
-def test_a_job_that_hits_its_time_limit_goes_on_where_it_was(site: Site) -> None:
-    """A minute is SLURM's shortest limit; the warning comes some seconds after the start."""
-    limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=40", "tracking=none")
-    ended = site.sweep("late", *grid_of_accidents(("times_out",))[:-1], *limits)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+def late(site: Site) -> subprocess.Popen[str]:
+    """Start a job that waits for its time limit; a minute is SLURM's shortest, the warning comes seconds earlier."""
+    limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=40", "hydra.launcher.gpus_per_node=0")
+    return site.launch("late", *grid_of_accidents(("times_out",)), *limits, "tracking=none")
+
+
+def test_a_job_that_hits_its_time_limit_goes_on_where_it_was(accidents: tuple[Site, Done]) -> None:
+    site, _ = accidents
     (row,) = site.rows("late")
     assert row["status"] == "finished"
     assert len(site.tries("times_out")) == 2
     assert len(read(site.folder / "late" / "0" / "result.json")["tries"]) == 2
+
+
+def test_without_accounting_nothing_hangs(tmp_path: Path) -> None:
+    """SLURM's controller remembers for some minutes how a job ended."""
+    kinds = ("nothing", "killed", "raise")
+    with short_folder() as folder, cluster(folder, accounting=False, max_array_size=2) as slurm:
+        site = site_in(tmp_path, slurm, "")
+        ended = site.sweep("forgetful", *grid_of_accidents(kinds), "tracking=none")
+    assert ended.returncode == 1
+    fine, killed, raised = site.rows("forgetful")
+    assert [row["status"] for row in (fine, killed, raised)] == ["finished", "failed", "failed"]
+    assert len({row["slurm_job"].partition("_")[0] for row in (fine, killed, raised)}) == 2  # arrays
+    assert re.fullmatch(r"SLURM job \d+_1 ended: it failed, killed by signal 9 .*", killed["error"]), killed["error"]
 
 
 # --- the launcher and the store go away ------------------------------------------------------------------------------
@@ -316,7 +334,8 @@ def test_an_impossible_grid_submits_nothing_and_says_all(site: Site, slurm: Clus
 
 def test_what_does_not_load_is_told_before_anything_is_submitted(site: Site) -> None:
     (site.folder / "other.pth").write_bytes(b"no checkpoint")
-    ended = site.sweep("unloadable", ON_V100, "model.weights=other.pth", "seed=0,1", "tracking=none")
+    wrong = ("model.weights=other.pth", "seed=0,1", "hydra.launcher.prefetch=true")
+    ended = site.sweep("unloadable", ON_V100, *wrong, "tracking=none")
     assert ended.returncode == 1
     assert "other.pth" in ended.stderr
     assert not (site.folder / "unloadable" / "submitted.json").exists()
@@ -333,9 +352,9 @@ def test_slurm_refuses_what_it_does_not_have(site: Site) -> None:
 
 def test_64_jobs_eight_at_a_time(site: Site, store: Server, record_property: Callable[[str, object], None]) -> None:
     many = ("hydra.launcher.array_parallelism=8", "hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1")
-    seeds = f"seed={','.join(map(str, range(64)))}"
+    amounts = f"pruner.amount={','.join(str(number / 100) for number in range(64))}"
     start = time.monotonic()
-    ended = site.sweep("many", ON_V100, *many, "pruner=l1_global", seeds, "tracking.experiment=many")
+    ended = site.sweep("many", ON_V100, *many, "pruner=l1_global", amounts, "tracking.experiment=many")
     seconds = time.monotonic() - start
     assert ended.returncode == 0, ended.stderr
     results = [read(path) for path in (site.folder / "many").glob("*/result.json")]
@@ -343,6 +362,7 @@ def test_64_jobs_eight_at_a_time(site: Site, store: Server, record_property: Cal
     assert len(results) == len(children) == 64
     assert {run.info.status for run in children.values()} == {"FINISHED"}
     assert "cannot be used" not in ended.stderr
-    assert not list((site.folder / "many").glob("*/.submitit/*cannot be used*"))
+    assert not [
+        path for path in (site.folder / "many").glob(".submitit/*/*.err") if "cannot be used" in path.read_text()
+    ]
     record_property("seconds_per_job", seconds / 64)
-    print(f"64 jobs in {seconds:.0f} s, of which {sum(result['seconds'] for result in results):.0f} s inside jobs")
