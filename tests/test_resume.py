@@ -24,13 +24,14 @@ from conftest import ROOT, new_user
 from hydra import compose, initialize_config_dir
 
 from pq_sweep import job, resume
+from pq_sweep.grid import Grid, announce
 from pq_sweep.models import digits_cnn
 from pq_sweep.progress import PROGRESS, Stages
 from pq_sweep.pruners import l1_global
 from pq_sweep.recovery import finetune
 from pq_sweep.removal import remove
 from pq_sweep.resume import change_once
-from pq_sweep.types import Model
+from pq_sweep.types import Model, UserError
 
 # Runs launch.py and waits at the beginning of the stage PAUSE_IN for somebody to end the process.
 PAUSING = """
@@ -328,6 +329,39 @@ def test_another_grid_does_not_replace_what_is_finished(stories: dict[str, Story
     assert re.fullmatch(r"s/0 holds the finished job '.* 0\.5 int8 .*' of another grid; .* resume=false .*\.", sentence)
     assert result_of(story) == before
     assert (story.folder / "s" / "sweep.json").read_bytes() == manifest
+
+
+def announced(*overrides: str) -> dict[str, Any]:
+    """Return a job as a grid announces it."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return announce(compose("config", overrides=["hydra.job.num=0", *overrides], return_hydra_config=True))
+
+
+@pytest.mark.parametrize(
+    ("other", "refuses"),
+    [
+        (("pruner=l1",), True),
+        (("seed=1",), True),
+        (("+pruner.x=1",), True),
+        (("tracking=none",), False),
+        (("tracking.experiment=again",), False),
+        (("resume=true",), False),
+    ],
+)
+def test_a_grid_that_only_logs_elsewhere_is_no_other(tmp_path: Path, other: tuple[str, ...], refuses: bool) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "result.json").touch()
+    try:
+        Grid([announced(*other)]).refuse_other(tmp_path, [announced()])
+    except UserError:
+        assert refuses
+    else:
+        assert not refuses
+
+
+def test_a_grid_may_change_what_is_not_finished(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    Grid([announced("seed=1")]).refuse_other(tmp_path, [announced()])
 
 
 @pytest.mark.slow

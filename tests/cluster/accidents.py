@@ -55,6 +55,10 @@ def _wait(signs: Path) -> None:
 _cancelled = _node_dies = _times_out = _wait
 
 
+def _never_ends(signs: Path) -> None:
+    time.sleep(600)
+
+
 def _full(signs: Path) -> None:
     """Leave no room for any file; the kernel then refuses what a full disk or a quota would refuse."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

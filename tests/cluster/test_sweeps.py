@@ -181,7 +181,7 @@ REASONS = {
 def accidents(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster, store: Server) -> tuple[Site, Done]:
     """A sweep in which nearly everything happens that can."""
     site = site_in(tmp_path_factory.mktemp("accidents"), slurm, store.uri)
-    other = late(site)
+    others = [late(site, "times_out"), late(site, "never_ends", "hydra.launcher.max_num_timeout=0")]
     launcher = site.launch("accidents", *grid_of_accidents(KINDS), "tracking.experiment=accidents")
     until(lambda: site.tries("cancelled"), launcher)
     job = until(lambda: read(site.folder / "accidents" / "submitted.json")["jobs"][str(KINDS.index("cancelled"))]["id"])
@@ -191,7 +191,7 @@ def accidents(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster, store: S
     until(lambda: len(site.tries("node_dies")) == 2, launcher)
     ended = done(launcher)
     slurm.start_node(node)
-    assert done(other).returncode == 0
+    assert [done(other).returncode for other in others] == [0, 1]
     return site, ended
 
 
@@ -247,18 +247,26 @@ def test_the_second_start_runs_only_what_is_missing(accidents: tuple[Site, Done]
     assert len(children) == len(KINDS)
 
 
-def late(site: Site) -> subprocess.Popen[str]:
+def late(site: Site, kind: str, *more: str) -> subprocess.Popen[str]:
     """Start a job that waits for its time limit; a minute is SLURM's shortest, the warning comes seconds earlier."""
     limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=40", "hydra.launcher.gpus_per_node=0")
-    return site.launch("late", *grid_of_accidents(("times_out",)), *limits, "tracking=none")
+    return site.launch(f"late_{kind}", *grid_of_accidents((kind,)), *limits, *more, "tracking=none")
 
 
 def test_a_job_that_hits_its_time_limit_goes_on_where_it_was(accidents: tuple[Site, Done]) -> None:
     site, _ = accidents
-    (row,) = site.rows("late")
+    (row,) = site.rows("late_times_out")
     assert row["status"] == "finished"
     assert len(site.tries("times_out")) == 2
-    assert len(read(site.folder / "late" / "0" / "result.json")["tries"]) == 2
+    assert len(read(site.folder / "late_times_out" / "0" / "result.json")["tries"]) == 2
+
+
+def test_a_job_that_hits_its_time_limit_too_often_says_what_to_raise(accidents: tuple[Site, Done]) -> None:
+    (row,) = accidents[0].rows("late_never_ends")
+    assert row["status"] == "failed"
+    assert row["error"] == (
+        "Job not requeued because: timed-out too many times; raise hydra.launcher.timeout_min or max_num_timeout."
+    )
 
 
 def test_without_accounting_nothing_hangs(tmp_path: Path) -> None:
