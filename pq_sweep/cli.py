@@ -73,6 +73,8 @@ def explain(error: BaseException) -> str:
         return "\n".join(line for line in str(error).splitlines() if line.strip())
     if isinstance(error, OmegaConfBaseException | OSError | HydraException):
         return " ".join(str(error).split("full_key:")[0].split())
+    if isinstance(error, ValueError) and "can be specified" in str(error):
+        return f"{error}."
     if isinstance(error, ValueError) and "Config group override" in str(error):
         empty = " ".join(word for word in sys.argv if re.fullmatch(r"[\w/]+=(null)?", word))
         return f"{empty or 'an override'} chooses nothing; write group=name, and none where it is to do nothing."

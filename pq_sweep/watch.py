@@ -68,7 +68,7 @@ class Watch:
             waiting = queued.state in ("PENDING", "CONFIGURING", "REQUEUED", "SPECIAL_EXIT")
             detail = {"node": queued.node, "reason": queued.reason if waiting else "", "error": ""}
             return {"status": "pending" if waiting else "running", **detail}
-        if not self.answers:
+        if not self.answers and not _settled(self.folder / name):
             return {"status": "running", "reason": "SLURM does not answer"}
         return self._gone(name, job)
 

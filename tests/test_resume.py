@@ -92,7 +92,7 @@ def command(*overrides: str) -> tuple[str, ...]:
     return ("hydra.sweep.dir=s", "tracking=none", *SHORT, *overrides)
 
 
-def wait_for_stage(folder: Path, stage: str, process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for_stage(folder: Path, stage: str, process: subprocess.Popen[str], seconds: float = 240) -> None:
     """Wait until a job's status.json names a stage."""
     status, end = folder / "status.json", time.monotonic() + seconds
     while not status.exists() or read(status)["stage"] != stage:
