@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pq_sweep.check import problems
 from pq_sweep.environment import without_password
-from pq_sweep.fingerprint import digest, fingerprint
+from pq_sweep.fingerprint import WITHOUT_EFFECT, digest, fingerprint
 from pq_sweep.results import GROUPS, finished, job_name
 from pq_sweep.types import UserError
 
@@ -32,7 +33,7 @@ class Grid:
         before = {job["folder"]: job for job in earlier}
         for job in self.announced:
             old = before.get(job["folder"], job)
-            same = (old["overrides"], old["choices"]) == (job["overrides"], job["choices"])
+            same = (_telling(old), old["choices"]) == (_telling(job), job["choices"])
             if not same and (folder / job["folder"] / "result.json").exists():
                 raise UserError(
                     f"{folder / job['folder']} holds the finished job {old['name']!r} of another grid; start the new"
@@ -54,6 +55,11 @@ class Grid:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             told = list(pool.map(try_to_load, (self.loads[key] for key in sorted(missing))))
         refuse_all(Counter(filter(None, told)), len(missing))
+
+
+def _telling(job: dict[str, Any]) -> list[str]:
+    """Return the overrides of a job that its result depends on."""
+    return [word for word in job["overrides"] if re.split(r"[.=@]", word.lstrip("+~"))[0] not in WITHOUT_EFFECT]
 
 
 def read_grid(jobs: Iterable[DictConfig]) -> Grid:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,26 +90,28 @@ class Watch:
         return time.time() - max([job["submitted"], *(path.stat().st_mtime for path in signs if path.exists())])
 
     def _settle(self, name: str, job: dict[str, Any], ended: Ended | None) -> None:
-        """Leave an `error.json` for a job that ended without a result: SLURM's reason and the end of its stderr."""
-        folder = self.folder / name
-        ours = (self.folder / "sweep.json").exists()
-        if not ours or (folder / "result.json").exists() or _settled(folder):
+        """Write down how a job ended that left no word of it itself, or only that it was told to stop."""
+        error = read_error(self.folder / name)
+        if _settled(self.folder / name) or (ended is None and error):
             return
-        error = read_error(folder)
-        if ended is None and error:
-            return  # it failed in order
-        status = read_json(folder / "status.json") or {}
-        started = status.get("since") or job["submitted"]
-        found = {"type": "Lost", "stage": status.get("stage", "start"), "started": started, "traceback": ""}
         reason = ended.explain(job["id"]) if ended else "The job could not start; see the end of its stderr."
-        record = found | (error or {})
-        record["message"] = f"{error['message'].rstrip('.')}. {reason}" if error else reason
-        facts = (
-            {"state": ended.state, "exit_code": ended.exit_code, "node": ended.node} if ended else {"state": "FAILED"}
-        )
-        record["slurm"] = {"slurm_job": job["id"]} | record.get("slurm", {}) | facts
-        record["stderr"] = tail(self.folder / job["stderr"])
-        write_error(folder, record)
+        facts = asdict(ended or Ended("FAILED"))
+        record_loss(self.folder, name, job, reason, {"slurm_job": job["id"]} | facts)
+
+
+def record_loss(sweep: Path, name: str, job: dict[str, Any], reason: str, slurm: dict[str, str] | None = None) -> None:
+    """Leave an `error.json` for a job that ended without a result: the reason and the end of its stderr."""
+    folder = sweep / name
+    if not (sweep / "sweep.json").exists() or (folder / "result.json").exists():
+        return
+    error, status = read_error(folder), read_json(folder / "status.json") or {}
+    started = status.get("since") or job["submitted"]
+    found = {"type": "Lost", "stage": status.get("stage", "start"), "started": started, "traceback": ""}
+    record = found | (error or {})
+    record["message"] = f"{error['message'].rstrip('.')}. {reason}" if error else reason
+    record["slurm"] = record.get("slurm", {}) | (slurm or {})
+    record["stderr"] = tail(sweep / job["stderr"])
+    write_error(folder, record)
 
 
 def _settled(folder: Path) -> bool:

@@ -22,8 +22,8 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the fast tests first and skip GPU tests, saying why, where there is no GPU."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    """Run the fast tests first, those of the cluster last, and skip GPU tests, saying why, where there is no GPU."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("slurm", "slow")])
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -163,11 +163,14 @@ def test_a_job_that_dies_does_not_stop_the_others(accidents: tuple[Path, Done]) 
 
 @pytest.mark.slow
 def test_a_job_that_dies_is_a_row_with_its_stage(accidents: tuple[Path, Done]) -> None:
-    """Nobody is there to say what killed it; where it was is known."""
+    """It cannot say itself what killed it; where it was is known."""
     folder, done = accidents
     assert not (folder / "0" / "result.json").exists()
-    assert "1 done, 2 failed, 1 missing" in done.stdout
-    assert "job 0 (digits_cnn mine none auto) is missing, stage prune" in done.stdout
+    assert "1 done, 3 failed" in done.stdout
+    assert (
+        "job 0 (digits_cnn mine none auto) failed at prune: The process of the job ended without a result"
+        in done.stdout
+    )
 
 
 @pytest.mark.slow

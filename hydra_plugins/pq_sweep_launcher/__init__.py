@@ -195,22 +195,32 @@ class LocalLauncher(WatchedLauncher):
     """Some jobs at a time as processes of this machine."""
 
     _EXECUTOR = "local"
+    visible: str | None = None
+
+    def __init__(self, array_parallelism: int | None = None, **params: Any) -> None:
+        super().__init__(**params)
+        self.at_once = array_parallelism  # submitit has no such option here
+
+    def __call__(self, *args: Any) -> JobReturn:
+        """Run one job with the GPUs of the launcher: submitit hides them from local jobs."""
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if self.visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.visible
+        return super().__call__(*args)
 
     def _run(self, folder: Path, planned: list[Planned]) -> None:
         from pq_sweep.watch import watch
 
-        # submitit hides the GPUs from local jobs unless told their numbers.
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        self.params["setup"] = [
-            "unset CUDA_VISIBLE_DEVICES" if visible is None else f"export CUDA_VISIBLE_DEVICES={visible}"
-        ]
-        at_once = int(self.params.pop("array_parallelism", len(planned)))
+        self.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        at_once = self.at_once or len(planned)
         executor = self._executor()
         waiting = list(planned)
         running: list[Planned] = []
 
         def busy() -> bool:
-            running[:] = [plan for plan in running if plan.job is not None and not plan.job.done()]
+            for plan in [plan for plan in running if plan.job.done()]:
+                running.remove(plan)
+                _tell_if_lost(folder, plan)
             while waiting and len(running) < at_once:
                 plan = waiting.pop(0)
                 plan.job = executor.submit(self, *self._arguments(plan))
@@ -218,6 +228,16 @@ class LocalLauncher(WatchedLauncher):
             return bool(running)
 
         watch(folder, busy=busy)
+
+
+def _tell_if_lost(folder: Path, plan: Planned) -> None:
+    """Write down that a job's process ended, if it could not do so itself."""
+    from pq_sweep.results import read_error
+    from pq_sweep.watch import record_loss
+
+    if read_error(folder / plan.folder) is None:
+        reason = "The process of the job ended without a result: killed, perhaps for want of memory."
+        record_loss(folder, plan.folder, _describe(folder, plan), reason)
 
 
 def _node(plan: Planned) -> str:
