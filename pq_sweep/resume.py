@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pq_sweep.measure import structure
 from pq_sweep.progress import Stages
 from pq_sweep.types import Model
 
@@ -23,9 +24,11 @@ def change_once(stage: Stages, name: str, model: Model, step: Callable[[], Any])
         record = stage.keep(name, step)
         _restore(model, path, record)
         return record
+    before = structure(model)
     with stage(name):
         record = step()
-    if stage.seconds[name] >= WORTH_KEEPING_S:
+    restorable = "history" in (record or {}) or structure(model) == before
+    if restorable and stage.seconds[name] >= WORTH_KEEPING_S:
         stage.keep(name, partial(_save, model, path, record), path)
     return record
 

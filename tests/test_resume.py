@@ -634,6 +634,21 @@ def test_a_changed_network_comes_back(tmp_path: Path, step: Callable[[Model], An
     assert (removed < dense) == (step is prune_by_removal)
 
 
+@pytest.mark.usefixtures("keep_everything")
+def test_what_cannot_be_put_back_is_repeated(tmp_path: Path) -> None:
+    """A pruner of the user's own that changes shapes without a history would leave weights that fit no fresh network."""
+
+    def shrink(model: Model) -> None:
+        last = next(part for part in reversed(list(model.module.modules())) if isinstance(part, torch.nn.Linear))
+        last.bias = None
+
+    for _ in range(2):
+        model = digits_cnn()
+        change_once(stages(tmp_path), "prune", model, lambda model=model: shrink(model))
+        assert len(list(model.module.parameters())) < len(list(digits_cnn().module.parameters()))
+    assert not list(tmp_path.glob("*.kept.pt"))
+
+
 def test_what_is_quick_is_repeated(tmp_path: Path) -> None:
     model = digits_cnn()
     for _ in range(2):
