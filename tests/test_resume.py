@@ -636,7 +636,7 @@ def test_a_changed_network_comes_back(tmp_path: Path, step: Callable[[Model], An
 
 @pytest.mark.usefixtures("keep_everything")
 def test_what_cannot_be_put_back_is_repeated(tmp_path: Path) -> None:
-    """A pruner of the user's own that changes shapes without a history would leave weights that fit no fresh network."""
+    """A pruner of one's own that changes shapes without a history leaves weights that fit no fresh network."""
 
     def shrink(model: Model) -> None:
         last = next(part for part in reversed(list(model.module.modules())) if isinstance(part, torch.nn.Linear))
