@@ -117,8 +117,8 @@ def launcher_problems(job: DictConfig) -> Iterator[str]:
     minutes, delay = launcher.get("timeout_min"), launcher.get("signal_delay_s")
     if minutes and delay:
         # SLURM may warn a minute early; submitit takes a warning for preemption, which may happen for ever, before the
-        # last fifth of the time or the last ten minutes.
-        most = min(max(12 * minutes, 600) - 60, 60 * minutes - 1)
+        # last fifth of the time or the last ten minutes, and a warning before Python listens would kill the job.
+        most = max(0, min(max(12 * minutes, 600) - 60, 60 * minutes - 40))
         if delay > most:
             key = f"hydra.launcher.signal_delay_s={delay}"
             yield f"{key} is too long for timeout_min={minutes}; give at most {most:.0f}."

@@ -248,8 +248,8 @@ def test_the_second_start_runs_only_what_is_missing(accidents: tuple[Site, Done]
 
 
 def late(site: Site, kind: str, *more: str) -> subprocess.Popen[str]:
-    """Start a job that waits for its time limit; a minute is SLURM's shortest, the warning comes seconds earlier."""
-    limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=40", "hydra.launcher.gpus_per_node=0")
+    """Start a job that waits for its time limit; a minute is SLURM's shortest, and it warns up to 30 s too early."""
+    limits = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=10", "hydra.launcher.gpus_per_node=0")
     return site.launch(f"late_{kind}", *grid_of_accidents((kind,)), *limits, *more, "tracking=none")
 
 
