@@ -331,6 +331,7 @@ def test_what_is_queued_is_not_submitted_again(site: Site, slurm: Cluster) -> No
 
 
 def test_an_impossible_grid_submits_nothing_and_says_all(site: Site, slurm: Cluster) -> None:
+    slurm.wait_for_idle(60)  # jobs of the test before may still be leaving
     wrong = ("model.weights=/nowhere/weights.pth", "node=v100,h100", "runtime=torch", "quantizer=int8", "device=cuda")
     ended = site.sweep("wrong", ON_V100, *wrong)
     assert ended.returncode == 1
