@@ -66,10 +66,11 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
     """Check and announce every job, or raise one UserError that lists everything that is wrong, each problem once."""
     grid, wrong = Grid(), list[list[str]]()
     for job in jobs:
-        wrong.append([*problems(without_hydra(job)), *launcher_problems(job)])
+        bare = without_hydra(job)
+        wrong.append([*problems(bare), *launcher_problems(job)])
         if not wrong[-1]:
             grid.announced.append(announce(job))
-            grid.loads.setdefault(grid.announced[-1]["loads"], without_hydra(job))
+            grid.loads.setdefault(grid.announced[-1]["loads"], bare)
     refuse_all(Counter(chain.from_iterable(wrong)), len(wrong))
     refuse_shared_folders([job["folder"] for job in grid.announced])
     return grid

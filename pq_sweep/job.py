@@ -39,7 +39,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         quantizer = component(cfg.quantizer)
         runtime = possible_runtime(cfg, quantizer, work.device)
         # What an earlier try kept is of use on the same kind of device only.
-        stage.resume(digest([fingerprint(cfg), device_name(work.device)]))
+        stage.resume(digest([key := fingerprint(cfg), device_name(work.device)]))
 
         with stage("load"):
             model, data = load(cfg, work.device)
@@ -54,7 +54,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         speed = measure.speed(session, data, protocol, stage)
         result = {
             "status": "finished",
-            "fingerprint": fingerprint(cfg),
+            "fingerprint": key,
             "started": stage.started,
             "seconds": time.time() - stage.started,
             "tries": stage.tries,
