@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from pq_sweep.results import finished, read_json
 from pq_sweep.tables import show
 from pq_sweep.tracking import NoTracking, Tracker
 from pq_sweep.types import Stopped, UserError
-from pq_sweep.watch import Watch, watch
+from pq_sweep.watch import Watch, is_logged, watch
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Sweep(Callback):
 
     folder: Path | None = None
     tracker: Tracker | None = None
+    log: Callable[[Path], bool] | None = None  # of who watches, if the store can be used
     announced: list[dict[str, Any]] = []  # noqa: RUF012 (replaced, never changed)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -73,7 +74,7 @@ class Sweep(Callback):
         }
         write_json(folder / "sweep.json", manifest)
         Sweep.folder, Sweep.tracker, Sweep.announced = folder, tracker, grid.announced
-        tracker.begin(folder)
+        Sweep.log = tracker.log if tracker.begin(folder) else None
 
 
 def register_plugins() -> None:
@@ -120,7 +121,8 @@ def run_job(cfg: DictConfig) -> None:
             raise
         log.error("job %s failed: %s", folder.name, error)
         log.debug("traceback", exc_info=True)
-    instantiate(cfg.tracking).log(folder)
+    if not is_logged(folder):
+        instantiate(cfg.tracking).log(folder)
 
 
 @contextmanager
@@ -160,7 +162,8 @@ def conclude(sweep: results.Sweep, tracker: Tracker) -> bool:
 def show_sweep(folder: Path, *, watching: bool) -> bool:
     """Draw a sweep as it stands, or watch it to its end and do what its launcher would have; say if all went well."""
     if watching:
-        return conclude(watch(folder), tracker_of(folder))
+        tracker = tracker_of(folder)
+        return conclude(watch(folder, log=tracker.log if tracker.begin(folder) else None), tracker)
     show(Watch(folder, patient=False).look())
     return True
 

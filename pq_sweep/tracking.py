@@ -42,9 +42,9 @@ AGAIN_S = 60.0
 class Tracker(Protocol):
     """Where results are logged beside their folders."""
 
-    def begin(self, sweep: Path) -> None: ...
+    def begin(self, sweep: Path) -> bool: ...
 
-    def log(self, job: Path) -> None: ...
+    def log(self, job: Path) -> bool: ...
 
     def finish(self, sweep: Path) -> str: ...
 
@@ -53,11 +53,13 @@ class Tracker(Protocol):
 class NoTracking:
     """Keep results on disk only."""
 
-    def begin(self, sweep: Path) -> None:
-        """Nothing to prepare."""
+    def begin(self, sweep: Path) -> bool:
+        """Say that nothing will be logged."""
+        return False
 
-    def log(self, job: Path) -> None:
-        """Nothing to log."""
+    def log(self, job: Path) -> bool:
+        """Say that nothing is logged."""
+        return False
 
     def finish(self, sweep: Path) -> str:
         """Return what to tell the user."""
@@ -73,18 +75,22 @@ class Mlflow:
     # Stores that failed in this process, and when; the user is told once.
     down: ClassVar[dict[str, float]] = {}
 
-    def begin(self, sweep: Path) -> None:
-        """Create or migrate the store and make the parent run, before jobs could do so at the same time."""
+    def begin(self, sweep: Path) -> bool:
+        """Create or migrate the store and make the parent run, before jobs could do so at the same time.
+
+        Return whether the store can be used.
+        """
         file = Store(self.store).file
         if file and (kind := shared_file_system(file)):
             advice = "run an MLflow server, see docs/cluster.md"
             log.warning("%s lies on %s, where SQLite breaks when several nodes write to it; %s", file, kind, advice)
-        self._attempt(sweep, lambda: self._within(lambda: self._view(sweep).begin()))
+        return self._attempt(sweep, lambda: self._within(lambda: self._view(sweep).begin()))
 
-    def log(self, job: Path) -> None:
-        """Log one job, finished or failed."""
-        if time.monotonic() - self.down.get(self.store, -math.inf) > AGAIN_S:
-            self._attempt(job.parent, lambda: self._within(lambda: self._view(job.parent).upload(job)))
+    def log(self, job: Path) -> bool:
+        """Log one job, finished or failed; say whether the store has it."""
+        if time.monotonic() - self.down.get(self.store, -math.inf) < AGAIN_S:
+            return False
+        return self._attempt(job.parent, lambda: self._within(lambda: self._view(job.parent).upload(job)))
 
     def finish(self, sweep: Path) -> str:
         """Log what is still missing, end the parent run, and say how to look at it."""

@@ -10,6 +10,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +25,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SUBMITTED = "submitted.json"
+WATCHED = ".watched"  # in a sweep's folder, touched at each look by who logs its jobs
 # How long a file may take to be seen on another host; network file systems look again after a minute at the latest.
 GRACE_S = 75.0
 LONGEST_PAUSE_S = 20.0
 TAIL_LINES = 15
+# Who watches looks at least every LONGEST_PAUSE_S; a minute more until another host sees it, and some for a slow queue.
+WATCHED_S = 120.0
 SHOWN = 30  # rows of the live table: the rest is counted
 
 
@@ -129,17 +134,64 @@ def tail(path: Path, lines: int = TAIL_LINES) -> list[str]:
         return []
 
 
-def watch(folder: Path, *, busy: Callable[[], bool] = lambda: False) -> Sweep:
-    """Show a sweep until none of its jobs is pending or running and the caller is not busy; return how it stands."""
+def is_logged(job: Path) -> bool:
+    """Say whether somebody watches the sweep who logs this job, which is over, so that the job need not.
+
+    Both times come from the file system: the clocks of hosts differ.
+    """
+    try:
+        return job.stat().st_mtime - (job.parent / WATCHED).stat().st_mtime < WATCHED_S
+    except OSError:
+        return False
+
+
+class Logger:
+    """Logs the jobs of a sweep as they end, in a thread, because a store can be slow."""
+
+    def __init__(self, folder: Path, log: Callable[[Path], bool]) -> None:
+        self.sign, self.log, self.able = folder / WATCHED, log, True
+        self.over: set[str] | None = None
+        self.thread = ThreadPoolExecutor(1)
+
+    def take(self, sweep: Sweep) -> None:
+        """Log what has ended since the last call; the first one finds what had ended before."""
+        with suppress(OSError):  # without the sign jobs log themselves
+            self.sign.touch() if self.able else self.sign.unlink(missing_ok=True)
+        over = {row["job"] for row in sweep.rows if row["status"] in ("finished", "failed")}
+        for name in sorted(over - (over if self.over is None else self.over)):
+            self.thread.submit(self._record, sweep.folder / name)
+        self.over = over
+
+    def _record(self, job: Path) -> None:
+        self.able = self.log(job)
+
+    def close(self) -> None:
+        """Leave what is not logged yet to whoever ends the sweep."""
+        with suppress(OSError):
+            self.sign.unlink(missing_ok=True)
+        self.thread.shutdown(cancel_futures=True)
+
+
+def watch(
+    folder: Path, *, log: Callable[[Path], bool] | None = None, busy: Callable[[], bool] = lambda: False
+) -> Sweep:
+    """Show a sweep until none of its jobs is pending or running and the caller is not busy; return how it stands.
+
+    Jobs are given to `log` as they end, which says whether it could log them, and do not log themselves while it can.
+    """
     from rich.console import Console
     from rich.live import Live
 
     console, eyes, start = Console(stderr=True), Watch(folder), time.monotonic()
     told = ""
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    with ExitStack() as stack:
+        live = stack.enter_context(Live(console=console, auto_refresh=False, transient=True))
+        logger = stack.enter_context(closing(Logger(folder, log))) if log else None
         while True:
             more = busy()
             sweep = eyes.look()
+            if logger:
+                logger.take(sweep)
             if console.is_terminal:
                 live.update(table(sweep, time.monotonic() - start), refresh=True)
             elif sweep.summary != told:

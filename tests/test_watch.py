@@ -11,9 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,11 +26,11 @@ from sweep_folders import announced, dead_pid, write_error, write_manifest, writ
 
 from pq_sweep import slurm, watch
 from pq_sweep.progress import write_json
-from pq_sweep.results import Row, Sweep, read_error, read_json
+from pq_sweep.results import Row, Sweep, read_error, read_json, read_sweep
 from pq_sweep.slurm import Ended, Queued
 from pq_sweep.sweep import start_again, tracker_of
 from pq_sweep.tracking import Mlflow, NoTracking
-from pq_sweep.watch import SUBMITTED, Watch, remember, table, tail
+from pq_sweep.watch import SUBMITTED, WATCHED, WATCHED_S, Logger, Watch, is_logged, remember, table, tail
 
 UNKNOWN = "it left the queue without a result, and SLURM keeps no record of why"
 LATER = 60.0  # seconds that a job may be gone without a word
@@ -509,6 +511,83 @@ def test_watching_goes_on_while_the_caller_is_busy(sweep: Path, monkeypatch: pyt
     clock_of(monkeypatch, lambda seconds: None)
     assert watch.watch(sweep, busy=lambda: next(answers)).count("missing") == 3
     assert list(answers) == []
+
+
+# --- who logs ---------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_are_logged_as_they_end(sweep: Path, queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first look finds what was there before, which is logged at the end, like what the last look finds."""
+    write_result(sweep, "0")
+    logged: list[str] = []
+    steps = iter(("1", "2"))
+
+    def pause(seconds: float) -> None:
+        assert (sweep / WATCHED).exists()
+        job = next(steps)
+        write_result(sweep, job)
+        assert is_logged(sweep / job)
+        queue.prints("squeue", *(["12_2|RUNNING|v1|None"] if job == "1" else []))
+
+    def log(job: Path) -> bool:
+        logged.append(job.name)
+        return True
+
+    queue.prints("squeue", "12_1|RUNNING|v1|None", "12_2|PENDING||Resources")
+    clock_of(monkeypatch, pause)
+    assert watch.watch(sweep, log=log).summary == "3 done"
+    assert logged in (["1"], ["1", "2"])
+    assert not (sweep / WATCHED).exists()
+    assert not is_logged(sweep / "2")
+
+
+def test_jobs_log_themselves_while_who_watches_cannot(sweep: Path) -> None:
+    answers, called = iter([False, True]), Event()
+
+    def log(job: Path) -> bool:
+        called.set()
+        return next(answers)
+
+    logger = Logger(sweep, log)
+    with closing(logger):
+        logger.take(read_sweep(sweep))
+        for job, able in (("0", False), ("1", True)):
+            called.clear()
+            write_result(sweep, job)
+            logger.take(read_sweep(sweep))
+            assert called.wait(10)
+            until(lambda able=able: logger.able is able)
+            logger.take(read_sweep(sweep))
+            assert is_logged(sweep / job) is able
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_store_that_is_slow_holds_nobody_up(sweep: Path) -> None:
+    release = Event()
+    logger = Logger(sweep, lambda job: release.wait(30))
+    logger.take(read_sweep(sweep))
+    for job in ("0", "1", "2"):
+        write_result(sweep, job)
+        logger.take(read_sweep(sweep))
+    release.set()
+    logger.close()
+
+
+def test_who_was_killed_logs_no_more(sweep: Path) -> None:
+    """The sign of one that died stays; it is old when a job ends later."""
+    write_result(sweep, "0")
+    sign = sweep / WATCHED
+    sign.touch()
+    assert is_logged(sweep / "0")
+    ended = (sweep / "0").stat().st_mtime
+    os.utime(sign, (ended - WATCHED_S - 1, ended - WATCHED_S - 1))
+    assert not is_logged(sweep / "0")
 
 
 def test_who_stops_watching_is_told_that_jobs_go_on(sweep: Path, queue: Queue) -> None:

@@ -139,6 +139,7 @@ class SlurmLauncher(WatchedLauncher):
     def _run(self, folder: Path, planned: list[Planned]) -> None:
         from filelock import FileLock
 
+        from pq_sweep.sweep import Sweep
         from pq_sweep.types import UserError
         from pq_sweep.watch import watch
 
@@ -158,7 +159,7 @@ class SlurmLauncher(WatchedLauncher):
                 )
                 raise UserError(f"SLURM took no jobs: {' '.join(str(error).split())}{later}.") from error
         log.warning("%d jobs submitted, %d finished or queued before", len(missing), len(planned) - len(missing))
-        watch(folder)
+        watch(folder, log=Sweep.log)
 
     def _missing(self, folder: Path, planned: list[Planned]) -> Iterator[Planned]:
         """Yield the jobs that are neither finished nor in the queue."""
@@ -209,6 +210,7 @@ class LocalLauncher(WatchedLauncher):
         return super().__call__(*args)
 
     def _run(self, folder: Path, planned: list[Planned]) -> None:
+        from pq_sweep.sweep import Sweep
         from pq_sweep.watch import watch
 
         self.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -227,7 +229,7 @@ class LocalLauncher(WatchedLauncher):
                 running.append(plan)
             return bool(running)
 
-        watch(folder, busy=busy)
+        watch(folder, log=Sweep.log, busy=busy)
 
 
 def _tell_if_lost(folder: Path, plan: Planned) -> None:
