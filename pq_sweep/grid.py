@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pq_sweep.check import problems
 from pq_sweep.environment import without_password
 from pq_sweep.fingerprint import WITHOUT_EFFECT, digest, fingerprint
+from pq_sweep.imports import quick_imports
 from pq_sweep.results import GROUPS, finished, job_name
 from pq_sweep.types import UserError
 
@@ -142,7 +143,9 @@ def refuse_shared_folders(folders: list[str]) -> None:
 def try_to_load(job: DictConfig) -> str | None:
     """Load a job's model and dataset; return in a sentence why it cannot be done, or None."""
     from pq_sweep.cli import explain
-    from pq_sweep.job import load
+
+    with quick_imports("torch"):
+        from pq_sweep.job import load
 
     try:
         load(job, "cpu")

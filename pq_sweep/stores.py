@@ -22,6 +22,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pq_sweep.environment import without_password
+from pq_sweep.imports import quick_imports
 from pq_sweep.types import UserError
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def import_mlflow() -> None:
     """Import MLflow without its calls home and its messages; what goes wrong is raised as well."""
     for key, value in SETTINGS.items():
         os.environ.setdefault(key, value)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), quick_imports("mlflow"):
         warnings.simplefilter("ignore")
         import mlflow  # noqa: F401
     for name in ("mlflow", "alembic"):

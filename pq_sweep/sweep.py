@@ -24,6 +24,7 @@ from pq_sweep import results
 from pq_sweep.environment import command_line, git_state, without_password
 from pq_sweep.fingerprint import fingerprint
 from pq_sweep.grid import compose_grid, read_grid
+from pq_sweep.imports import quick_imports
 from pq_sweep.progress import PROGRESS, is_leaving, write_json
 from pq_sweep.results import finished, read_json
 from pq_sweep.tables import show
@@ -111,7 +112,8 @@ def run_job(cfg: DictConfig) -> None:
     elif finished(folder, fingerprint(cfg)):
         log.info("%s | finished earlier", label)
         return
-    from pq_sweep.job import run
+    with quick_imports("torch"):
+        from pq_sweep.job import run
 
     try:
         with clean_stop():

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import LAUNCH, SHORT, Done, launch_in, new_user
+from commands import LAUNCH, SHORT, Done, imported, launch_in, new_user
 from conftest import ROOT, Launch, only_sweep, python, results
 from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
@@ -367,7 +367,8 @@ def test_prune_and_quantize_is_nine_jobs() -> None:
 
 @pytest.mark.slow
 def test_jobs_at_the_same_time(tmp_path: Path, launch: Launch) -> None:
-    done = launch("-m", "hydra/launcher=local_parallel", "pruner=none,l1", *SHORT, timeout=600)
+    measured = {"PYTHONPROFILEIMPORTTIME": "1"}
+    done = launch("-m", "hydra/launcher=local_parallel", "pruner=none,l1", *SHORT, timeout=600, env=measured)
     assert done.returncode == 0, done.stderr
     rows = rows_of(only_sweep(tmp_path))
     assert [(row["Pruner"], row["status"]) for row in rows] == [("-", "finished"), ("l1", "finished")]
@@ -375,6 +376,8 @@ def test_jobs_at_the_same_time(tmp_path: Path, launch: Launch) -> None:
     assert len(list((only_sweep(tmp_path) / "baseline").iterdir())) == 1
     _, children = logged(store_in(tmp_path))
     assert [run.info.status for run in children] == ["FINISHED", "FINISHED"]
+    for output in only_sweep(tmp_path).glob(".submitit/*/*.err"):
+        assert {"torch", "mlflow"} & imported(output.read_text()) == {"torch"}  # the launcher logs jobs
 
 
 def test_changed_weights_get_their_own_baseline(tmp_path: Path) -> None:

@@ -19,12 +19,10 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from cluster.slurm import Unavailable
+
 START_S = 120
 STOP_S = 20
-
-
-class Unavailable(RuntimeError):
-    """What a service needs is not installed."""
 
 
 @dataclass

@@ -59,17 +59,17 @@ GresTypes=gpu
 NodeName=DEFAULT CPUs=8 RealMemory=64000
 NodeName=v1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$v1 Gres=gpu:v100:1
 NodeName=v2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$v2 Gres=gpu:v100:1
-NodeName=a1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$a1 Gres=gpu:a100:1
+NodeName=a1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$a1 Gres=gpu:a100:2
 PartitionName=DEFAULT MaxTime=INFINITE DefaultTime=60
 PartitionName=v100 Nodes=v1,v2 Default=YES
 PartitionName=a100 Nodes=a1
 """,
     # The controller tries to reach a dead node for MessageTimeout, several times; nobody else should be so impatient.
     "controller.conf": "Include $folder/slurm.conf\nMessageTimeout=3\nSlurmdTimeout=5\n",
-    # Any character device will do as a GPU: nobody opens it.
+    # Any character devices will do as GPUs: nobody opens them.
     "gres.conf": """\
 NodeName=v1,v2 Name=gpu Type=v100 File=/dev/null
-NodeName=a1 Name=gpu Type=a100 File=/dev/null
+NodeName=a1 Name=gpu Type=a100 File=/dev/null,/dev/zero
 """,
     "slurmdbd.conf": """\
 AuthInfo=socket=$folder/munge/sock
@@ -105,7 +105,7 @@ FOLDERS = {"munge": "munge", "database": "slurm", "state": "slurm", "run": "slur
 
 
 class Unavailable(RuntimeError):
-    """SLURM cannot run here: what is missing and how to install it."""
+    """What a test needs cannot run here: what is missing and how to install it."""
 
 
 @dataclass

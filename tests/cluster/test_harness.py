@@ -27,7 +27,7 @@ def test_three_nodes_are_idle(slurm: Cluster) -> None:
     slurm.wait_for_idle()
     states = slurm.run("sinfo", "--noheader", "--Node", "--format", "%N %P %G %T").splitlines()
     assert sorted(line.split() for line in states) == [
-        ["a1", "a100", "gpu:a100:1", "idle"],
+        ["a1", "a100", "gpu:a100:2", "idle"],
         ["v1", "v100*", "gpu:v100:1", "idle"],
         ["v2", "v100*", "gpu:v100:1", "idle"],
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from conftest import python
 from stored_runs import artifacts, parent_and_jobs
 from sweep_folders import announced, write_error, write_manifest, write_result
 
-from cluster.services import Postgres, Server, Unavailable, mlflow_server, postgres
+from cluster.services import Postgres, Server
 from pq_sweep import stores, tracking
 from pq_sweep.runs import View
 from pq_sweep.stores import Store
@@ -61,21 +61,6 @@ size = store.stat().st_size
 resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 Mlflow(uri, experiment).log(Path(job))
 """
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    try:
-        with postgres(tmp_path_factory.mktemp("postgres")) as running:
-            yield running
-    except Unavailable as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def server(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with mlflow_server(tmp_path_factory.mktemp("server"), database.new_database("served")) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)

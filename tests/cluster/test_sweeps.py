@@ -2,126 +2,36 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-from commands import LAUNCH, SHORT, Done
-from conftest import ROOT, new_user
+from commands import Done
 from stored_runs import parent_and_jobs
 
-from cluster.services import Server, Unavailable, mlflow_server, postgres
+from cluster.services import Server
+from cluster.site import ON_V100, Site, done, read, site_in, until
 from cluster.slurm import Cluster, cluster, short_folder
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
-ON_V100 = "hydra/launcher=slurm_v100"
 ANYWHERE = "hydra.launcher.partition='v100,a100'"
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """An MLflow server on PostgreSQL."""
-    folder = tmp_path_factory.mktemp("store")
-    try:
-        with postgres(folder) as database, mlflow_server(folder, database.uri) as server:
-            yield server
-    except Unavailable as reason:
-        pytest.skip(str(reason))
-
-
-@dataclass
-class Site:
-    """A user's working folder on a cluster."""
-
-    folder: Path
-    env: dict[str, str]
-
-    def launch(self, name: str, *overrides: str) -> subprocess.Popen[str]:
-        """Start a sweep in the folder `name`."""
-        options = ("-m", "--config-dir", "conf", f"hydra.sweep.dir={name}", *SHORT, "hydra.launcher.prefetch=false")
-        return self.start([sys.executable, LAUNCH, *options, *overrides])
-
-    def start(self, command: list[str]) -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=pipe, stderr=pipe, text=True)
-
-    def sweep(self, name: str, *overrides: str) -> Done:
-        """Run a sweep to its end."""
-        return done(self.launch(name, *overrides))
-
-    def results(self, *arguments: str) -> Done:
-        return done(self.start([sys.executable, "-m", "pq_sweep.results", *arguments]))
-
-    def tries(self, kind: str) -> list[str]:
-        """Return the nodes on which an accident's job was tried."""
-        path = self.folder / "signs" / f"{kind}.tries"
-        return path.read_text().split() if path.exists() else []
-
-    def rows(self, name: str) -> list[dict[str, str]]:
-        with (self.folder / name / "results.csv").open() as file:
-            return list(csv.DictReader(file))
-
-
-def done(process: subprocess.Popen[str], seconds: float = 540) -> Done:
-    """Wait for a process; what it printed says why, if it takes too long."""
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"still running after {seconds} s: {process.communicate()}") from None
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def until(condition: Callable[[], Any], launcher: subprocess.Popen[str] | None = None, seconds: float = 150) -> Any:
-    """Wait for something to be so, as long as the launcher runs, and return it."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert launcher is None or launcher.poll() is None, f"the launcher ended: {done(launcher)}"
-        assert time.monotonic() < end, "it did not come to pass in time"
-        time.sleep(0.2)
-    return found
-
-
-def site_in(folder: Path, slurm: Cluster, tracking: str) -> Site:
-    (folder / "signs").mkdir()
-    (folder / "conf" / "pruner").mkdir(parents=True)
-    (folder / "conf" / "pruner" / "accident.yaml").write_text(
-        "_target_: cluster.accidents.accident\nkind: nothing\namount: 0.5\n"
-    )
-    paths = {"PYTHONPATH": str(ROOT / "tests"), "ACCIDENT_SIGNS": str(folder / "signs")}
-    return Site(folder, new_user() | slurm.env | paths | {"MLFLOW_TRACKING_URI": tracking})
-
-
 @pytest.fixture
-def site(tmp_path: Path, slurm: Cluster, store: Server) -> Site:
-    return site_in(tmp_path, slurm, store.uri)
-
-
-def by_name(rows: list[dict[str, str]], part: str) -> dict[str, str]:
-    (row,) = (row for row in rows if part in row["name"].split() or row.get("pruner.kind") == part)
-    return row
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
+def site(tmp_path: Path, slurm: Cluster, server: Server) -> Site:
+    return site_in(tmp_path, slurm, server.uri)
 
 
 # --- twelve jobs on three nodes ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def twelve(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster, store: Server) -> tuple[Site, Done]:
-    site = site_in(tmp_path_factory.mktemp("twelve"), slurm, store.uri)
+def twelve(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster, server: Server) -> tuple[Site, Done]:
+    site = site_in(tmp_path_factory.mktemp("twelve"), slurm, server.uri)
     amounts = "pruner.amount=0.1,0.2,0.3,0.5,0.7,0.9"
     return site, site.sweep(
         "twelve", ON_V100, "node=v100,a100", "pruner=l1_global", amounts, "tracking.experiment=twelve"
@@ -139,9 +49,9 @@ def test_twelve_jobs_run_where_they_should(twelve: tuple[Site, Done]) -> None:
     assert len({row["slurm_job"] for row in rows}) == 12
 
 
-def test_twelve_children_of_one_parent_name_where_they_ran(twelve: tuple[Site, Done], store: Server) -> None:
+def test_twelve_children_of_one_parent_name_where_they_ran(twelve: tuple[Site, Done], server: Server) -> None:
     rows = {row["job"]: row for row in twelve[0].rows("twelve")}
-    parent, children = parent_and_jobs(store.uri, "twelve")
+    parent, children = parent_and_jobs(server.uri, "twelve")
     assert parent.info.status == "FINISHED"
     assert children.keys() == rows.keys()
     for job, run in children.items():
@@ -153,15 +63,6 @@ def test_twelve_children_of_one_parent_name_where_they_ran(twelve: tuple[Site, D
 
 def test_kinds_of_nodes_do_not_share_a_reference(twelve: tuple[Site, Done]) -> None:
     assert len(list((twelve[0].folder / "twelve" / "baseline").iterdir())) == 2
-
-
-def test_a_finished_sweep_starts_nothing_again(twelve: tuple[Site, Done], slurm: Cluster) -> None:
-    site, _ = twelve
-    before = {path: path.stat().st_mtime_ns for path in site.folder.glob("twelve/*/result.json")}
-    again = site.results("twelve", "--resubmit-failed")
-    assert again.returncode == 0, again.stderr
-    assert "0 jobs submitted, 12 finished or queued before" in again.stdout
-    assert {path: path.stat().st_mtime_ns for path in site.folder.glob("twelve/*/result.json")} == before
 
 
 # --- accidents --------------------------------------------------------------------------------------------------------
@@ -178,9 +79,9 @@ REASONS = {
 
 
 @pytest.fixture(scope="module")
-def accidents(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster, store: Server) -> tuple[Site, Done]:
+def accidents(tmp_path_factory: pytest.TempPathFactory, slurm: Cluster, server: Server) -> tuple[Site, Done]:
     """A sweep in which nearly everything happens that can."""
-    site = site_in(tmp_path_factory.mktemp("accidents"), slurm, store.uri)
+    site = site_in(tmp_path_factory.mktemp("accidents"), slurm, server.uri)
     others = [late(site, "times_out"), late(site, "never_ends", "hydra.launcher.max_num_timeout=0")]
     launcher = site.launch("accidents", *grid_of_accidents(KINDS), "tracking.experiment=accidents")
     until(lambda: site.tries("cancelled"), launcher)
@@ -224,8 +125,8 @@ def test_a_job_whose_node_died_ran_again(accidents: tuple[Site, Done]) -> None:
     assert len(result["tries"]) == 2
 
 
-def test_no_run_of_an_accident_stays_open(accidents: tuple[Site, Done], store: Server) -> None:
-    parent, children = parent_and_jobs(store.uri, "accidents")
+def test_no_run_of_an_accident_stays_open(accidents: tuple[Site, Done], server: Server) -> None:
+    parent, children = parent_and_jobs(server.uri, "accidents")
     assert parent.info.status == "FAILED"
     rows = {row["job"]: row for row in accidents[0].rows("accidents")}
     assert children.keys() == rows.keys()
@@ -234,7 +135,7 @@ def test_no_run_of_an_accident_stays_open(accidents: tuple[Site, Done], store: S
         assert run.data.tags.get("pq_sweep.error", "") == rows[job]["error"]
 
 
-def test_the_second_start_runs_only_what_is_missing(accidents: tuple[Site, Done], store: Server) -> None:
+def test_the_second_start_runs_only_what_is_missing(accidents: tuple[Site, Done], server: Server) -> None:
     site, _ = accidents
     (site.folder / "signs" / "over").touch()
     before = {kind: len(site.tries(kind)) for kind in KINDS}
@@ -242,7 +143,7 @@ def test_the_second_start_runs_only_what_is_missing(accidents: tuple[Site, Done]
     assert again.returncode == 0, again.stdout + again.stderr
     assert [row["status"] for row in site.rows("accidents")] == ["finished"] * len(KINDS)
     assert {kind for kind in KINDS if len(site.tries(kind)) > before[kind]} == set(REASONS)
-    parent, children = parent_and_jobs(store.uri, "accidents")
+    parent, children = parent_and_jobs(server.uri, "accidents")
     assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"}
     assert len(children) == len(KINDS)
 
@@ -285,26 +186,24 @@ def test_without_accounting_nothing_hangs(tmp_path: Path) -> None:
 # --- the launcher and the store go away ------------------------------------------------------------------------------
 
 
-def test_jobs_outlive_launcher_and_server(site: Site, slurm: Cluster, store: Server) -> None:
+def test_jobs_outlive_launcher_and_server(site: Site, slurm: Cluster, server: Server) -> None:
     """The server stops for half of the sweep, the launcher is killed; `--watch` finishes what it would have done."""
     grid = (ON_V100, "pruner=l1_global", "pruner.amount=0.1,0.3,0.5,0.7", "tracking.experiment=orphans")
     launcher = site.launch("orphans", *grid)
     folder = site.folder / "orphans"
     until(lambda: list(folder.glob("*/result.json")), launcher)
-    store.stop()
+    server.stop()
     launcher.send_signal(signal.SIGKILL)
     launcher.communicate()
     until(lambda: len(list(folder.glob("*/result.json"))) == 4)
     slurm.wait_for_idle(120)
-    store.start()
+    server.start()
     watched = site.results("orphans", "--watch")
     assert watched.returncode == 0, watched.stderr
     assert [row["status"] for row in site.rows("orphans")] == ["finished"] * 4
-    parent, children = parent_and_jobs(store.uri, "orphans")
+    parent, children = parent_and_jobs(server.uri, "orphans")
     assert {run.info.status for run in (parent, *children.values())} == {"FINISHED"}
     assert len(children) == 4
-    again = site.sweep("orphans", *grid)
-    assert "0 jobs submitted, 4 finished or queued before" in again.stdout
 
 
 def test_what_is_queued_is_not_submitted_again(site: Site, slurm: Cluster) -> None:
@@ -325,6 +224,15 @@ def test_what_is_queued_is_not_submitted_again(site: Site, slurm: Cluster) -> No
         slurm.run("scontrol", "update", "PartitionName=a100", "State=UP")
     assert done(second).returncode == 0
     assert [row["status"] for row in site.rows("waiting")] == ["finished"] * 2
+    before = times_of_results(site, "waiting")
+    again = site.results("waiting", "--resubmit-failed")
+    assert again.returncode == 0, again.stderr
+    assert "0 jobs submitted, 2 finished or queued before" in again.stdout
+    assert times_of_results(site, "waiting") == before
+
+
+def times_of_results(site: Site, sweep: str) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in site.folder.glob(f"{sweep}/*/result.json")}
 
 
 # --- what never starts -----------------------------------------------------------------------------------------------
@@ -354,24 +262,3 @@ def test_slurm_refuses_what_it_does_not_have(site: Site) -> None:
     ended = site.sweep("refused", "hydra/launcher=slurm", "hydra.launcher.partition=h100", "tracking=none")
     assert ended.returncode == 1
     assert re.search(r"SLURM took no jobs: .*invalid partition", ended.stderr)
-
-
-# --- many ------------------------------------------------------------------------------------------------------------
-
-
-def test_64_jobs_eight_at_a_time(site: Site, store: Server, record_property: Callable[[str, object], None]) -> None:
-    many = ("hydra.launcher.array_parallelism=8", "hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1")
-    amounts = f"pruner.amount={','.join(str(number / 100) for number in range(64))}"
-    start = time.monotonic()
-    ended = site.sweep("many", ON_V100, *many, "pruner=l1_global", amounts, "tracking.experiment=many")
-    seconds = time.monotonic() - start
-    assert ended.returncode == 0, ended.stderr
-    results = [read(path) for path in (site.folder / "many").glob("*/result.json")]
-    _, children = parent_and_jobs(store.uri, "many")
-    assert len(results) == len(children) == 64
-    assert {run.info.status for run in children.values()} == {"FINISHED"}
-    assert "cannot be used" not in ended.stderr
-    assert not [
-        path for path in (site.folder / "many").glob(".submitit/*/*.err") if "cannot be used" in path.read_text()
-    ]
-    record_property("seconds_per_job", seconds / 64)
