@@ -5,7 +5,6 @@ The jobs' folders hold the results whatever a store does, so a store may cost a 
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import random
@@ -14,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -237,32 +236,21 @@ def _is_crowded(error: Exception) -> bool:
 
 @contextmanager
 def held(path: Path, seconds: float = LOCK_S) -> Iterator[None]:
-    """Hold a lock file; where none can be (a file system without flock, a read-only folder) go on without it.
+    """Hold a lock file; where none can be (a file system without locks, a read-only folder) go on without it.
 
     The kernel drops the lock with its process, on whichever node. Without it two processes may make a run of the same
     thing, which the end of the sweep or the next sync puts right.
     """
-    try:
-        file = path.open("a")
-    except OSError:
-        file = None
-    with file or nullcontext():
-        end = time.monotonic() + seconds
-        while file and not _locked(file.fileno()):
-            if time.monotonic() > end:
-                raise TimeoutError(f"{path} is held by another process")
-            time.sleep(0.1)
+    from filelock import FileLock, Timeout
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(path, seconds))
+        except Timeout:
+            raise TimeoutError(f"{path} is held by another process") from None
+        except (OSError, NotImplementedError):
+            pass
         yield
-
-
-def _locked(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # nothing can be locked here
-    return True
 
 
 def shared_file_system(path: Path, mounts: str | None = None) -> str:
