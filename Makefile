@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: install sweep test lint ui weights support cluster-test gpu-check
+.PHONY: install sweep test lint ui weights support cluster-test test-oldest gpu-check
 
 install: $(VENV)/installed
 
@@ -37,6 +37,15 @@ support: install
 # A real SLURM, PostgreSQL and MLflow server on the loopback; see docs/cluster.md for what to install.
 cluster-test: install
 	$(BIN)/pytest -m slurm tests/cluster
+
+# The oldest versions that pyproject.toml allows, which are those of V100 nodes, on a CPU; 8 GB of disk.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/pytest -m "not slurm" --ignore tests/test_photographs.py
+
+.venv-oldest/installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[cpu,dev]'
+	touch $@
 
 gpu-check: install
 	$(BIN)/pytest -m gpu

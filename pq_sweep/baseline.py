@@ -15,9 +15,9 @@ from omegaconf import DictConfig
 from pq_sweep import measure
 from pq_sweep.environment import device_name, versions
 from pq_sweep.fingerprint import digest, files_state, resolved
-from pq_sweep.measure import Protocol, Result
 from pq_sweep.progress import write_json
 from pq_sweep.runtimes import TorchSession
+from pq_sweep.timing import Protocol, Result
 from pq_sweep.types import Data, Model, Workspace
 
 

@@ -31,7 +31,7 @@ WEIGHT_FILES = (".pt", ".pth", ".safetensors")
 # Options of this package's components: the least and largest value, and whether it is a whole number.
 WHOLE_FROM_ONE = ("evaluation", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
                   "epochs", "round_to", "num_classes", "window", "p")  # fmt: skip
-FROM_ZERO = ("warmup_s", "warmup_max_s", "min_s", "max_s", "agreement", "lr", "n", "max_drop")
+FROM_ZERO = ("warmup_s", "warmup_max_s", "min_s", "max_s", "agreement", "interval", "lr", "n", "max_drop")
 RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(WHOLE_FROM_ONE, (1, math.inf, True)),
     **dict.fromkeys(FROM_ZERO, (0, math.inf, False)),
@@ -90,6 +90,7 @@ def _values(cfg: DictConfig) -> Iterator[str]:
         yield f"quantizer.images={images} is more than dataset.calibration={available}; lower it or raise that."
     for group in GROUPS:
         yield from _numbers(group, cfg[group])
+    yield from _pattern(cfg.pruner)
 
 
 def _numbers(group: str, options: DictConfig) -> Iterator[str]:
@@ -98,12 +99,23 @@ def _numbers(group: str, options: DictConfig) -> Iterator[str]:
         return
     for name, (least, most, whole) in RANGES.items():
         value = options.get(name)
-        if value is None or f"{group}.{name}" in CHOICES:
+        if value is None or f"{group}.{name}" in CHOICES or (name == "n" and "m" in options):
             continue
         if not _is_number(value, whole=whole) or not least <= value <= most:
             kind = "a whole number" if whole else "a number"
             reach = f"from {least} on" if most == math.inf else f"from {least} to {most}"
             yield f"{group}.{name}={value} is out of range; give {kind} {reach}."
+
+
+def _pattern(pruner: DictConfig) -> Iterator[str]:
+    """Check an n that comes with an m: so many of m weights stay. Without an m it is the order of a norm."""
+    if not _is_ours(pruner) or "m" not in pruner:
+        return
+    n, m = pruner.get("n"), pruner.m
+    if not (_is_number(n, whole=True) and _is_number(m, whole=True) and 0 < n < m):
+        yield f"pruner.n={n} of pruner.m={m} is no pattern; give whole numbers with 0 < n < m, such as 2 of 4."
+    if "amount" in pruner:
+        yield "pruner.amount has no meaning beside pruner.n and pruner.m, which say how much goes; leave it out."
 
 
 def _targets(cfg: DictConfig) -> Iterator[str]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pq_sweep.classes import imagenet_wnids, match_classes, stratified_order
-from pq_sweep.image_cache import ImageCache, cache_home
+from pq_sweep.environment import cache_home
+from pq_sweep.image_cache import ImageCache
 from pq_sweep.images import (
     Labelled,
     find_flat_images,

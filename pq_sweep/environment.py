@@ -18,7 +18,7 @@ from pq_sweep.types import UserError
 
 PACKAGES = (
     "pq-sweep", "torch", "torchvision", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "tensorrt", "numpy", "scikit-learn", "pillow", "hydra-core", "omegaconf", "mlflow",
+    "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "numpy", "scikit-learn", "pillow", "hydra-core", "omegaconf", "mlflow",
 )  # fmt: skip
 
 
@@ -72,6 +72,12 @@ def git_state() -> dict[str, Any] | None:
         return {"commit": commit, "dirty": bool(_git(here, "status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def cache_home() -> Path:
+    """Return the folder of downloads and decoded images: PQ_SWEEP_CACHE, else pq_sweep in the user's cache folder."""
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("PQ_SWEEP_CACHE") or user / "pq_sweep").expanduser()
 
 
 def resolve_device(device: str) -> str:

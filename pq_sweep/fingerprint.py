@@ -17,7 +17,20 @@ from pq_sweep.environment import versions
 # They say where results go and whether earlier ones count, not what they are.
 WITHOUT_EFFECT = ("tracking", "resume")
 # Modules that only start jobs, watch them and show what they found.
-AROUND_JOBS = ("cli", "grid", "imports", "results", "runs", "slurm", "stores", "sweep", "tables", "tracking", "watch")
+AROUND_JOBS = (
+    "cli",
+    "doctor",
+    "grid",
+    "imports",
+    "results",
+    "runs",
+    "slurm",
+    "stores",
+    "sweep",
+    "tables",
+    "tracking",
+    "watch",
+)
 
 
 def fingerprint(cfg: DictConfig) -> str:

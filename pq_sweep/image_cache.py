@@ -23,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from pq_sweep.environment import cache_home
 from pq_sweep.types import Preprocess, UserError
 
 # Instead of a warning, an image that is too large is left out by a sentence.
@@ -33,12 +34,6 @@ log = logging.getLogger(__name__)
 # Raise it when the same file and transform give other pixels than before.
 CACHE_FORMAT = 1
 CHUNK = 256
-
-
-def cache_home() -> Path:
-    """Return the folder of downloads and decoded images: PQ_SWEEP_CACHE, else pq_sweep in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("PQ_SWEEP_CACHE") or user / "pq_sweep").expanduser()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,12 @@ from pq_sweep.baseline import load_baseline
 from pq_sweep.check import check, impossible, refuse
 from pq_sweep.environment import describe, device_name, resolve_device
 from pq_sweep.fingerprint import digest, fingerprint, resolved
-from pq_sweep.measure import Protocol, Result
 from pq_sweep.progress import Stages, write_json
+from pq_sweep.quantizers import none
 from pq_sweep.resume import change_once
 from pq_sweep.runtimes import precision_of
 from pq_sweep.sizes import compressed_size, storage_sizes
+from pq_sweep.timing import Protocol, Result
 from pq_sweep.types import Data, Model, Runtime, Session, Workspace
 
 component = partial(instantiate, _partial_=True, _convert_="all")
@@ -35,7 +39,8 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         check(cfg)
         torch.manual_seed(cfg.seed)
         protocol: Protocol = instantiate(cfg.measure, _convert_="all")
-        work = Workspace(folder, resolve_device(cfg.device), measure.use_threads(protocol.threads), stage)
+        threads = measure.use_threads(protocol.threads)
+        work = Workspace(folder, resolve_device(cfg.device), threads, stage, protocol.paired)
         quantizer = component(cfg.quantizer)
         runtime = possible_runtime(cfg, quantizer, work.device)
         # What an earlier try kept is of use on the same kind of device only.
@@ -45,13 +50,13 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             model, data = load(cfg, work.device)
         with stage("baseline"):
             baseline = load_baseline(cfg, model, data, work, protocol)
-        removal = change_once(stage, "prune", model, partial(component(cfg.pruner), model, data))
+        pruning = change_once(stage, "prune", model, partial(component(cfg.pruner), model, data))
         change_once(stage, "recover", model, partial(component(cfg.recovery), model, data))
         network, formats = stage.once("sizes", partial(describe_network, model, baseline.result, folder))
         session = runtime.open(model, quantizer, data, work)
         del model  # from here on only the session holds memory
         accuracy, predictions = evaluate(session, data, protocol, stage)
-        speed = measure.speed(session, data, protocol, stage)
+        speed = measure.speed(session, data, protocol, stage, partial(dense_session, cfg, runtime, work))
         result = {
             "status": "finished",
             "fingerprint": key,
@@ -71,7 +76,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             "environment": describe(work.device, work.threads),
         }
         session.close()
-        save(stage, result, removal)
+        save(stage, result, pruning)
     return result
 
 
@@ -92,6 +97,20 @@ def load(cfg: DictConfig, device: str) -> tuple[Model, Data]:
     return model, data
 
 
+@contextmanager
+def dense_session(cfg: DictConfig, runtime: Runtime, work: Workspace) -> Iterator[Session]:
+    """Open the uncompressed FP32 model in the job's runtime for a while."""
+    folder = work.folder / "dense"
+    folder.mkdir(exist_ok=True)
+    model, data = load(cfg, work.device)
+    session = runtime.open(model, none, data, replace(work, folder=folder, stage=Stages(folder, "uncompressed")))
+    try:
+        yield session
+    finally:
+        session.close()
+        shutil.rmtree(folder)
+
+
 def evaluate(session: Session, data: Data, protocol: Protocol, stage: Stages) -> tuple[Result, np.ndarray]:
     """Return accuracy and the predicted class of every evaluation image (N,), which `predictions.npy` holds."""
     path = stage.folder / "predictions.npy"
@@ -104,10 +123,10 @@ def evaluate(session: Session, data: Data, protocol: Protocol, stage: Stages) ->
     return stage.once("accuracy", measured, path), np.load(path)
 
 
-def save(stage: Stages, result: Result, removal: Result | None) -> None:
+def save(stage: Stages, result: Result, pruning: Result | None) -> None:
     """Write what a job found; `result.json` comes last, as the sign that all is there."""
-    if removal:
-        write_json(stage.folder / "removal.json", removal)
+    if pruning:
+        write_json(stage.folder / "pruning.json", pruning)
     write_json(stage.folder / "result.json", result)
     stage.finish()
 

@@ -10,7 +10,8 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,67 +22,13 @@ from tqdm import tqdm
 
 from pq_sweep.fingerprint import digest
 from pq_sweep.pruners import prunable
+from pq_sweep.timing import CudaClock, HostClock, Protocol, Result, paired, timed
 from pq_sweep.types import Data, Model, Session, Stage
 
-Result = dict[str, Any]
+# Share of the device's time from which on handing over a call is what limits (trtexec).
+HOST_BOUND = 0.8
 
-# Samples needed to state a percentile with 99 % confidence (MLPerf LoadGen's early-stopping rule, one overshoot).
-SAMPLES_FOR = {90: 64, 99: 662}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Protocol:
-    """How long to measure; a YAML of conf/measure holds the values and their source.
-
-    Warm-up ends after `warmup_iterations` and `warmup_s`, and, with `window`, once the medians of two successive
-    windows of iterations differ by less than `agreement` (at most `warmup_max_s`). Sampling ends after `iterations`
-    and `min_s`, or at `max_s` but then not before `min_iterations`.
-    """
-
-    name: str
-    batch_sizes: list[int]
-    eval_batch_size: int
-    threads: int | None
-    warmup_iterations: int
-    warmup_s: float
-    window: int | None
-    agreement: float
-    warmup_max_s: float
-    min_iterations: int
-    iterations: int
-    min_s: float
-    max_s: float | None
-
-    def done(self, count: int, seconds: float) -> bool:
-        """Say whether `count` samples in `seconds` are enough."""
-        if self.max_s is not None and seconds >= self.max_s:
-            return count >= self.min_iterations
-        return count >= max(self.iterations, self.min_iterations) and seconds >= self.min_s
-
-
-class CpuClock:
-    """Wall time of one call by the monotonic clock, in ns."""
-
-    name = "perf_counter_ns"
-
-    def __call__(self, call: Callable[[], Any]) -> int:
-        start = time.perf_counter_ns()
-        call()
-        return time.perf_counter_ns() - start
-
-
-class CudaClock:
-    """Device time of one call by CUDA events on the current stream, in ns, one call in flight."""
-
-    name = "cuda_event"
-
-    def __call__(self, call: Callable[[], Any]) -> int:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return round(start.elapsed_time(end) * 1e6)
+Measure = Callable[[Session, Tensor, Protocol], tuple[Result, dict[str, np.ndarray]]]
 
 
 def accuracy(session: Session, data: Data, batch_size: int) -> tuple[Result, np.ndarray]:
@@ -129,77 +76,100 @@ def wilson(hits: int, samples: int, z: float = 1.959963984540054) -> tuple[float
     return (low if hits else 0.0), (high if hits < samples else 1.0)
 
 
-def speed(session: Session, data: Data, protocol: Protocol, stage: Stage) -> Result:
-    """Measure latency at every batch size of the protocol, and the peak memory meanwhile."""
+def speed(
+    session: Session,
+    data: Data,
+    protocol: Protocol,
+    stage: Stage,
+    dense_session: Callable[[], AbstractContextManager[Session]],
+) -> Result:
+    """Measure latency at every batch size of the protocol, and the peak memory meanwhile.
+
+    Every sample is kept in `samples.npz`, in ns and in order, one array per batch size and clock.
+    """
     _release_memory()
     resettable = _reset_peak_memory(session.device)
-    timed = {}
+    samples: dict[str, Any] = {}
+    measured = _each_size("latency", latency, session, data, protocol, stage, samples)
+    result = {"latency": measured, "peak_memory_mb": _peak_memory_mb(session.device) if resettable else None}
+    if protocol.paired:
+        with dense_session() as dense:
+            pair = partial(_paired, dense)
+            result["paired"] = _each_size("paired", pair, session, data, protocol, stage, samples)
+    np.savez_compressed(stage.folder / "samples.npz", **samples)
+    return result
+
+
+def _each_size(
+    name: str, measure: Measure, session: Session, data: Data, protocol: Protocol, stage: Stage, samples: Result
+) -> Result:
+    """Measure at every batch size as a stage of its own; add what was sampled to `samples`."""
+    measured = {}
     for batch_size in protocol.batch_sizes:
-        with stage(f"latency b{batch_size}"):
-            timed[str(batch_size)] = latency(session, latency_images(data, batch_size, session.device), protocol)
-    return {"latency": timed, "peak_memory_mb": _peak_memory_mb(session.device) if resettable else None}
+        with stage(f"{name} b{batch_size}"):
+            images = latency_images(data, batch_size, session.device)
+            measured[str(batch_size)], taken = measure(session, images, protocol)
+            samples |= {f"b{batch_size}_{clock}": values for clock, values in taken.items()}
+    return measured
 
 
-def latency(session: Session, images: Tensor, protocol: Protocol) -> Result:
-    """Time `session` on `images` (on its device) and keep every sample; nothing else runs, nothing is dropped."""
-    clock = CpuClock() if session.device == "cpu" else CudaClock()
+def _paired(
+    dense: Session, session: Session, images: Tensor, protocol: Protocol
+) -> tuple[Result, dict[str, np.ndarray]]:
+    """Time a session in turn with that of the uncompressed model, on the device's clock."""
+    clock = HostClock() if session.device == "cpu" else CudaClock()
+    return paired(lambda: session(images), lambda: dense(images), clock, protocol)
 
-    def call() -> Any:
-        return session(images)
 
-    warmup = _warm_up(call, clock, protocol)
-    samples: list[int] = []
+def latency(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, dict[str, np.ndarray]]:
+    """Time `session` on `images`, which lie on its device; return the figures and the samples in ns of each clock.
+
+    On the CPU there is one latency. On CUDA it is the device's time, and `host_to_host` that of a caller whose images
+    and answers are in host memory, copies included; `pipelined_throughput` is that of calls which do not wait for each
+    other.
+    """
     others, cpu, start = _other_load(), time.process_time(), time.perf_counter()
-    while not protocol.done(len(samples), time.perf_counter() - start):
-        samples.append(clock(call))
-    seconds = time.perf_counter() - start
-    cpu = time.process_time() - cpu
-    return summarise(np.asarray(samples), len(images)) | {
-        "clock": clock.name,
-        "warmup": warmup,
-        "duration_s": seconds,
-        "cpu_time_per_iteration_ms": cpu / len(samples) * 1e3,
+    measure = _on_cpu if session.device == "cpu" else _on_cuda
+    figures, samples = measure(session, images, protocol)
+    seconds, calls = time.perf_counter() - start, sum(map(len, samples.values())) + figures["warmup"]["iterations"]
+    return figures | {
+        "cpu_time_per_iteration_ms": (time.process_time() - cpu) / calls * 1e3,
         "load_of_others": max(0.0, _other_load() - others) / seconds,
-        "samples_ns": samples,
-    }
+    }, samples
 
 
-def summarise(samples: np.ndarray, batch_size: int) -> Result:
-    """Derive the figures from raw samples (ns); a percentile that the samples cannot state is None."""
-    ms = samples / 1e6
-    percentiles = {
-        f"p{q}_ms": float(np.percentile(ms, q)) if len(ms) >= need else None for q, need in SAMPLES_FOR.items()
-    }
-    return {
-        "iterations": len(ms),
-        "p50_ms": float(np.median(ms)),
-        **percentiles,
-        "mean_ms": float(ms.mean()),
-        "std_ms": float(ms.std(ddof=1)) if len(ms) > 1 else None,
-        "throughput": batch_size / float(np.median(ms)) * 1e3,
-    }
+def _on_cpu(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, dict[str, np.ndarray]]:
+    figures, samples = timed(lambda: session(images), HostClock(), protocol, len(images))
+    return figures, {"host": samples}
 
 
-def _warm_up(call: Callable[[], Any], clock: Callable[[Callable[[], Any]], int], protocol: Protocol) -> Result:
-    """Run until the protocol's warm-up is over."""
-    times: list[int] = []
+def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, dict[str, np.ndarray]]:
+    """Time the device, then the way from host to host, then calls that are all handed over at once."""
+    clock, pinned = CudaClock(), images.cpu().pin_memory()
+    figures, device = timed(lambda: session(images), clock, protocol, len(images))
+
+    def there_and_back() -> Tensor:
+        return session(pinned.to(session.device, non_blocking=True)).cpu()
+
+    host, way = timed(there_and_back, HostClock(), protocol, len(images))
+    enqueue = float(np.median(clock.enqueue_ns[-len(device) :])) / 1e6
+    return figures | {
+        "host_to_host": host,
+        "enqueue_ms": enqueue,
+        # trtexec's rule: the device waits for its host.
+        "host_bound": enqueue > HOST_BOUND * figures["p50_ms"],
+        "pipelined_throughput": _pipelined(session, images, len(device)),
+    }, {"device": device, "host": way}
+
+
+def _pipelined(session: Session, images: Tensor, calls: int) -> float:
+    """Return images per second of calls on the current stream that wait for none but the last."""
+    torch.cuda.synchronize(session.device)
     start = time.perf_counter()
-    converged = protocol.window is None
-    while True:
-        seconds = time.perf_counter() - start
-        if len(times) >= protocol.warmup_iterations and seconds >= protocol.warmup_s:
-            converged = converged or _steady(times, protocol)
-            if converged or seconds >= protocol.warmup_max_s:
-                return {"iterations": len(times), "seconds": seconds, "converged": converged}
-        times.append(clock(call))
-
-
-def _steady(times: list[int], protocol: Protocol) -> bool:
-    window = protocol.window or 0
-    if len(times) < 2 * window:
-        return False
-    before, after = np.median(times[-2 * window : -window]), np.median(times[-window:])
-    return bool(abs(after - before) < protocol.agreement * before)
+    for _ in range(calls):
+        session(images)
+    torch.cuda.synchronize(session.device)
+    return calls * len(images) / (time.perf_counter() - start)
 
 
 def latency_images(data: Data, batch_size: int, device: str) -> Tensor:

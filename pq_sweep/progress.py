@@ -23,7 +23,15 @@ log = logging.getLogger(__name__)
 # A list of numbers, which is written on one line.
 NUMBERS = re.compile(r"\[\n[-+.,eE\d\s]*\]")
 
-LEFT_BY_JOBS = ("removal.json", "predictions.npy", "precisions.svg", "export.onnx", "model.pt", "model.onnx")
+LEFT_BY_JOBS = (
+    "pruning.json",
+    "predictions.npy",
+    "precisions.svg",
+    "samples.npz",
+    "export.onnx",
+    "model.pt",
+    "model.onnx",
+)
 PROGRESS = "progress.json"
 PREP = ("prune", "recover", "export", "calibrate", "sensitivity", "quantize", "build")
 
@@ -112,7 +120,8 @@ class Stages:
         self.finish()
         for name in LEFT_BY_JOBS:
             (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self.folder / "engine", ignore_errors=True)
+        for name in ("engine", "dense"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     @contextmanager
     def keeping_errors(self) -> Iterator[None]:

@@ -162,6 +162,14 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
     for size, timed in result["latency"].items():
         flat |= {f"latency_ms/b{size}": timed["p50_ms"], f"throughput/b{size}": timed["throughput"]}
         flat |= {f"latency_{name}_ms/b{size}": timed[f"{name}_ms"] for name in ("p90", "p99", "mean", "std")}
+        low, high = timed.get("p50_ci95_ms") or (None, None)
+        flat |= {f"latency_ci95_low_ms/b{size}": low, f"latency_ci95_high_ms/b{size}": high}
+        flat |= {f"latency_host_ms/b{size}": timed.get("host_to_host", timed)["p50_ms"]}
+        flat |= {f"throughput_pipelined/b{size}": timed.get("pipelined_throughput")}
+    for size, pair in result.get("paired", {}).items():
+        low, high = pair["speedup_ci95"] or (None, None)
+        flat |= {f"speedup/b{size}": pair["speedup"]}
+        flat |= {f"speedup_ci95_low/b{size}": low, f"speedup_ci95_high/b{size}": high}
     images = result["images"]
     flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
     flat["images_decoded"] = images.get("decoded")
@@ -215,6 +223,7 @@ def _row(folder: Path, announced: Row) -> Row:
             "protocol": result["config"]["measure"]["name"],
             "smallest_format": result["size_bytes"]["smallest_format"],
             "tries": len(result["tries"]),
+            "unstable": _unstable(result),
             **_where(environment["slurm"]),
         }
         return row | {"name": job_name(row) if "model" in row else row["name"]} | metrics(result)
@@ -225,6 +234,13 @@ def _row(folder: Path, announced: Row) -> Row:
         where = _where(status.get("slurm") or {})
         return row | where | {"status": "running" if _alive(status) else "missing", "stage": status["stage"]}
     return row
+
+
+def _unstable(result: Row) -> str:
+    """Say which medians are not settled, and why: "b1 drift, b8 interval spread, paired b8 interval"."""
+    found = {f"b{size}": timed.get("unstable") for size, timed in result["latency"].items()}
+    found |= {f"paired b{size}": pair["unstable"] for size, pair in result.get("paired", {}).items()}
+    return ", ".join(f"{name} {' '.join(why)}" for name, why in found.items() if why)
 
 
 def _where(slurm: dict[str, str]) -> Row:

@@ -155,7 +155,7 @@ class View:
         labels = [RunTag(key, str(value)[:MAX_VALUE]) for key, value in (notes | tags).items()]
         self.client.log_batch(run, values, params, labels)
         self.client.log_dict(run, job_config(job), "config.yaml")
-        for path in (job / "result.json", *error_files(job), *job.glob("*.svg")):
+        for path in (job / "result.json", job / "samples.npz", *error_files(job), *job.glob("*.svg")):
             if path.exists():
                 self.client.log_artifact(run, str(path))
 

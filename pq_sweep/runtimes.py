@@ -109,7 +109,7 @@ class OnnxRuntime:
     def load(self, graph: Path, quantizer: Any, work: Workspace, details: dict[str, Any]) -> Session:
         """Load a graph that the quantizer wrote."""
         disabled = _crashing_optimizers(quantizer, graph)
-        session = _ort_session(graph, _provider(work.device), {}, work, disabled)
+        session = ort_session(graph, _provider(work.device), {}, work, disabled)
         details = details | {"disabled_optimizers": disabled} | _placement(session)
         return OrtSession(session, work.device, graph, details, "onnxruntime")
 
@@ -144,7 +144,7 @@ class TensorRT:
             "trt_timing_cache_enable": "True",
         }
         with work.stage("build"):
-            session = _ort_session(graph, "TensorrtExecutionProvider", options, work)
+            session = ort_session(graph, "TensorrtExecutionProvider", options, work)
             OrtSession(session, work.device, graph, {}, "tensorrt")(model.sample(1).to(work.device))
         engines = sorted(cache.glob("*.engine"))
         if len(engines) != 1:
@@ -264,7 +264,7 @@ def _require_provider(provider: str) -> None:
         )
 
 
-def _ort_session(
+def ort_session(
     graph: Path, provider: str, options: dict[str, str], work: Workspace, disabled: tuple[str, ...] = ()
 ) -> onnxruntime.InferenceSession:
     """Load a graph on `provider` and nothing else."""
@@ -273,6 +273,8 @@ def _ort_session(
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = work.threads
     settings.log_severity_level = 3
+    if work.shared:
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
     settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         if provider != "CPUExecutionProvider":

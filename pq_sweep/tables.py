@@ -73,6 +73,7 @@ def show(sweep: Sweep) -> None:
     for line in [
         *_unfinished(sweep),
         *_disturbed(sweep),
+        *_unsettled(sweep),
         *_on_cpu(sweep),
         *_left_out(sweep),
         f"CSV: {write_csv(sweep)}",
@@ -98,6 +99,16 @@ def _disturbed(sweep: Sweep) -> Iterator[str]:
     if loads:
         jobs = ", ".join(f"{job} ({load:.1f} cores)" for job, load in loads.items())
         yield f"latency is not to be trusted where other processes were busy meanwhile: job {jobs}"
+
+
+def _unsettled(sweep: Sweep) -> Iterator[str]:
+    """Name the jobs whose median latency is not settled."""
+    jobs = [f"{row['job']} ({row['unstable']})" for row in sweep.rows if row.get("unstable")]
+    if jobs:
+        yield (
+            "unstable latency, by batch size, as the median's interval is too wide, its halves drift, or its quartiles"
+            f" spread: job {', '.join(jobs)}"
+        )
 
 
 def _on_cpu(sweep: Sweep) -> Iterator[str]:
@@ -136,7 +147,7 @@ def _cells(row: Row, sizes: list[int], options: tuple[str, ...]) -> dict[str, st
     texts |= {"node": f"{row.get('partition', '')} {row['node']}".strip()} if row.get("node") else {}
     texts |= {_heading(key): str(row[key]) for key in options}
     return texts | {
-        "amount": "-" if row.get("pruner") == "none" else str(row.get("amount", "-")),
+        "amount": "-" if row.get("pruner") == "none" or row.get("amount") is None else str(row["amount"]),
         "top-1 %": number("accuracy", ".2f", 100) if row["status"] == "finished" else row["status"],
         "drop\npoints": number("accuracy_drop_points", ".2f"),
         **latency,

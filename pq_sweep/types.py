@@ -146,6 +146,8 @@ class Data:
 class Stage(Protocol):
     """Times a named part of a job, `with stage("export"): ...`, and keeps what a continued job need not do again."""
 
+    folder: Path
+
     def __call__(self, name: str) -> AbstractContextManager[None]: ...
 
     def keep(self, name: str, make: Callable[[], Any], *files: Path) -> Any: ...
@@ -153,12 +155,16 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where and how a job runs: its folder, device ("cpu" or "cuda:0"), CPU threads and stage timer."""
+    """Where and how a job runs: its folder, device ("cpu" or "cuda:0"), CPU threads and stage timer.
+
+    With `shared`, several sessions take turns: threads of one must not spin while another runs.
+    """
 
     folder: Path
     device: str
     threads: int
     stage: Stage
+    shared: bool = False
 
 
 class Session(Protocol):

@@ -17,6 +17,7 @@ SHORT = (
     "measure.iterations=5",
     "measure.warmup_s=0",
     "measure.min_s=0",
+    "measure.max_s=0",
 )
 
 Done = subprocess.CompletedProcess[str]

@@ -29,6 +29,7 @@ REFUSED: list[tuple[str, list[str], str]] = [
     ("amount 1", ["pruner=l1", "pruner.amount=1.0"], "pruner.amount=1.0 is out of range"),
     ("amount is a word", ["pruner=l1", "pruner.amount=abc"], "pruner.amount=abc is out of range"),
     ("no amount", ["pruner=l1", "pruner.amount=null"], "pruner.amount"),
+    ("impossible pattern", ["pruner=nm_sparsity", "pruner.n=4"], "pruner.n=4 of pruner.m=4 is no pattern"),
     ("negative batch size", ["measure.batch_sizes=[1,-8]"], "measure.batch_sizes=[1, -8] is not valid"),
     ("no batch size", ["measure.batch_sizes=[]"], "measure.batch_sizes=[] is not valid; give whole numbers"),
     ("batch sizes are words", ["measure.batch_sizes=[a,b]"], "measure.batch_sizes=['a', 'b'] is not valid"),

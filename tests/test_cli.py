@@ -14,6 +14,7 @@ from pq_sweep.cli import EXAMPLES
 CONF = ROOT / "conf"
 CHOICES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
 LIGHT_MODULES = (
+    "doctor",
     "cli",
     "sweep",
     "check",

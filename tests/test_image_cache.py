@@ -28,7 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from pq_sweep import image_cache
-from pq_sweep.image_cache import ImageCache, cache_home, decode
+from pq_sweep.environment import cache_home
+from pq_sweep.image_cache import ImageCache, decode
 from pq_sweep.models import _preprocess
 from pq_sweep.types import Preprocess, UserError
 

@@ -172,10 +172,10 @@ def test_what_is_returned_is_what_is_written(jobs: Jobs, name: str) -> None:
 @each_job
 def test_a_folder_holds_nothing_but_the_job(jobs: Jobs, name: str) -> None:
     done = jobs(name)
-    removal = {"removal.json"} if name == "removed" else set()
+    removal = {"pruning.json"} if name == "removed" else set()
 
     files = {path.name for path in done.folder.iterdir()}
-    assert files == {done.artifact.name, "result.json", "predictions.npy", "status.json"} | removal
+    assert files == {done.artifact.name, "result.json", "predictions.npy", "samples.npz", "status.json"} | removal
 
 
 @each_onnx_job
@@ -328,7 +328,7 @@ def test_the_first_job_of_a_sweep_equals_a_later_one(jobs: Jobs, tmp_path: Path)
 def test_a_removed_network_can_be_built_again(jobs: Jobs, images: Tensor) -> None:
     done = jobs("removed")
     model = digits_cnn()
-    replay(model, read(done.folder / "removal.json"))
+    replay(model, read(done.folder / "pruning.json"))
     model.module.load_state_dict(done.state)
 
     assert torch_logits(model.module, images).argmax(1).tolist() == done.predictions.tolist()
@@ -410,7 +410,7 @@ def test_a_plain_job_leaves_no_record_of_an_earlier_removal(tmp_path: Path) -> N
     run(tmp_path / "sweep" / "0", *JOBS["removed"])
     again = run(tmp_path / "sweep" / "0", "pruner=none")
 
-    assert not (again.folder / "removal.json").exists()
+    assert not (again.folder / "pruning.json").exists()
 
 
 # Stages and files

@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import math
 import os
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import chain, cycle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from independent import torch_threads
-from omegaconf import OmegaConf
+from protocols import protocol
 from torch import Tensor, nn
 
-from pq_sweep import measure
-from pq_sweep.measure import Protocol
+from pq_sweep import measure, timing
 from pq_sweep.models import digits_cnn
 from pq_sweep.progress import Stages
+from pq_sweep.timing import HostClock, summarise
 from pq_sweep.types import Data, Model, Preprocess, Split
 
 Call = Callable[[], Any]
-
-
-def protocol(**options: Any) -> Protocol:
-    """Return a protocol that takes no longer than its iterations."""
-    still = {"name": "test", "batch_sizes": [1], "eval_batch_size": 64, "threads": None}
-    warmup = {"warmup_iterations": 0, "warmup_s": 0.0, "window": None, "agreement": 0.0, "warmup_max_s": 0.0}
-    sampling = {"min_iterations": 1, "iterations": 1, "min_s": 0.0, "max_s": None}
-    return Protocol(**still | warmup | sampling | options)
 
 
 @dataclass
@@ -44,10 +33,18 @@ class Fake:
     answer: Callable[[Tensor], Tensor]
     device: str = "cpu"
     calls: list[int] = field(default_factory=list)
+    closed: bool = False
+
+    def close(self) -> None:
+        self.closed = True
 
     def __call__(self, images: Tensor) -> Tensor:
         self.calls.append(len(images))
         return self.answer(images)
+
+
+def not_opened() -> Any:
+    raise AssertionError("the uncompressed model is only needed for pairs")
 
 
 def lookup(logits: Tensor) -> Fake:
@@ -162,177 +159,6 @@ def test_wilson_solves_the_score_equation(hits: int, samples: int) -> None:
     assert hits / samples - 1e-12 <= upper <= 1
 
 
-# Summary of samples
-
-
-def interpolated(samples: list[float], share: float) -> float:
-    """Return the percentile between the two nearest samples."""
-    ordered, place = sorted(samples), share * (len(samples) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
-def synthetic(count: int) -> np.ndarray:
-    """Return samples in ns with a long tail."""
-    return np.round(np.random.default_rng(count).lognormal(14, 0.4, count)).astype(np.int64)
-
-
-@pytest.mark.parametrize("count", [1, 2, 63, 64, 661, 662, 1000])
-def test_a_summary_is_that_of_its_samples(count: int) -> None:
-    samples = synthetic(count)
-    ms = [value / 1e6 for value in samples.tolist()]
-    result = measure.summarise(samples, batch_size=8)
-
-    assert result["iterations"] == count
-    assert result["p50_ms"] == pytest.approx(statistics.median(ms))
-    assert result["mean_ms"] == pytest.approx(statistics.fmean(ms))
-    assert result["throughput"] == pytest.approx(8 / (statistics.median(ms) / 1000))
-    assert result["std_ms"] == (pytest.approx(statistics.stdev(ms)) if count > 1 else None)
-    assert result["p90_ms"] == (pytest.approx(interpolated(ms, 0.90)) if count >= 64 else None)
-    assert result["p99_ms"] == (pytest.approx(interpolated(ms, 0.99)) if count >= 662 else None)
-
-
-@pytest.mark.parametrize(("q", "samples"), measure.SAMPLES_FOR.items())
-def test_a_percentile_needs_the_samples_of_loadgen(q: int, samples: int) -> None:
-    """With one sample fewer, 99 % confidence is missed: q^n + n (1 - q) q^(n-1) is the chance of at most one above."""
-    share = q / 100
-
-    def chance(count: int) -> float:
-        return share**count + count * (1 - share) * share ** (count - 1)
-
-    assert chance(samples) <= 0.01 < chance(samples - 1)
-
-
-# How long is measured
-
-
-@pytest.mark.parametrize(
-    ("options", "count", "seconds", "done"),
-    [
-        ({"iterations": 10, "min_s": 2.0}, 10, 1.9, False),
-        ({"iterations": 10, "min_s": 2.0}, 9, 2.0, False),
-        ({"iterations": 10, "min_s": 2.0}, 10, 2.0, True),
-        ({"iterations": 10, "min_s": 2.0}, 9, 1e9, False),
-        ({"iterations": 10, "min_s": 2.0, "max_s": 5.0}, 9, 4.9, False),
-        ({"iterations": 10, "min_s": 2.0, "max_s": 5.0}, 9, 5.0, True),
-        ({"iterations": 10, "min_s": 2.0, "max_s": 5.0, "min_iterations": 4}, 3, 60.0, False),
-        ({"iterations": 10, "min_s": 2.0, "max_s": 5.0, "min_iterations": 4}, 4, 60.0, True),
-        ({"iterations": 10, "min_iterations": 20}, 19, 1.0, False),
-        ({"iterations": 10, "min_iterations": 20}, 20, 1.0, True),
-        ({"iterations": 10, "min_s": 9.0, "max_s": 5.0}, 10, 5.0, True),
-        ({"max_s": 0.0}, 0, 0.0, False),
-    ],
-)
-def test_sampling_stops_by_the_rules(options: dict[str, Any], count: int, seconds: float, done: bool) -> None:
-    assert protocol(**options).done(count, seconds) is done
-
-
-@pytest.mark.parametrize("name", [path.stem for path in (ROOT / "conf" / "measure").glob("*.yaml")])
-def test_every_protocol_ends(name: str) -> None:
-    """Its own stop rule holds after an hour of 100 ms calls, and not before its own minimum."""
-    parts = [OmegaConf.load(ROOT / "conf" / "measure" / f"{stem}.yaml") for stem in ("quick", name)]
-    options = OmegaConf.to_container(OmegaConf.merge(*parts))
-    assert isinstance(options, dict)
-    chosen = Protocol(**{str(key): value for key, value in options.items() if key not in ("_target_", "defaults")})
-
-    assert not chosen.done(0, 3600.0)
-    assert chosen.done(36_000, 3600.0)
-
-
-# Warm-up
-
-
-class Machine:
-    """A clock that only moves when something is timed by it: by the next of `seconds`."""
-
-    def __init__(self, seconds: Iterator[float]) -> None:
-        self.seconds = seconds
-        self.now = 100.0
-
-    def __call__(self, call: Call) -> int:
-        call()
-        step = next(self.seconds)
-        self.now += step
-        return round(step * 1e9)
-
-
-@pytest.fixture
-def warm_up(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[dict[str, Any], int]]:
-    """Warm up on a machine of given seconds per call; return the record and the number of calls."""
-
-    def run(seconds: Iterator[float], **options: Any) -> tuple[dict[str, Any], int]:
-        machine, calls = Machine(seconds), []
-        monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: machine.now))
-        return measure._warm_up(lambda: calls.append(1), machine, protocol(**options)), len(calls)
-
-    return run
-
-
-WarmUp = Callable[..., tuple[dict[str, Any], int]]
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"warmup_iterations": 0}, 0),
-        ({"warmup_iterations": 5}, 5),
-        ({"warmup_iterations": 5, "warmup_s": 2.0}, 5),
-        ({"warmup_iterations": 5, "warmup_s": 7.0}, 7),
-        ({"warmup_iterations": 5, "warmup_s": 7.5}, 8),
-    ],
-)
-def test_warm_up_takes_its_iterations_and_its_time(warm_up: WarmUp, options: dict[str, Any], expected: int) -> None:
-    record, calls = warm_up(cycle([1.0]), **options)
-
-    assert record == {"iterations": expected, "seconds": pytest.approx(expected), "converged": True}
-    assert calls == expected
-
-
-def until_steady(seconds: list[float], window: int, agreement: float, least: int) -> int:
-    """Return after how many calls the medians of the last two windows first agree."""
-    for count in range(least, len(seconds) + 1):
-        if count >= 2 * window:
-            before = statistics.median(seconds[count - 2 * window : count - window])
-            after = statistics.median(seconds[count - window : count])
-            if abs(after - before) < agreement * before:
-                return count
-    raise AssertionError("never steady")
-
-
-SLOW_START = [8.0, 4.0, 2.0, *[1.0] * 40]
-RAMP = [*[3.0 * 0.9**i for i in range(20)], *[0.36] * 40]
-STEP = [*[2.0] * 3, *[1.0] * 40]
-DRIFT = [*[0.975**i for i in range(60)], *[0.22] * 40]
-
-
-@pytest.mark.parametrize("seconds", [SLOW_START, RAMP, STEP, DRIFT], ids=["slow start", "ramp", "step", "drift"])
-@pytest.mark.parametrize("window", [2, 5])
-@pytest.mark.parametrize("least", [0, 4, 30])
-def test_warm_up_ends_when_two_windows_agree(warm_up: WarmUp, seconds: list[float], window: int, least: int) -> None:
-    options = {"window": window, "agreement": 0.02, "warmup_iterations": least, "warmup_max_s": 1e9}
-    record, calls = warm_up(chain(seconds, cycle([1.0])), **options)
-
-    assert calls == record["iterations"] == until_steady(seconds, window, 0.02, least)
-    assert record["converged"] is True
-    assert record["seconds"] == pytest.approx(sum(seconds[:calls]))
-
-
-def test_warm_up_without_end_is_cut_and_says_so(warm_up: WarmUp) -> None:
-    growing = (1.2**i for i in range(1000))
-    record, calls = warm_up(growing, window=3, agreement=0.02, warmup_iterations=4, warmup_s=1.0, warmup_max_s=50.0)
-
-    assert record["converged"] is False
-    assert record["seconds"] >= 50
-    assert record["seconds"] - 1.2 ** (calls - 1) < 50  # and not a call longer
-
-
-def test_a_warm_up_that_agrees_at_its_last_moment_has_converged(warm_up: WarmUp) -> None:
-    record, calls = warm_up(cycle([1.0]), window=2, agreement=0.02, warmup_s=4.0, warmup_max_s=4.0)
-
-    assert (record["converged"], calls) == (True, 4)
-
-
 # Latency
 
 
@@ -340,21 +166,21 @@ def test_a_warm_up_that_agrees_at_its_last_moment_has_converged(warm_up: WarmUp)
 def test_latency_keeps_every_sample(warmup: int, iterations: int, batch: int) -> None:
     session = Fake(lambda images: images)
     chosen = protocol(warmup_iterations=warmup, iterations=iterations)
-    result = measure.latency(session, torch.zeros(batch, 1, 8, 8), chosen)
+    result, samples = measure.latency(session, torch.zeros(batch, 1, 8, 8), chosen)
 
     assert session.calls == [batch] * (warmup + iterations)
     assert result["warmup"]["iterations"] == warmup
-    assert len(result["samples_ns"]) == result["iterations"] == iterations
-    assert all(isinstance(sample, int) and sample > 0 for sample in result["samples_ns"])
+    assert len(samples["host"]) == result["iterations"] == iterations
+    assert (samples["host"] > 0).all()
 
 
 def test_latency_is_derived_from_its_samples() -> None:
-    result = measure.latency(Fake(torch.clone), torch.zeros(4, 1, 8, 8), protocol(iterations=70))
-    again = measure.summarise(np.asarray(result["samples_ns"]), 4)
+    result, samples = measure.latency(Fake(torch.clone), torch.zeros(4, 1, 8, 8), protocol(iterations=70))
+    again = summarise(samples["host"], 4, math.inf)
 
     assert {key: result[key] for key in again} == again
     assert result["clock"] == "perf_counter_ns"
-    assert sum(result["samples_ns"]) / 1e9 <= result["duration_s"]
+    assert samples["host"].sum() / 1e9 <= result["duration_s"]
     assert result["cpu_time_per_iteration_ms"] >= 0
     assert result["load_of_others"] >= 0
 
@@ -362,9 +188,9 @@ def test_latency_is_derived_from_its_samples() -> None:
 def test_latency_includes_all_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock is read right before and right after the call: half a second inside of it is in the sample."""
     ticks = iter(range(0, 10**12, 5 * 10**8))
-    monkeypatch.setattr(measure.time, "perf_counter_ns", lambda: next(ticks))
+    monkeypatch.setattr(timing.time, "perf_counter_ns", lambda: next(ticks))
 
-    assert measure.CpuClock()(lambda: None) == 5 * 10**8
+    assert HostClock()(lambda: None) == 5 * 10**8
 
 
 @pytest.mark.parametrize(
@@ -379,11 +205,30 @@ def test_the_first_images_are_timed_again_if_they_are_too_few(images: int, batch
 def test_speed_measures_every_batch_size(tmp_path: Path) -> None:
     session, stage = Fake(torch.clone), Stages(tmp_path, "")
     data = data_of(torch.zeros(5, dtype=torch.int64), 2)
-    result = measure.speed(session, data, protocol(batch_sizes=[1, 8], warmup_iterations=2, iterations=3), stage)
+    chosen = protocol(batch_sizes=[1, 8], warmup_iterations=2, iterations=3)
+    result = measure.speed(session, data, chosen, stage, not_opened)
 
     assert list(result["latency"]) == ["1", "8"]
     assert session.calls == [1] * 5 + [8] * 5
+    with np.load(tmp_path / "samples.npz") as kept:
+        assert {name: len(kept[name]) for name in kept} == {"b1_host": 3, "b8_host": 3}
+        assert np.median(kept["b8_host"]) / 1e6 == result["latency"]["8"]["p50_ms"]
     assert set(stage.seconds) == {"latency b1", "latency b8"}
+
+
+def test_pairs_are_timed_with_the_uncompressed_model(tmp_path: Path) -> None:
+    session, dense = Fake(torch.clone), Fake(lambda images: images.flatten(1).repeat(1, 400_000).sum(1))
+    data = data_of(torch.zeros(5, dtype=torch.int64), 2)
+    chosen = protocol(batch_sizes=[1, 2], iterations=7, paired=True)
+    result = measure.speed(session, data, chosen, Stages(tmp_path, ""), lambda: closing(dense))
+
+    assert dense.calls == [1] * 7 + [2] * 7
+    assert session.calls == [1] * 7 + [2] * 7 + [1] * 7 + [2] * 7
+    assert dense.closed
+    with np.load(tmp_path / "samples.npz") as kept:
+        assert set(kept) == {f"b{size}_{name}" for size in (1, 2) for name in ("host", "paired", "paired_dense")}
+        ratio = np.median(kept["b1_paired_dense"] / kept["b1_paired"])
+    assert result["paired"]["1"]["speedup"] == ratio > 1
 
 
 # Memory
@@ -396,7 +241,8 @@ def peak_of(megabytes: int, folder: Path) -> float:
         torch.ones(megabytes * 250_000)
         return images
 
-    result = measure.speed(Fake(answer), data_of(torch.zeros(1), 2), protocol(iterations=3), Stages(folder, ""))
+    data = data_of(torch.zeros(1), 2)
+    result = measure.speed(Fake(answer), data, protocol(iterations=3), Stages(folder, ""), not_opened)
     if result["peak_memory_mb"] is None:
         pytest.skip("this kernel does not let a process reset its peak of memory")
     return float(result["peak_memory_mb"])

@@ -378,7 +378,7 @@ def test_resume_false_runs_what_is_finished_and_replaces_what_is_there(stories: 
     done = launch_in(story.folder, *command("pruner=l1"), "resume=false")
     assert done.returncode == 0, done.stdout + done.stderr
     assert result_of(story)[1] != before
-    assert not (story.job / "removal.json").exists()
+    assert not (story.job / "pruning.json").exists()
 
 
 @pytest.mark.slow
@@ -450,7 +450,7 @@ def test_what_was_kept_is_taken(tmp_path: Path) -> None:
     with stages_of() as names:
         run(tmp_path / "0", *FAST_TRAINED)
     assert {"prune", "recover", "sizes"}.isdisjoint(names)
-    assert (tmp_path / "0" / "removal.json").exists()
+    assert (tmp_path / "0" / "pruning.json").exists()
     assert not list((tmp_path / "0").glob("*.kept.pt"))
 
 
@@ -572,7 +572,7 @@ def test_a_try_of_the_same_job_is_added(tmp_path: Path) -> None:
 
 def test_another_key_clears_the_folder(tmp_path: Path) -> None:
     stages(tmp_path).keep("part", lambda: 1)
-    for name in ("export.onnx", "model.pt", "prune.kept.pt", "predictions.npy", "removal.json", "job.log"):
+    for name in ("export.onnx", "model.pt", "prune.kept.pt", "predictions.npy", "pruning.json", "job.log"):
         (tmp_path / name).touch()
     (tmp_path / "engine").mkdir()
     (tmp_path / "engine" / "x.engine").touch()

@@ -168,7 +168,7 @@ def test_closing_frees_a_session_of_torch(data: Data, tmp_path: Path) -> None:
 
 def test_closing_frees_a_session_of_onnxruntime(tmp_path: Path, doubling: Path) -> None:
     work = workspace(tmp_path)
-    inner = runtimes._ort_session(doubling, "CPUExecutionProvider", {}, work)
+    inner = runtimes.ort_session(doubling, "CPUExecutionProvider", {}, work)
     alive = weakref.ref(inner)
     session = runtimes.OrtSession(inner, "cpu", doubling, {}, "onnxruntime")
     del inner
@@ -195,7 +195,7 @@ def doubling(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_onnxruntime_gets_the_threads_of_the_job(tmp_path: Path, doubling: Path, threads: int) -> None:
-    session = runtimes._ort_session(doubling, "CPUExecutionProvider", {}, workspace(tmp_path, threads))
+    session = runtimes.ort_session(doubling, "CPUExecutionProvider", {}, workspace(tmp_path, threads))
 
     assert session.get_session_options().intra_op_num_threads == threads
 
@@ -204,7 +204,7 @@ def test_a_graph_that_cannot_be_read_is_a_mismatch(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
 
     with pytest.raises(RuntimeMismatch, match=r"CPUExecutionProvider cannot run broken\.onnx"):
-        runtimes._ort_session(tmp_path / "broken.onnx", "CPUExecutionProvider", {}, workspace(tmp_path))
+        runtimes.ort_session(tmp_path / "broken.onnx", "CPUExecutionProvider", {}, workspace(tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -213,7 +213,7 @@ def test_a_provider_that_is_not_there_is_a_mismatch(tmp_path: Path, doubling: Pa
     work = replace(workspace(tmp_path), device="cuda:0")
 
     with pytest.raises(RuntimeMismatch, match=provider):
-        runtimes._ort_session(doubling, provider, {}, work)
+        runtimes.ort_session(doubling, provider, {}, work)
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="onnxruntime has CUDA")
@@ -311,7 +311,7 @@ def tensorrt(gpu: type[Gpu], monkeypatch: pytest.MonkeyPatch, doubling: Path) ->
 def test_cuda_is_told_its_device_and_nothing_else_may_run(
     gpu: type[Gpu], tmp_path: Path, doubling: Path, device: str, index: str
 ) -> None:
-    runtimes._ort_session(doubling, "CUDAExecutionProvider", {}, replace(workspace(tmp_path), device=device))
+    runtimes.ort_session(doubling, "CUDAExecutionProvider", {}, replace(workspace(tmp_path), device=device))
 
     assert (gpu.told["provider"], gpu.told["more"]) == ("CUDAExecutionProvider", [])
     assert gpu.told["settings"].get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
@@ -323,7 +323,7 @@ def test_cuda_is_told_its_device_and_nothing_else_may_run(
 
 def test_fp32_on_cuda_is_not_tf32(gpu: type[Gpu], tmp_path: Path, doubling: Path) -> None:
     """The provider's default is TensorFloat-32 since Ampere, with 10 bits of mantissa; torch's is switched off."""
-    runtimes._ort_session(doubling, "CUDAExecutionProvider", {}, replace(workspace(tmp_path), device="cuda:0"))
+    runtimes.ort_session(doubling, "CUDAExecutionProvider", {}, replace(workspace(tmp_path), device="cuda:0"))
 
     assert gpu.told["options"].get("use_tf32") == "0"
 
@@ -332,7 +332,7 @@ def test_a_session_that_fell_back_is_refused(gpu: type[Gpu], tmp_path: Path, dou
     gpu.ran_on = "CPUExecutionProvider"
 
     with pytest.raises(RuntimeMismatch, match="asked for CUDAExecutionProvider, got CPUExecutionProvider"):
-        runtimes._ort_session(doubling, "CUDAExecutionProvider", {}, replace(workspace(tmp_path), device="cuda:0"))
+        runtimes.ort_session(doubling, "CUDAExecutionProvider", {}, replace(workspace(tmp_path), device="cuda:0"))
 
 
 def test_tensorrt_gets_documented_options(gpu: type[Gpu], tensorrt: Callable[[Path], Session], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from commands import LAUNCH, SHORT, Done, imported, launch_in, new_user
@@ -312,7 +313,8 @@ def test_killed_sweep_keeps_what_it_has(tmp_path: Path) -> None:
     assert code == -signal.SIGKILL
     (result,) = results(only_sweep(tmp_path))
     assert result["status"] == "finished"
-    assert len(result["latency"]["1"]["samples_ns"]) == result["latency"]["1"]["iterations"]
+    with np.load(only_sweep(tmp_path) / "0" / "samples.npz") as samples:
+        assert len(samples["b1_host"]) == result["latency"]["1"]["iterations"]
     assert "1 done, 2 missing" in shown_by_module(tmp_path)
     assert [row["status"] for row in rows_of(only_sweep(tmp_path))] == ["finished", "missing", "missing"]
 
@@ -378,6 +380,24 @@ def test_jobs_at_the_same_time(tmp_path: Path, launch: Launch) -> None:
     assert [run.info.status for run in children] == ["FINISHED", "FINISHED"]
     for output in only_sweep(tmp_path).glob(".submitit/*/*.err"):
         assert {"torch", "mlflow"} & imported(output.read_text()) == {"torch"}  # the launcher logs jobs
+
+
+@pytest.mark.slow
+def test_the_uncompressed_model_is_timed_in_turn(tmp_path: Path, launch: Launch) -> None:
+    ways = ("runtime=onnxruntime", "quantizer=int8", "quantizer.images=8", "tracking=none")
+    done = launch("measure.paired=true", *ways, *SHORT)
+    assert done.returncode == 0, done.stderr
+    (result,) = results(only_sweep(tmp_path))
+    pair = result["paired"]["1"]
+    assert pair["speedup_ci95"] is None  # of five pairs nothing can be said
+    assert 0.1 < pair["speedup"] < 10
+    with np.load(only_sweep(tmp_path) / "0" / "samples.npz") as samples:
+        assert pair["speedup"] == np.median(samples["b1_paired_dense"] / samples["b1_paired"])
+    (row,) = rows_of(only_sweep(tmp_path))
+    assert float(row["speedup/b1"]) == pair["speedup"]
+    assert "paired b1 interval" in row["unstable"]
+    assert not (only_sweep(tmp_path) / "0" / "dense").exists()
+    assert "export" in result["prep_s"]
 
 
 def test_changed_weights_get_their_own_baseline(tmp_path: Path) -> None:
