@@ -14,11 +14,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pq_sweep.monitor import identify
 from pq_sweep.types import UserError
 
 PACKAGES = (
     "pq-sweep", "torch", "torchvision", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "numpy", "scikit-learn", "pillow", "hydra-core", "omegaconf", "mlflow",
+    "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "numpy", "scikit-learn", "pillow", "hydra-core", "omegaconf",
+    "mlflow",
 )  # fmt: skip
 
 
@@ -119,17 +121,24 @@ def _gpu(device: str) -> dict[str, Any] | None:
     import torch
 
     properties = torch.cuda.get_device_properties(device)
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0]
     return {
         "name": properties.name,
-        "uuid": str(getattr(properties, "uuid", "")),
+        "uuid": gpu_uuid(device),
         "compute_capability": f"{properties.major}.{properties.minor}",
         "memory_mb": properties.total_memory / 1e6,
-        "driver": driver,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
+        "nvml": identify(gpu_uuid(device)),
     }
+
+
+def gpu_uuid(device: str) -> str | None:
+    """Return the UUID of a CUDA device as torch knows it, or None for the CPU."""
+    if device == "cpu":
+        return None
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _cpu_name() -> str:

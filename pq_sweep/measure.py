@@ -10,7 +10,7 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pq_sweep.environment import gpu_uuid
 from pq_sweep.fingerprint import digest
+from pq_sweep.monitor import Monitor
 from pq_sweep.pruners import prunable
-from pq_sweep.timing import CudaClock, HostClock, Protocol, Result, paired, timed
+from pq_sweep.timing import Call, Clock, CudaClock, HostClock, Protocol, Result, paired, timed
 from pq_sweep.types import Data, Model, Session, Stage
 
 # Share of the device's time from which on handing over a call is what limits (trtexec).
 HOST_BOUND = 0.8
+# What a monitor may say of a device that speaks against a median; at its power limit it is at work as usual.
+UNSETTLING = ("throttled", "shared")
 
 Measure = Callable[[Session, Tensor, Protocol], tuple[Result, dict[str, np.ndarray]]]
 
@@ -139,19 +143,34 @@ def latency(session: Session, images: Tensor, protocol: Protocol) -> tuple[Resul
 
 
 def _on_cpu(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, dict[str, np.ndarray]]:
-    figures, samples = timed(lambda: session(images), HostClock(), protocol, len(images))
+    figures, samples = _watched(session, lambda: session(images), HostClock(), protocol, len(images))
     return figures, {"host": samples}
+
+
+def _watched(
+    session: Session, call: Call, clock: Clock, protocol: Protocol, batch_size: int
+) -> tuple[Result, np.ndarray]:
+    """Time a call and say what its device did meanwhile: a median taken on a throttled or shared one is not settled."""
+    monitor = Monitor(session.device, gpu_uuid(session.device))
+    figures, samples = timed(call, clock, protocol, batch_size, monitor)
+    energy = monitor.result.get("energy_j")
+    share = figures["duration_s"] / monitor.result.get("sampled_s", monitor.result["seconds"])
+    return figures | {
+        "energy_per_image_j": energy and energy * share / (len(samples) * batch_size),
+        "device_state": monitor.result,
+        "unstable": figures["unstable"] + [word for word in monitor.result["verdicts"] if word in UNSETTLING],
+    }, samples
 
 
 def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, dict[str, np.ndarray]]:
     """Time the device, then the way from host to host, then calls that are all handed over at once."""
     clock, pinned = CudaClock(), images.cpu().pin_memory()
-    figures, device = timed(lambda: session(images), clock, protocol, len(images))
+    figures, device = _watched(session, lambda: session(images), clock, protocol, len(images))
 
     def there_and_back() -> Tensor:
         return session(pinned.to(session.device, non_blocking=True)).cpu()
 
-    host, way = timed(there_and_back, HostClock(), protocol, len(images))
+    host, way = timed(there_and_back, HostClock(), protocol, len(images), nullcontext())
     enqueue = float(np.median(clock.enqueue_ns[-len(device) :])) / 1e6
     return figures | {
         "host_to_host": host,

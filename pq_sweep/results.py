@@ -166,6 +166,7 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
         flat |= {f"latency_ci95_low_ms/b{size}": low, f"latency_ci95_high_ms/b{size}": high}
         flat |= {f"latency_host_ms/b{size}": timed.get("host_to_host", timed)["p50_ms"]}
         flat |= {f"throughput_pipelined/b{size}": timed.get("pipelined_throughput")}
+        flat |= {f"energy_per_image_j/b{size}": timed.get("energy_per_image_j")}
     for size, pair in result.get("paired", {}).items():
         low, high = pair["speedup_ci95"] or (None, None)
         flat |= {f"speedup/b{size}": pair["speedup"]}

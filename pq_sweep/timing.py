@@ -9,6 +9,7 @@ import math
 import time
 import typing
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,10 +116,16 @@ class Protocol:
         return enough and half_width <= self.interval
 
 
-def timed(call: Call, clock: Clock, protocol: Protocol, batch_size: int) -> tuple[Result, np.ndarray]:
-    """Time a call on `batch_size` images; return the figures and every sample (N,) in ns: nothing is dropped."""
+def timed(
+    call: Call, clock: Clock, protocol: Protocol, batch_size: int, watched: AbstractContextManager[Any]
+) -> tuple[Result, np.ndarray]:
+    """Time a call on `batch_size` images; return the figures and every sample (N,) in ns: nothing is dropped.
+
+    Samples, and not the warm-up, are taken while `watched` is entered.
+    """
     warmup = warm_up(call, clock, protocol)
-    samples, seconds = sample(call, clock, protocol)
+    with watched:
+        samples, seconds = sample(call, clock, protocol)
     about = {"clock": clock.name, "warmup": warmup, "duration_s": seconds}
     return summarise(samples, batch_size, protocol.interval) | about, samples
 

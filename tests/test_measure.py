@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -183,6 +184,39 @@ def test_latency_is_derived_from_its_samples() -> None:
     assert samples["host"].sum() / 1e9 <= result["duration_s"]
     assert result["cpu_time_per_iteration_ms"] >= 0
     assert result["load_of_others"] >= 0
+
+
+def test_the_state_of_the_device_comes_with_the_latency() -> None:
+    state = measure.latency(Fake(torch.clone), torch.zeros(1, 1, 8, 8), protocol(iterations=10))[0]["device_state"]
+    assert state["device"] == "cpu"
+    assert state["involuntary_switches"] >= 0
+    assert ("energy_j" in state and state["energy_j"] is not None) != ("energy_j" in state["unavailable"])
+
+
+@dataclass
+class Hot:
+    """A monitor of a device that got hot and used 3 J, in a window three times as long as the sampling took."""
+
+    device: str
+    uuid: str | None
+    result: dict[str, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        seconds = time.perf_counter() - self.start
+        verdicts = ["throttled", "power_capped"]
+        self.result |= {"energy_j": 3.0, "seconds": seconds, "sampled_s": 3 * seconds, "verdicts": verdicts}
+
+
+def test_a_throttled_device_settles_nothing_and_energy_is_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "Monitor", Hot)
+    chosen = protocol(min_s=0.2, interval=math.inf)
+    result, samples = measure.latency(Fake(torch.clone), torch.zeros(4, 1, 8, 8), chosen)
+    assert "throttled" in result["unstable"]
+    assert "power_capped" not in result["unstable"]
+    assert result["energy_per_image_j"] == pytest.approx(1.0 / (4 * len(samples["host"])), rel=0.05)
 
 
 def test_latency_includes_all_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from itertools import chain, cycle, repeat
 from typing import Any
 
@@ -249,7 +250,9 @@ def test_sampling_goes_on_until_the_median_is_known() -> None:
 
 def test_sampling_ends_at_its_limit_and_says_that_the_median_is_not_known() -> None:
     noise = np.random.default_rng(0).normal(1.0, 0.3, 10**5)
-    result, taken = timed(lambda: None, Machine(noise), protocol(iterations=50, interval=1e-4, max_s=200.0), 1)
+    result, taken = timed(
+        lambda: None, Machine(noise), protocol(iterations=50, interval=1e-4, max_s=200.0), 1, nullcontext()
+    )
     assert 190 < len(taken) < 230
     assert "interval" in result["unstable"]
 
@@ -270,7 +273,7 @@ def times(seconds: Iterable[float], share: float = 0.002) -> Iterator[float]:
 
 def measured(seconds: Iterator[float], **options: Any) -> tuple[dict[str, Any], np.ndarray]:
     chosen = {"iterations": 1000, "interval": 0.01, "max_s": 100.0, "window": 20, "agreement": 0.02} | options
-    return timed(lambda: None, Machine(seconds), protocol(**{"warmup_max_s": 15.0} | chosen), 1)
+    return timed(lambda: None, Machine(seconds), protocol(**{"warmup_max_s": 15.0} | chosen), 1, nullcontext())
 
 
 def test_a_steady_machine_is_stable() -> None:
