@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import shlex
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import yaml
@@ -22,11 +25,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ON_CPU = {"environment.yml": "constraints-oldest.txt", "environment-cu13.yml": "constraints.txt"}
 # Up to where kernels for V100 (sm_70) are in the packages, and up to which Python such a TensorRT is built.
 FOR_V100 = {"torch": "<2.11", "onnxruntime-gpu": "<1.27", "tensorrt-cu12": "<10.5", "python": "<3.13"}
-# On the index as source alone: hydra-core's parser, and TensorRT's packages, which fetch their libraries elsewhere.
+# On the index as source alone. TensorRT's libraries are not there at all: 10.4 fetches them while it is installed, and
+# 10.16 needs `-libs`, which cannot even say what they need where NVIDIA's own index is out of reach.
 SOURCES = ("antlr4-python3-runtime", "tensorrt-cu12", "tensorrt-cu13")
 
 Versions = dict[str, Version]
-Resolve = Callable[..., Versions]
 
 
 @dataclass(frozen=True)
@@ -138,44 +141,60 @@ def test_the_oldest_set_is_at_the_lower_bounds() -> None:
     assert not outside(constraints("constraints-oldest.txt"), bounds)
 
 
+def arguments(name: str) -> list[str]:
+    """Return what pip is to resolve: an environment, or with the constraints of this name what `make` installs."""
+    if name not in ON_CPU:
+        return ["--constraint", str(ROOT / name), *map(str, required("cpu", "dev"))]
+    environment = environment_of(name)
+    pinned = [f"{package}=={version}" for package, version in environment.pins.items()]
+    wanted = [*pinned, *map(str, required(*environment.extras))]
+    return [re.sub(r"^(tensorrt-cu\d+)", r"\1-bindings", line) for line in wanted]
+
+
+def resolve(pip: Path, *arguments: str) -> Versions:
+    """Return what pip would install; `fast-deps` reads metadata where pip would else download gigabytes of wheels."""
+    options = ["-qq", "--dry-run", "--ignore-installed", "--report=-", "--use-feature=fast-deps"]
+    source = ["--only-binary=:all:", f"--no-binary={','.join(SOURCES)}"]
+    done = python([str(pip), "install", *options, *source, *arguments], pip.parent, new_user())
+    assert done.returncode == 0, done.stderr
+    packages = [item["metadata"] for item in json.loads(done.stdout)["install"]]
+    return {canonicalize_name(package["name"]): Version(package["version"]) for package in packages}
+
+
 @pytest.fixture(scope="module")
-def resolve(tmp_path_factory: pytest.TempPathFactory) -> Resolve:
-    """Return what pip would install, read from metadata: without fast-deps, or before 25.3, it downloads gigabytes."""
+def pip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pip of its own: before 25.3 a dry run downloads every wheel in the end."""
+    if not platform.python_version().startswith(f"{environment_of('environment.yml').python}."):
+        pytest.skip(f"the sets are not for Python {platform.python_version()}, with which the tests run")
     folder = tmp_path_factory.mktemp("pip")
     done = python(["-m", "pip", "install", "--quiet", "--target", str(folder), "pip>=25.3"], folder, new_user())
     if done.returncode:
-        pytest.skip(f"needs a package index, and pip cannot even get pip: {done.stderr.strip().splitlines()[-1]}")
-    command = [str(folder / "pip"), "install", "-qq", "--dry-run", "--ignore-installed", "--report=report.json"]
-    source = ["--only-binary=:all:", f"--no-binary={','.join(SOURCES)}"]
+        pytest.skip(f"needs a package index, and not even pip is to be had: {done.stderr.strip().splitlines()[-1]}")
+    return folder / "pip"
 
-    def run(*arguments: str) -> Versions:
-        done = python([*command, "--use-feature=fast-deps", *source, *arguments], folder, new_user())
-        assert done.returncode == 0, done.stderr
-        packages = [item["metadata"] for item in json.loads((folder / "report.json").read_text())["install"]]
-        return {canonicalize_name(package["name"]): Version(package["version"]) for package in packages}
 
-    return run
+@pytest.fixture(scope="module")
+def resolved(pip: Path) -> Iterator[dict[str, Future[Versions]]]:
+    """What pip would install for each set, all at once: most of the time it waits for the index."""
+    with ThreadPoolExecutor() as pool:
+        names = (*ON_CPU, "constraints-oldest.txt")  # the other constraints are tried by `make install`
+        yield {name: pool.submit(resolve, pip, *arguments(name)) for name in names}
 
 
 @pytest.mark.slow
 @environments
-def test_pip_finds_an_environment_whose_parts_fit(name: str, resolve: Resolve) -> None:
-    """All but TensorRT's libraries: they are not on the index, so its Python bindings stand for it."""
+def test_pip_finds_an_environment_whose_parts_fit(name: str, pip: Path, resolved: dict[str, Future[Versions]]) -> None:
+    """All but TensorRT's libraries, which are not on the index; its Python bindings stand for them."""
     environment = environment_of(name)
-    wanted = {f"{package}=={version}" for package, version in environment.pins.items()}
-    wanted |= {str(requirement) for requirement in required(*environment.extras)}
-
-    found = resolve(*(re.sub(r"^(tensorrt-cu\d+)", r"\1-bindings", line) for line in wanted))
-    alone = resolve("--no-deps", *(line for line in wanted if line.startswith("tensorrt-")))
-
-    assert environment.pins.items() <= (found | alone).items()
+    tensorrt = f"{environment.tensorrt}=={environment.pins[environment.tensorrt]}"
+    found = resolved[name].result() | resolve(pip, "--no-deps", tensorrt)
+    assert environment.pins.items() <= found.items()
     assert {package for package in found if package.startswith("onnxruntime")} == {"onnxruntime-gpu"}
-    (cuda,) = {suffix[0] for package in found | alone if (suffix := re.findall(r"-cu(\d+)", package))}
+    (cuda,) = {suffix[0] for package in found if (suffix := re.findall(r"-cu(\d+)", package))}
     assert environment.tensorrt.endswith(cuda)
 
 
 @pytest.mark.slow
-def test_the_oldest_set_pins_everything_that_pip_would_install(resolve: Resolve) -> None:
-    name = "constraints-oldest.txt"  # the other one is what `make install` resolves
-    found = resolve("--constraint", str(ROOT / name), *map(str, required("cpu", "dev")))
-    assert found.items() <= constraints(name).items()
+def test_the_oldest_set_pins_everything_that_pip_would_install(resolved: dict[str, Future[Versions]]) -> None:
+    name = "constraints-oldest.txt"
+    assert resolved[name].result() == constraints(name)
