@@ -127,7 +127,8 @@ class TensorRT:
         """Refuse to start without TensorRT's libraries and the provider that uses them."""
         if find_spec("tensorrt") is None:
             raise UserError(
-                "runtime=tensorrt needs TensorRT; install pq-sweep[gpu] (pip install '.[gpu]'), or use onnxruntime."
+                "runtime=tensorrt needs TensorRT; see environment.yml (V100, A100) or environment-cu13.yml, or use"
+                " runtime=onnxruntime."
             )
         _require_provider("TensorrtExecutionProvider")
 
@@ -260,7 +261,8 @@ def _require_provider(provider: str) -> None:
 
     if provider not in onnxruntime.get_available_providers():
         raise UserError(
-            f"this onnxruntime has no {provider}; install pq-sweep[gpu] (pip install '.[gpu]'), or use device=cpu."
+            f"this onnxruntime has no {provider}; see environment.yml (V100, A100) or environment-cu13.yml, or use"
+            " device=cpu."
         )
 
 

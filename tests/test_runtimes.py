@@ -140,6 +140,8 @@ def test_the_artifact_of_onnxruntime_runs_alone(opened: Opener, images: Tensor, 
 
 @pytest.mark.parametrize("name", [name for name in REALISED if name.startswith("onnxruntime")])
 def test_every_node_is_placed_on_the_cpu(opened: Opener, name: str) -> None:
+    if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
+        pytest.skip(f"onnxruntime {onnxruntime.__version__} does not say where nodes are; 1.24 is the first that does")
     counts = opened(name).details["nodes_per_provider"]
 
     assert list(counts) == ["CPUExecutionProvider"]
