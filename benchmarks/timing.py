@@ -81,8 +81,8 @@ def ratios(session: Session, images: torch.Tensor, theirs: Any, rounds: int, sec
 def main() -> None:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement")
     arguments = parser.parse_args()
     table = Table(title=f"ours / theirs on {device_name('cpu')}, torch {versions()['torch']}", title_justify="left")
     for name in ("model", "runtime", "batch", "median ratio", "smallest", "largest"):
