@@ -221,7 +221,7 @@ def test_a_provider_that_is_not_there_is_a_mismatch(tmp_path: Path, doubling: Pa
 @pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="onnxruntime has CUDA")
 def test_onnxruntime_without_cuda_is_refused_at_once() -> None:
     OnnxRuntime().require("cpu")
-    with pytest.raises(UserError, match=r"no CUDAExecutionProvider; install pq-sweep\[gpu\]"):
+    with pytest.raises(UserError, match=r"no CUDAExecutionProvider; see environment\.yml"):
         OnnxRuntime().require("cuda:0")
 
 
@@ -375,7 +375,7 @@ def test_tensorrt_has_to_build_one_engine(
 
 @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
 def test_tensorrt_is_refused_without_its_libraries() -> None:
-    with pytest.raises(UserError, match=r"runtime=tensorrt needs TensorRT; install pq-sweep\[gpu\]"):
+    with pytest.raises(UserError, match=r"runtime=tensorrt needs TensorRT; see environment\.yml"):
         TensorRT().require("cuda:0")
 
 
