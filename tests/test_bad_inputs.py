@@ -276,5 +276,5 @@ def test_every_problem_of_a_grid_is_listed_once(tmp_path: Path, launch: Launch) 
 
 @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="says what happens without TensorRT")
 def test_tensorrt_without_tensorrt_says_what_to_install() -> None:
-    with pytest.raises(UserError, match=r"runtime=tensorrt needs TensorRT; install pq-sweep\[gpu\]"):
+    with pytest.raises(UserError, match=r"runtime=tensorrt needs TensorRT; see environment\.yml"):
         TensorRT().require("cuda:0")
