@@ -14,7 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pq_sweep.monitor import identify
 from pq_sweep.types import UserError
 
 PACKAGES = (
@@ -120,15 +119,17 @@ def _gpu(device: str) -> dict[str, Any] | None:
         return None
     import torch
 
-    properties = torch.cuda.get_device_properties(device)
+    from pq_sweep.monitor import identify
+
+    properties, uuid = torch.cuda.get_device_properties(device), gpu_uuid(device)
     return {
         "name": properties.name,
-        "uuid": gpu_uuid(device),
+        "uuid": uuid,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "memory_mb": properties.total_memory / 1e6,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "nvml": identify(gpu_uuid(device)),
+        "nvml": identify(uuid),
     }
 
 

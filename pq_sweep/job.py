@@ -39,15 +39,14 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         check(cfg)
         torch.manual_seed(cfg.seed)
         protocol: Protocol = instantiate(cfg.measure, _convert_="all")
-        threads = measure.use_threads(protocol.threads)
-        work = Workspace(folder, resolve_device(cfg.device), threads, stage, protocol.paired)
+        device, threads = resolve_device(cfg.device), measure.use_threads(protocol.threads)
+        work = Workspace(folder, device, threads, stage, protocol.paired)
         quantizer = component(cfg.quantizer)
-        runtime = possible_runtime(cfg, quantizer, work.device)
+        runtime = possible_runtime(cfg, quantizer, device)
         # What an earlier try kept is of use on the same kind of device only.
-        stage.resume(digest([key := fingerprint(cfg), device_name(work.device)]))
-
+        stage.resume(digest([key := fingerprint(cfg), device_name(device)]))
         with stage("load"):
-            model, data = load(cfg, work.device)
+            model, data = load(cfg, device)
         with stage("baseline"):
             baseline = load_baseline(cfg, model, data, work, protocol)
         pruning = change_once(stage, "prune", model, partial(component(cfg.pruner), model, data))
