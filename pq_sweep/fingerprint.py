@@ -73,7 +73,12 @@ def _own_modules(options: dict[str, Any]) -> Iterator[str]:
 @cache
 def _code(modules: tuple[str, ...]) -> str:
     """Return a hash of the source of this package and of further modules."""
-    sources = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem not in AROUND_JOBS)
+    package = Path(__file__).parent
+    sources = sorted(
+        path
+        for path in package.rglob("*.py")
+        if path.relative_to(package).parts[0].removesuffix(".py") not in AROUND_JOBS
+    )
     specs = (find_spec(module) for module in modules)
     sources += [Path(spec.origin) for spec in specs if spec and spec.origin and Path(spec.origin).is_file()]
     whole = hashlib.sha256()
