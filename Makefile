@@ -47,5 +47,8 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[cpu,dev]'
 	touch $@
 
-gpu-check: install
-	$(BIN)/pytest -m gpu
+# On any CUDA machine with torch; installs nothing. OUTPUT is the folder of the report instead of docs/results.
+SEES_CUDA := import sys, torch; sys.exit(not torch.cuda.is_available())
+gpu-check:
+	@if $(BIN)/python -c '$(SEES_CUDA)' 2>/dev/null; then python=$(BIN)/python; else python=$(PYTHON); fi; \
+	$$python -m pq_sweep.gpu_check $(if $(OUTPUT),--output $(OUTPUT))

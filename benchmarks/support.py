@@ -195,11 +195,10 @@ def answer(graph: Path, images: Any, quantizer: str = "none") -> Any:
     import torch
 
     from pq_sweep.progress import Stages
-    from pq_sweep.runtimes import OnnxRuntime
     from pq_sweep.types import Workspace
 
     work = Workspace(graph.parent, "cpu", torch.get_num_threads(), Stages(graph.parent, ""))
-    session = OnnxRuntime().load(graph, component("quantizer", quantizer), work, {})
+    session = component("runtime", "onnxruntime")().load(graph, component("quantizer", quantizer), work, {})
     try:
         return session(images)
     finally:

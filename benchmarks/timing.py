@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.benchmark import Timer
 
-from pq_sweep import quantizers, runtimes
+from benchmarks.support import component
+from pq_sweep import quantizers
 from pq_sweep.datasets import digits
 from pq_sweep.environment import device_name, versions
 from pq_sweep.measure import latency
@@ -37,8 +38,8 @@ def protocol(seconds: float) -> Protocol:
     """Return a protocol that samples for some seconds."""
     warmup = {"warmup_iterations": 3, "warmup_s": 0.2, "window": None, "agreement": 0.0, "warmup_max_s": 0.0}
     sampling = {"min_iterations": 5, "iterations": 5, "min_s": seconds, "max_s": seconds, "interval": 0.0}
-    names = {"name": "benchmark", "batch_sizes": [], "eval_batch_size": 1, "threads": None, "paired": False}
-    return Protocol(**warmup, **sampling, **names)
+    rest = {"name": "benchmark", "batch_sizes": [], "eval_batch_size": 1, "threads": None, "paired": False}
+    return Protocol(**warmup, **sampling, **rest, repeats=1)
 
 
 def theirs_torch(session: Session, images: torch.Tensor, seconds: float) -> float:
@@ -51,7 +52,7 @@ def theirs_torch(session: Session, images: torch.Tensor, seconds: float) -> floa
 
 def theirs_onnxruntime(session: Any, images: torch.Tensor, seconds: float) -> float:
     """Return the median of a bare loop in ms."""
-    run, feed, taken = session.session.run, {"input": images.numpy()}, []
+    run, feed, taken = session.call.session.run, {"input": images.numpy()}, []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter_ns()
@@ -60,9 +61,9 @@ def theirs_onnxruntime(session: Any, images: torch.Tensor, seconds: float) -> fl
     return statistics.median(taken) / 1e6
 
 
-RUNTIMES: dict[str, tuple[Any, Callable[[Any, torch.Tensor, float], float]]] = {
-    "torch": (runtimes.Torch(), theirs_torch),
-    "onnxruntime": (runtimes.OnnxRuntime(), theirs_onnxruntime),
+THEIRS: dict[str, Callable[[Any, torch.Tensor, float], float]] = {
+    "torch": theirs_torch,
+    "onnxruntime": theirs_onnxruntime,
 }
 
 
@@ -89,11 +90,11 @@ def main() -> None:
         table.add_column(name)
     data = digits(digits_cnn(weights=None), calibration=8)
     for model_name in MODELS:
-        for runtime_name, (runtime, theirs) in RUNTIMES.items():
+        for runtime_name, theirs in THEIRS.items():
             with tempfile.TemporaryDirectory() as folder:
                 work = Workspace(Path(folder), "cpu", torch.get_num_threads(), Stages(Path(folder), ""))
                 model = torchvision_model(name=model_name, weights=None)
-                session = runtime.open(model, quantizers.none, data, work)
+                session = component("runtime", runtime_name)().open(model, quantizers.none, data, work)
                 for batch_size in BATCH_SIZES:
                     found = list(ratios(session, model.sample(batch_size), theirs, arguments.rounds, arguments.seconds))
                     cells = (statistics.median(found), min(found), max(found))

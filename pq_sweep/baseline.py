@@ -16,7 +16,7 @@ from pq_sweep import measure
 from pq_sweep.environment import device_name, versions
 from pq_sweep.fingerprint import digest, files_state, resolved
 from pq_sweep.progress import write_json
-from pq_sweep.runtimes import TorchSession
+from pq_sweep.runtimes import CallSession, converting, inferring, use_tf32
 from pq_sweep.timing import Protocol, Result
 from pq_sweep.types import Data, Model, Workspace
 
@@ -54,7 +54,9 @@ def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: 
     """Evaluate the model in FP32 under torch, and save its state_dict for its size."""
     artifact = folder / "model.pt"
     torch.save(model.module.state_dict(), artifact)
-    session = TorchSession(model.module, torch.float32, device, artifact, {})
+    use_tf32(False)
+    network = inferring(converting(model.module, torch.float32, torch.preserve_format))
+    session = CallSession(network, "torch", f"torch {torch.__version__} eager", device, artifact, {})
     accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
     np.save(folder / "predictions.npy", predictions)
     _name_images(data, predictions, folder / "images.csv")

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_class, get_method
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pq_sweep.runtimes import precision_of
@@ -30,7 +30,7 @@ CHOICES = {
 WEIGHT_FILES = (".pt", ".pth", ".safetensors")
 # Options of this package's components: the least and largest value, and whether it is a whole number.
 WHOLE_FROM_ONE = ("evaluation", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
-                  "epochs", "round_to", "num_classes", "window", "p")  # fmt: skip
+                  "epochs", "round_to", "num_classes", "window", "p", "repeats")  # fmt: skip
 FROM_ZERO = ("warmup_s", "warmup_max_s", "min_s", "max_s", "agreement", "interval", "lr", "n", "max_drop")
 RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(WHOLE_FROM_ONE, (1, math.inf, True)),
@@ -148,9 +148,12 @@ def _combination(cfg: DictConfig) -> Iterator[str]:
         return
     try:
         precision = precision_of(get_method(cfg.quantizer._target_))
-        runtime: Any = get_class(cfg.runtime._target_)
+        runtime: Any = instantiate(cfg.runtime, _convert_="all")
+        if cfg.device != "auto":
+            runtime.resolve(precision, str(cfg.device))
     except Exception as error:
-        yield " ".join(str(error).split())
+        # Hydra wraps what a component says about its options.
+        yield " ".join(str(error.__cause__ if isinstance(error.__cause__, UserError) else error).split())
         return
     kinds = ("cpu", "cuda") if cfg.device == "auto" else (str(cfg.device),)
     refusals = [impossible(runtime, precision, kind) for kind in kinds]
@@ -159,10 +162,10 @@ def _combination(cfg: DictConfig) -> Iterator[str]:
 
 
 def impossible(runtime: Any, precision: str, device: str) -> str | None:
-    """Say why a runtime (class or object) cannot run a precision on a device, or None if it can."""
+    """Say why a runtime cannot run a precision on a device, or None if it can."""
     if precision in runtime.precisions.get(device.partition(":")[0], ()):
         return None
-    name = getattr(runtime, "__name__", type(runtime).__name__).lower()
+    name = _name(type(runtime))
     possible = [f"{', '.join(names)} on {kind}" for kind, names in runtime.precisions.items() if names]
     return (
         f"runtime={name} cannot run precision {precision} on device={device}; it runs {' and '.join(possible)}."
@@ -172,11 +175,16 @@ def impossible(runtime: Any, precision: str, device: str) -> str | None:
 
 def _realisers(precision: str) -> list[str]:
     """Name the runtimes and devices of this package that realise a precision."""
-    from pq_sweep.runtimes import OnnxRuntime, TensorRT, Torch
+    from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, Torch
 
-    runtimes = (Torch, OnnxRuntime, TensorRT)
-    return [f"runtime={runtime.__name__.lower()} device={kind}" for runtime in runtimes
+    runtimes = (Torch, OnnxRuntime, TensorRT, TensorRTNative)
+    return [f"runtime={_name(runtime)} device={kind}" for runtime in runtimes
             for kind, names in runtime.precisions.items() if precision in names]  # fmt: skip
+
+
+def _name(runtime: type[Any]) -> str:
+    """Return the name by which a runtime is chosen."""
+    return getattr(runtime, "name", runtime.__name__.lower())
 
 
 def _is_ours(options: DictConfig) -> bool:

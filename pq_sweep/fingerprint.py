@@ -20,6 +20,7 @@ WITHOUT_EFFECT = ("tracking", "resume")
 AROUND_JOBS = (
     "cli",
     "doctor",
+    "gpu_check",
     "grid",
     "imports",
     "results",

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,11 @@ from pq_sweep.baseline import load_baseline
 from pq_sweep.check import check, impossible, refuse
 from pq_sweep.environment import describe, device_name, resolve_device
 from pq_sweep.fingerprint import digest, fingerprint, resolved
+from pq_sweep.hardware import Cpu, Gpu, capability, cpu_flags, lacks
+from pq_sweep.measure import Samples
 from pq_sweep.progress import Stages, write_json
 from pq_sweep.quantizers import none
+from pq_sweep.repeats import check_artifact, file_hash, measure_apart, share_network
 from pq_sweep.resume import change_once
 from pq_sweep.runtimes import precision_of
 from pq_sweep.sizes import compressed_size, storage_sizes
@@ -32,33 +35,39 @@ from pq_sweep.types import Data, Model, Runtime, Session, Workspace
 component = partial(instantiate, _partial_=True, _convert_="all")
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a job's config means on this machine; `key` is its fingerprint."""
+
+    cfg: DictConfig
+    key: str
+    protocol: Protocol
+    quantizer: Callable[..., Any]
+    runtime: Runtime
+    work: Workspace
+
+
 def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
     """Compress and measure one model as `cfg` says; leave the artifact and `result.json` in `folder`."""
     stage = Stages(folder, label)
     with stage.keeping_errors():
         check(cfg)
-        torch.manual_seed(cfg.seed)
-        protocol: Protocol = instantiate(cfg.measure, _convert_="all")
-        device, threads = resolve_device(cfg.device), measure.use_threads(protocol.threads)
-        work = Workspace(folder, device, threads, stage, protocol.paired)
-        quantizer = component(cfg.quantizer)
-        runtime = possible_runtime(cfg, quantizer, device)
-        # What an earlier try kept is of use on the same kind of device only.
-        stage.resume(digest([key := fingerprint(cfg), device_name(device)]))
+        plan = prepare(cfg, stage)
         with stage("load"):
-            model, data = load(cfg, device)
+            model, data = load(cfg, plan.work.device)
         with stage("baseline"):
-            baseline = load_baseline(cfg, model, data, work, protocol)
-        pruning = change_once(stage, "prune", model, partial(component(cfg.pruner), model, data))
-        change_once(stage, "recover", model, partial(component(cfg.recovery), model, data))
+            baseline = load_baseline(cfg, model, data, plan.work, plan.protocol)
+        pruning = compress(plan, model, data, stage)
         network, formats = stage.once("sizes", partial(describe_network, model, baseline.result, folder))
-        session = runtime.open(model, quantizer, data, work)
+        session = plan.runtime.open(model, plan.quantizer, data, plan.work)
         del model  # from here on only the session holds memory
-        accuracy, predictions = evaluate(session, data, protocol, stage)
-        speed = measure.speed(session, data, protocol, stage, partial(dense_session, cfg, runtime, work))
+        accuracy, predictions = evaluate(session, data, plan.protocol, stage)
+        ran, environment = describe_session(session, plan), describe(plan.work.device, plan.work.threads)
+        sizes = describe_sizes(session, baseline.result["size_bytes"], formats)
+        speed = measure_speed(plan, session, data, stage)
         result = {
             "status": "finished",
-            "fingerprint": key,
+            "fingerprint": plan.key,
             "started": stage.started,
             "seconds": time.time() - stage.started,
             "tries": stage.tries,
@@ -66,23 +75,49 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             **speed,
             "network": network,
             "images": describe_images(data),
-            "size_bytes": describe_sizes(session, baseline.result["size_bytes"], formats),
+            "size_bytes": sizes,
             "prep_s": stage.prep,
+            "from_cache": stage.from_cache,
             "stage_s": stage.seconds,
             "baseline": baseline.result,
-            "session": describe_session(session, quantizer, folder),
+            "session": ran,
+            "hardware": unaccelerated(ran, environment),
             "config": resolved(cfg),
-            "environment": describe(work.device, work.threads),
+            "environment": environment,
         }
-        session.close()
         save(stage, result, pruning)
     return result
+
+
+def measure_again(cfg: DictConfig, stage: Stages, artifact: str) -> tuple[Result, Samples]:
+    """Open once more what a job has compressed, and measure its speed; `artifact` is the hash of the job's artifact."""
+    plan = prepare(cfg, stage)
+    with stage("load"):
+        model, data = load(cfg, plan.work.device)
+    compress(plan, model, data, stage)
+    session = plan.runtime.open(model, plan.quantizer, data, plan.work)
+    del model
+    check_artifact(session.artifact, artifact)
+    return measure.speed(session, data, plan.protocol, stage, partial(dense_session, plan))
+
+
+def prepare(cfg: DictConfig, stage: Stages) -> Plan:
+    """Start the random numbers, choose device, threads and runtime, and take over what an earlier try kept."""
+    torch.manual_seed(cfg.seed)
+    protocol: Protocol = instantiate(cfg.measure, _convert_="all")
+    device, threads = resolve_device(cfg.device), measure.use_threads(protocol.threads)
+    work = Workspace(stage.folder, device, threads, stage, protocol.paired, tuple(protocol.batch_sizes))
+    quantizer = component(cfg.quantizer)
+    runtime = possible_runtime(cfg, quantizer, device)
+    # What an earlier try kept is of use on the same kind of device only.
+    stage.resume(digest([key := fingerprint(cfg), device_name(device)]))
+    return Plan(cfg, key, protocol, quantizer, runtime, work)
 
 
 def possible_runtime(cfg: DictConfig, quantizer: Callable[..., Any], device: str) -> Runtime:
     """Return the runtime that is meant, or refuse what it or this machine cannot run."""
     precision = precision_of(quantizer)
-    runtime: Runtime = instantiate(cfg.runtime).resolve(precision, device)
+    runtime: Runtime = instantiate(cfg.runtime, _convert_="all").resolve(precision, device)
     refuse(impossible(runtime, precision, device))
     runtime.require(device)
     return runtime
@@ -96,13 +131,36 @@ def load(cfg: DictConfig, device: str) -> tuple[Model, Data]:
     return model, data
 
 
+def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> Result | None:
+    """Prune and recover the network in place, and return the pruner's record."""
+    pruning = change_once(stage, "prune", model, partial(component(plan.cfg.pruner), model, data))
+    change_once(stage, "recover", model, partial(component(plan.cfg.recovery), model, data))
+    if plan.protocol.repeats > 1:
+        share_network(stage, model)
+    return pruning
+
+
+def measure_speed(plan: Plan, session: Session, data: Data, stage: Stages) -> Result:
+    """Measure here, or in fresh processes if the protocol wants repeats; close the session and write `samples.npz`."""
+    if plan.protocol.repeats > 1:
+        artifact = file_hash(session.artifact)
+        session.close()
+        result, samples = measure_apart(stage, resolved(plan.cfg), artifact, plan.protocol.repeats)
+    else:
+        result, samples = measure.speed(session, data, plan.protocol, stage, partial(dense_session, plan))
+        session.close()
+    np.savez_compressed(stage.folder / "samples.npz", **samples)
+    return result
+
+
 @contextmanager
-def dense_session(cfg: DictConfig, runtime: Runtime, work: Workspace) -> Iterator[Session]:
+def dense_session(plan: Plan) -> Iterator[Session]:
     """Open the uncompressed FP32 model in the job's runtime for a while."""
-    folder = work.folder / "dense"
+    folder = plan.work.folder / "dense"
     folder.mkdir(exist_ok=True)
-    model, data = load(cfg, work.device)
-    session = runtime.open(model, none, data, replace(work, folder=folder, stage=Stages(folder, "uncompressed")))
+    model, data = load(plan.cfg, plan.work.device)
+    work = replace(plan.work, folder=folder, stage=Stages(folder, "uncompressed"))
+    session = plan.runtime.open(model, none, data, work)
     try:
         yield session
     finally:
@@ -155,13 +213,21 @@ def describe_sizes(session: Session, original: int, formats: dict[str, int]) -> 
     }
 
 
-def describe_session(session: Session, quantizer: Callable[..., Any], folder: Path) -> Result:
+def describe_session(session: Session, plan: Plan) -> Result:
     """Return what really ran."""
     return {
         "runtime": session.runtime,
         "device": session.device,
         "engine": session.engine,
-        "precision": precision_of(quantizer),
-        "artifact": str(session.artifact.relative_to(folder)),
+        "precision": precision_of(plan.quantizer),
+        "artifact": str(session.artifact.relative_to(plan.work.folder)),
+        "sha256": file_hash(session.artifact),
         **session.details,
     }
+
+
+def unaccelerated(ran: Result, environment: Result) -> list[str]:
+    """Return a sentence for each thing that ran and that its device has no fast units for."""
+    gpu = environment["gpu"]
+    device = Gpu(gpu["name"], capability(gpu["compute_capability"])) if gpu else Cpu(environment["device"], cpu_flags())
+    return lacks(ran["precision"], device, sparse=bool(ran.get("sparsity")), tf32=bool(ran.get("tf32")))

@@ -32,7 +32,9 @@ HOST_BOUND = 0.8
 # What a monitor may say of a device that speaks against a median; at its power limit it is at work as usual.
 UNSETTLING = ("throttled", "shared")
 
-Measure = Callable[[Session, Tensor, Protocol], tuple[Result, dict[str, np.ndarray]]]
+# Every sample of a measurement (N,) in ns and in order, by batch size and clock: "b8_host".
+Samples = dict[str, Any]
+Measure = Callable[[Session, Tensor, Protocol], tuple[Result, Samples]]
 
 
 def accuracy(session: Session, data: Data, batch_size: int) -> tuple[Result, np.ndarray]:
@@ -86,26 +88,24 @@ def speed(
     protocol: Protocol,
     stage: Stage,
     dense_session: Callable[[], AbstractContextManager[Session]],
-) -> Result:
-    """Measure latency at every batch size of the protocol, and the peak memory meanwhile.
-
-    Every sample is kept in `samples.npz`, in ns and in order, one array per batch size and clock.
-    """
-    _release_memory()
+) -> tuple[Result, Samples]:
+    """Measure latency at every batch size of the protocol, and the peak memory meanwhile; return all samples too."""
+    release_memory()
     resettable = _reset_peak_memory(session.device)
-    samples: dict[str, Any] = {}
+    samples: Samples = {}
     measured = _each_size("latency", latency, session, data, protocol, stage, samples)
     result = {"latency": measured, "peak_memory_mb": _peak_memory_mb(session.device) if resettable else None}
+    if session.device != "cpu":
+        result["memory"] = allocated(session.device) | watched_memory(measured)
     if protocol.paired:
         with dense_session() as dense:
             pair = partial(_paired, dense)
             result["paired"] = _each_size("paired", pair, session, data, protocol, stage, samples)
-    np.savez_compressed(stage.folder / "samples.npz", **samples)
-    return result
+    return result, samples
 
 
 def _each_size(
-    name: str, measure: Measure, session: Session, data: Data, protocol: Protocol, stage: Stage, samples: Result
+    name: str, measure: Measure, session: Session, data: Data, protocol: Protocol, stage: Stage, samples: Samples
 ) -> Result:
     """Measure at every batch size as a stage of its own; add what was sampled to `samples`."""
     measured = {}
@@ -117,15 +117,13 @@ def _each_size(
     return measured
 
 
-def _paired(
-    dense: Session, session: Session, images: Tensor, protocol: Protocol
-) -> tuple[Result, dict[str, np.ndarray]]:
+def _paired(dense: Session, session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
     """Time a session in turn with that of the uncompressed model, on the device's clock."""
     clock = HostClock() if session.device == "cpu" else CudaClock()
     return paired(lambda: session(images), lambda: dense(images), clock, protocol)
 
 
-def latency(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, dict[str, np.ndarray]]:
+def latency(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
     """Time `session` on `images`, which lie on its device; return the figures and the samples in ns of each clock.
 
     On the CPU there is one latency. On CUDA it is the device's time, and `host_to_host` that of a caller whose images
@@ -142,7 +140,7 @@ def latency(session: Session, images: Tensor, protocol: Protocol) -> tuple[Resul
     }, samples
 
 
-def _on_cpu(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, dict[str, np.ndarray]]:
+def _on_cpu(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
     figures, samples = _watched(session, lambda: session(images), HostClock(), protocol, len(images))
     return figures, {"host": samples}
 
@@ -162,7 +160,7 @@ def _watched(
     }, samples
 
 
-def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, dict[str, np.ndarray]]:
+def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
     """Time the device, then the way from host to host, then calls that are all handed over at once."""
     clock, pinned = CudaClock(), images.cpu().pin_memory()
     figures, device = _watched(session, lambda: session(images), clock, protocol, len(images))
@@ -238,11 +236,30 @@ def macs(model: Model) -> int:
     return int(counter.get_total_flops() // 2)
 
 
-def _release_memory() -> None:
-    """Give freed memory back to the system, so that the peak is not that of an earlier stage."""
+def release_memory() -> None:
+    """Give freed memory back to the system and the device, so that the peak is not that of an earlier stage."""
     gc.collect()
+    torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def allocated(device: str) -> Result:
+    """Return the peaks of torch's allocator since the last reset in MB: of tensors, and of what it holds for them."""
+    return {
+        "allocator_mb": torch.cuda.max_memory_allocated(device) / 1e6,
+        "allocator_reserved_mb": torch.cuda.max_memory_reserved(device) / 1e6,
+    }
+
+
+def watched_memory(latencies: Result) -> Result:
+    """Return the peaks that NVML saw while latency was measured at any batch size, in MB, or None if it saw none."""
+    states = [figures["device_state"] for figures in latencies.values()]
+
+    def peak(name: str) -> float | None:
+        return max((state[name] for state in states if name in state), default=None)
+
+    return {"nvml_process_mb": peak("memory_process_mb"), "nvml_device_mb": peak("memory_device_mb")}
 
 
 def _reset_peak_memory(device: str) -> bool:

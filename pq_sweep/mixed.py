@@ -160,10 +160,11 @@ def _session(model: onnx.ModelProto) -> Any:
     import onnxruntime
     import torch
 
-    from pq_sweep.runtimes import OrtSession
+    from pq_sweep.runtimes import CallSession
+    from pq_sweep.runtimes.ort import CPU, Unbound, engine
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
     settings.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    return OrtSession(session, "cpu", Path(), {}, "onnxruntime")
+    session = onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=[CPU])
+    return CallSession(Unbound(session), "onnxruntime", engine(CPU), "cpu", Path(), {})

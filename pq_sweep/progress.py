@@ -56,6 +56,7 @@ class Stages:
         self.tries: list[dict[str, Any]] = []
         self.kept: dict[str, Any] = {}
         self.timed_before: frozenset[str] = frozenset()
+        self.from_cache: list[str] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -107,6 +108,12 @@ class Stages:
 
         return self.keep(name, timed, *files)
 
+    def cached(self, name: str, seconds: float) -> None:
+        """Count a stage whose outcome came out of a cache with the seconds that it took when it was made."""
+        self.from_cache.append(name)
+        if name not in self.timed_before:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
     def finish(self) -> None:
         """Forget what was only needed to continue."""
         for kept in [*self.folder.glob("*.kept.pt"), self.folder / PROGRESS]:
@@ -142,7 +149,8 @@ class Stages:
         if type(error).__name__ == "UncompletedJobError":  # raised by submitit in the middle of whatever ran
             message = f"{message.rstrip('.')}; raise hydra.launcher.timeout_min or max_num_timeout."
         record = {"type": type(error).__name__, "message": message, "stage": self.current, "started": self.started}
-        write_error(self.folder, record | {"slurm": slurm(), "traceback": traceback.format_exc()})
+        record |= {"slurm": slurm(), "stderr": getattr(error, "__notes__", []), "traceback": traceback.format_exc()}
+        write_error(self.folder, record)
 
     @property
     def prep(self) -> dict[str, float]:

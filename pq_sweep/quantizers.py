@@ -58,8 +58,10 @@ def fp16(source: Path, target: Path, data: Data, *, form: str, stage: Stage, exc
 
 @quantizer("bf16")
 def bf16(source: Path, target: Path, data: Data, *, form: str, stage: Stage) -> Record:
-    """Convert to bfloat16, which only the torch runtime realises."""
-    raise UserError("quantizer=bf16 has no ONNX graph; use runtime=torch.")
+    """Keep the FP32 graph, for which TensorRT may choose bfloat16; the torch runtime converts the network."""
+    if form != "tensorrt":
+        raise UserError("quantizer=bf16 has no graph for ONNX Runtime; use runtime=torch, or TensorRT on a GPU.")
+    return none(source, target, data, form=form, stage=stage)
 
 
 @quantizer("int8")

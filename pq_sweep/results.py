@@ -28,6 +28,7 @@ PQ_BENCH = (
 # Which job of SLURM it was, where it ran, and how it ended if SLURM ended it.
 SLURM_COLUMNS = ("slurm_job", "node", "partition", "gpus_allotted", "slurm_state", "exit_code")
 GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime")
+COMPRESSING = ("pruner", "recovery", "quantizer")
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,47 @@ def find_sweeps(folders: list[Path]) -> list[Sweep]:
     return list(found.values())
 
 
+def comparable(row: Row, other: Row) -> str | None:
+    """Say why the latencies of two finished jobs must not be compared, or None if they may: one device ran both.
+
+    A GPU is known by its UUID, as two of one name differ by some percent; a CPU by its name and host.
+    """
+    if _device(row) == _device(other):
+        return None
+    return f"{_device(row)} is not {_device(other)}"
+
+
+def _device(row: Row) -> str:
+    """Name the one device that a job ran on."""
+    which = row["gpu_uuid"] or f"of {row['host']}"
+    return f"{row['device_name']} {which}"
+
+
+def reference(row: Row, sweep: Sweep) -> Row | None:
+    """Return the finished job of a sweep to compare a row with: the uncompressed one that is the same in all else.
+
+    Of several, one of the same device is chosen if there is one; None if there is none, or the row is one itself.
+    """
+    if row["status"] != "finished" or _is_uncompressed(row):
+        return None
+    same = ["model", "dataset", "runtime", *(key for key in sweep.options if key.partition(".")[0] not in COMPRESSING)]
+    found = [
+        other
+        for other in sweep.rows
+        if other["status"] == "finished"
+        and _is_uncompressed(other)
+        and all(row.get(key) == other.get(key) for key in same)
+    ]
+    return min(found, key=lambda other: comparable(row, other) is not None, default=None)
+
+
+def _is_uncompressed(row: Row) -> bool:
+    return all(row.get(group) == "none" for group in COMPRESSING)
+
+
 def write_csv(sweep: Sweep) -> Path:
     """Write `results.csv` into the sweep's folder: a row per job, PQ Bench's columns first."""
-    rows = [_pq_bench(row) | row for row in sweep.rows]
+    rows = [_pq_bench(row) | {key: _cell(value) for key, value in row.items()} for row in sweep.rows]
     columns = dict.fromkeys([*PQ_BENCH, *(key for row in rows for key in row)])
     path = sweep.folder / "results.csv"
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -127,6 +166,11 @@ def write_csv(sweep: Sweep) -> Path:
         writer.writerows(rows)
     aside.rename(path)
     return path
+
+
+def _cell(value: Any) -> Any:
+    """Return a value as one cell of the CSV."""
+    return "; ".join(value) if isinstance(value, list) else value
 
 
 def batch_sizes(rows: list[Row]) -> list[int]:
@@ -154,6 +198,8 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
         "params_removed": 1 - network["params"] / original["params"],
         "macs": network["macs"],
         "peak_memory_mb": result["peak_memory_mb"],
+        "peak_memory_allocator_mb": result.get("memory", {}).get("allocator_mb"),
+        "peak_memory_nvml_mb": result.get("memory", {}).get("nvml_process_mb"),
         "prep_time_s": sum(result["prep_s"].values()),
         "baseline_accuracy": original["top1"],
     }
@@ -225,6 +271,9 @@ def _row(folder: Path, announced: Row) -> Row:
             "smallest_format": result["size_bytes"]["smallest_format"],
             "tries": len(result["tries"]),
             "unstable": _unstable(result),
+            "hardware": result.get("hardware", []),
+            "gpu_uuid": (environment["gpu"] or {}).get("uuid") or "",
+            "host": environment["host"],
             **_where(environment["slurm"]),
         }
         return row | {"name": job_name(row) if "model" in row else row["name"]} | metrics(result)

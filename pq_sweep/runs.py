@@ -199,5 +199,15 @@ def _result_tags(result: dict[str, Any]) -> dict[str, Any]:
         "pq_sweep.protocol": result["config"]["measure"]["name"],
         "pq_sweep.host": environment["host"],
     }
+    tags |= _provenance(environment)
     git = environment["git"]
     return tags | ({"mlflow.source.git.commit": git["commit"], "pq_sweep.git_dirty": git["dirty"]} if git else {})
+
+
+def _provenance(environment: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells whether two rows may be compared: versions and, on a GPU, which one, its driver and clocks."""
+    gpu = dict(environment["gpu"] or {})
+    gpu |= {key: value for key, value in gpu.pop("nvml", {}).items() if key != "unavailable"}
+    found = {f"version.{name}": text for name, text in environment["versions"].items()}
+    found |= {f"gpu.{name}": value for name, value in gpu.items() if value is not None}
+    return {f"pq_sweep.{name}": value for name, value in found.items()}

@@ -112,10 +112,9 @@ def run_job(cfg: DictConfig) -> None:
     elif finished(folder, fingerprint(cfg)):
         log.info("%s | finished earlier", label)
         return
-    with quick_imports("torch"):
-        from pq_sweep.job import run
-
     try:
+        with quick_imports("torch"):
+            from pq_sweep.job import run
         with clean_stop():
             run(cfg, folder, label)
     except (Exception, SystemExit) as error:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pq_sweep.results import Row, Sweep, batch_sizes, write_csv
+from pq_sweep.results import Row, Sweep, batch_sizes, comparable, reference, write_csv
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,7 +24,12 @@ def tables(sweep: Sweep, width: int) -> list[Table]:
     tables that repeat the columns that tell the jobs apart.
     """
     sizes = batch_sizes(sweep.rows)
-    rows = [_cells(row, sizes, sweep.options) for row in sweep.rows]
+    faster = speedups(sweep)
+    heading = f"speed-up\nb{sizes[0]}" if faster else ""
+    rows = [
+        _cells(row, sizes, sweep.options) | ({heading: faster.get(row["job"], "-")} if faster else {})
+        for row in sweep.rows
+    ]
     columns = {
         name: [row.get(name, "-") for row in rows] for name in dict.fromkeys(name for row in rows for name in row)
     }
@@ -43,6 +48,22 @@ def tables(sweep: Sweep, width: int) -> list[Table]:
         parts[-1][name] = cells
     unfinished = [row["status"] != "finished" for row in sweep.rows]
     return [_draw(part, title if part is parts[0] else None, unfinished) for part in parts]
+
+
+def speedups(sweep: Sweep) -> dict[str, str]:
+    """Return how many times faster than the uncompressed model a job is at the smallest batch size, by job.
+
+    Where both were timed in turn, the ratio of the pairs is better known than that of the medians of two jobs.
+    """
+    size, found = min(batch_sizes(sweep.rows), default=0), {}
+    latency, paired = f"latency_ms/b{size}", f"speedup/b{size}"
+    for row in sweep.rows:
+        other = reference(row, sweep)
+        if paired in row:
+            found[row["job"]] = f"{row[paired]:.2f}"
+        elif latency in row and other and latency in other and comparable(row, other) is None:
+            found[row["job"]] = f"{other[latency] / row[latency]:.2f}"
+    return found
 
 
 def _draw(columns: dict[str, list[str]], title: str | None, marked: list[bool]) -> Table:
@@ -75,6 +96,8 @@ def show(sweep: Sweep) -> None:
         *_disturbed(sweep),
         *_unsettled(sweep),
         *_on_cpu(sweep),
+        *_unaccelerated(sweep),
+        *_elsewhere(sweep),
         *_left_out(sweep),
         f"CSV: {write_csv(sweep)}",
     ]:
@@ -106,8 +129,8 @@ def _unsettled(sweep: Sweep) -> Iterator[str]:
     jobs = [f"{row['job']} ({row['unstable']})" for row in sweep.rows if row.get("unstable")]
     if jobs:
         yield (
-            "unstable latency, by batch size, as the median's interval is too wide, its halves drift, or its quartiles"
-            f" spread: job {', '.join(jobs)}"
+            "unstable latency, by batch size, as the median's interval is too wide, its halves drift, its quartiles"
+            f" spread, or repeats in fresh processes differ: job {', '.join(jobs)}"
         )
 
 
@@ -116,6 +139,27 @@ def _on_cpu(sweep: Sweep) -> Iterator[str]:
     jobs = [row["job"] for row in sweep.rows if row.get("gpus_allotted") and row.get("device") == "cpu"]
     if jobs:
         yield f"SLURM allotted GPUs that were not used, as the jobs ran on device=cpu: job {', '.join(jobs)}"
+
+
+def _unaccelerated(sweep: Sweep) -> Iterator[str]:
+    """Say what the devices have no fast units for, and in which jobs that matters."""
+    pairs = [(sentence, row["job"]) for row in sweep.rows for sentence in row.get("hardware", ())]
+    for sentence, jobs in _by_reason(pairs):
+        yield f"{sentence.rstrip('.')}: job {jobs}"
+
+
+def _elsewhere(sweep: Sweep) -> Iterator[str]:
+    """Say for which jobs there is no speed-up because the uncompressed model ran on another device."""
+    compared = [(row, other) for row in sweep.rows if (other := reference(row, sweep))]
+    pairs = [(why, row["job"]) for row, other in compared if (why := comparable(row, other))]
+    for why, jobs in _by_reason(pairs):
+        yield f"no speed-up where the uncompressed model ran on another device, as {why}: job {jobs}"
+
+
+def _by_reason(pairs: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Yield each reason once with all of its jobs."""
+    for reason in dict.fromkeys(reason for reason, _ in pairs):
+        yield reason, ", ".join(job for other, job in pairs if other == reason)
 
 
 def _left_out(sweep: Sweep) -> Iterator[str]:

@@ -6,6 +6,7 @@ docs/measuring.md gives the reason and the source of every number here.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 import typing
 from collections.abc import Callable
@@ -20,8 +21,8 @@ Call = Callable[[], Any]
 
 # Samples needed to state a percentile with 99 % confidence (MLPerf LoadGen's early-stopping rule, one overshoot).
 SAMPLES_FOR = {90: 64, 99: 662}
-# What makes a result unstable besides an interval that is too wide: medians of the two halves that differ by more than
-# DRIFT, or quartiles further apart than SPREAD, both relative to the median.
+# What makes a result unstable besides an interval that is too wide: medians of the two halves, or of repeats, that
+# differ by more than DRIFT, or quartiles further apart than SPREAD, all relative to the median.
 DRIFT = 0.02
 SPREAD = 0.1
 OUTLIER = 14.826  # modified z-score, as of hyperfine: 10 standard deviations of a normal distribution
@@ -89,7 +90,7 @@ class Protocol:
     windows of iterations differ by less than `agreement` (at most `warmup_max_s`). Sampling ends after `iterations` and
     `min_s` once the 95 % interval of the median reaches no further than `interval` of it to either side, or at `max_s`
     but then not before `min_iterations`. With `paired`, the uncompressed model is timed as well, in turn with the
-    compressed one in the same runtime.
+    compressed one in the same runtime. With `repeats` above 1, all is done so often, each time in a fresh process.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Protocol:
     max_s: float | None
     interval: float
     paired: bool
+    repeats: int
 
     def done(self, count: int, seconds: float, half_width: float = 0.0) -> bool:
         """Say whether `count` samples in `seconds` are enough, if the median is known to this share of it."""
@@ -201,6 +203,20 @@ def _ratio(own: np.ndarray, others: np.ndarray, interval: float) -> Result:
         "dense_p50_ms": float(np.median(others)) / 1e6,
         "p50_ms": float(np.median(own)) / 1e6,
         "unstable": unstable(ratios, interval),
+    }
+
+
+def middle(measured: list[Result], figure: str) -> Result:
+    """Return the measurement with the middle value of a figure, and what all of them found; it is a real one.
+
+    Of an even number the lower one of the two in the middle counts. A spread above DRIFT makes it unstable.
+    """
+    values = [one[figure] for one in measured]
+    place = values.index(statistics.median_low(values))
+    spread = (max(values) - min(values)) / values[place]
+    return measured[place] | {
+        "repeats": {figure: values, "middle": place + 1, "spread": spread},
+        "unstable": measured[place]["unstable"] + (["repeats"] if spread > DRIFT else []),
     }
 
 

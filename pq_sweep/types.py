@@ -152,12 +152,15 @@ class Stage(Protocol):
 
     def keep(self, name: str, make: Callable[[], Any], *files: Path) -> Any: ...
 
+    def cached(self, name: str, seconds: float) -> None: ...
+
 
 @dataclass(frozen=True)
 class Workspace:
     """Where and how a job runs: its folder, device ("cpu" or "cuda:0"), CPU threads and stage timer.
 
-    With `shared`, several sessions take turns: threads of one must not spin while another runs.
+    With `shared`, several sessions take turns: threads of one must not spin while another runs. `batch_sizes` are those
+    that are timed, for which engines are tuned.
     """
 
     folder: Path
@@ -165,6 +168,7 @@ class Workspace:
     threads: int
     stage: Stage
     shared: bool = False
+    batch_sizes: tuple[int, ...] = (1,)
 
 
 class Session(Protocol):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -21,6 +25,13 @@ def workspace(folder: Path, threads: int = 1) -> Workspace:
     """Return what a job on the CPU hands to a runtime, in a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
     return Workspace(folder, "cpu", threads, Stages(folder, ""))
+
+
+def runtime(name: str, **options: Any) -> Any:
+    """Return a runtime as a job makes it, with options that differ from its defaults."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides=[f"runtime={name}"]).runtime
+    return instantiate(config, _convert_="all", **options)
 
 
 def onnx_logits(path: Path, images: Tensor, batch: int = 50) -> np.ndarray:

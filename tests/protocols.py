@@ -19,5 +19,6 @@ def protocol(**options: Any) -> Protocol:
         "max_s": None,
         "interval": math.inf,
         "paired": False,
+        "repeats": 1,
     }
     return Protocol(**still | warmup | sampling | options)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from commands import HEAVY, LAUNCH, SHORT, Done, imported, launch_in, said
 from conftest import Launch, only_sweep, python
+from independent import runtime
 from PIL import Image
 
-from pq_sweep.runtimes import TensorRT
 from pq_sweep.types import UserError
 
 IMAGENET = ("n01440764", "n01443537", "n01484850")
@@ -277,4 +277,4 @@ def test_every_problem_of_a_grid_is_listed_once(tmp_path: Path, launch: Launch) 
 @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="says what happens without TensorRT")
 def test_tensorrt_without_tensorrt_says_what_to_install() -> None:
     with pytest.raises(UserError, match=r"runtime=tensorrt needs TensorRT; see environment\.yml"):
-        TensorRT().require("cuda:0")
+        runtime("tensorrt").require("cuda:0")

@@ -142,6 +142,8 @@ PARTS = {
     "stage_s": dict,
     "baseline": dict,
     "session": dict,
+    "hardware": list,
+    "from_cache": list,
     "config": dict,
     "environment": dict,
 }
@@ -151,7 +153,8 @@ PARTS = {
 def test_a_result_has_every_part(jobs: Jobs, name: str) -> None:
     result = jobs(name).result
 
-    assert set(result) == set(PARTS)
+    on_gpu = {"memory"} if result["session"]["device"] != "cpu" else set()
+    assert set(result) == set(PARTS) | on_gpu
     assert all(isinstance(result[key], kind) for key, kind in PARTS.items())
     assert result["status"] == "finished"
     assert set(result["accuracy"]) == {"samples", "top1", "top1_ci95", "top5", "drop_points", "agreement"}
@@ -186,6 +189,24 @@ def test_accuracy_is_that_of_the_artifact_alone(jobs: Jobs, images: Tensor, labe
     assert accuracy["samples"] == len(labels) == 500
     assert accuracy["top1"] == sum(int(a == b) for a, b in zip(answers, labels, strict=True)) / 500
     assert jobs(name).predictions.tolist() == answers.tolist()
+
+
+@each_job
+def test_samples_are_those_of_the_latency(jobs: Jobs, name: str) -> None:
+    timed = jobs(name).result["latency"]["1"]
+    with np.load(jobs(name).folder / "samples.npz") as samples:
+        assert len(samples["b1_host"]) == timed["iterations"]
+        assert np.median(samples["b1_host"] / 1e6) == timed["p50_ms"]
+
+
+@each_onnx_job
+def test_what_the_cpu_has_no_fast_units_for_is_stated(jobs: Jobs, name: str) -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    fast = {"fp32": True, "fp16": "avx512_fp16" in flags, "int8": bool({"avx512_vnni", "avx_vnni", "amx_int8"} & flags)}
+    found = jobs(name).result["hardware"]
+
+    assert len(found) == (not fast[name])
+    assert all(jobs(name).result["environment"]["device"] in sentence for sentence in found)
 
 
 @each_onnx_job
@@ -358,6 +379,7 @@ def test_a_failing_job_leaves_a_record(tmp_path: Path) -> None:
         (("quantizer=int8", "quantizer.images=500"), r"quantizer\.images=500 is more than dataset\.calibration=200"),
         (("runtime=torch", "quantizer=int8"), "runtime=torch cannot run precision int8"),
         (("measure.batch_sizes=[0]",), r"measure\.batch_sizes=\[0\] is not valid"),
+        (("measure.repeats=0",), r"measure\.repeats=0 is out of range; give a whole number from 1 on"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(

@@ -240,13 +240,12 @@ def test_speed_measures_every_batch_size(tmp_path: Path) -> None:
     session, stage = Fake(torch.clone), Stages(tmp_path, "")
     data = data_of(torch.zeros(5, dtype=torch.int64), 2)
     chosen = protocol(batch_sizes=[1, 8], warmup_iterations=2, iterations=3)
-    result = measure.speed(session, data, chosen, stage, not_opened)
+    result, samples = measure.speed(session, data, chosen, stage, not_opened)
 
     assert list(result["latency"]) == ["1", "8"]
     assert session.calls == [1] * 5 + [8] * 5
-    with np.load(tmp_path / "samples.npz") as kept:
-        assert {name: len(kept[name]) for name in kept} == {"b1_host": 3, "b8_host": 3}
-        assert np.median(kept["b8_host"]) / 1e6 == result["latency"]["8"]["p50_ms"]
+    assert {name: len(values) for name, values in samples.items()} == {"b1_host": 3, "b8_host": 3}
+    assert np.median(samples["b8_host"]) / 1e6 == result["latency"]["8"]["p50_ms"]
     assert set(stage.seconds) == {"latency b1", "latency b8"}
 
 
@@ -254,14 +253,13 @@ def test_pairs_are_timed_with_the_uncompressed_model(tmp_path: Path) -> None:
     session, dense = Fake(torch.clone), Fake(lambda images: images.flatten(1).repeat(1, 400_000).sum(1))
     data = data_of(torch.zeros(5, dtype=torch.int64), 2)
     chosen = protocol(batch_sizes=[1, 2], iterations=7, paired=True)
-    result = measure.speed(session, data, chosen, Stages(tmp_path, ""), lambda: closing(dense))
+    result, samples = measure.speed(session, data, chosen, Stages(tmp_path, ""), lambda: closing(dense))
 
     assert dense.calls == [1] * 7 + [2] * 7
     assert session.calls == [1] * 7 + [2] * 7 + [1] * 7 + [2] * 7
     assert dense.closed
-    with np.load(tmp_path / "samples.npz") as kept:
-        assert set(kept) == {f"b{size}_{name}" for size in (1, 2) for name in ("host", "paired", "paired_dense")}
-        ratio = np.median(kept["b1_paired_dense"] / kept["b1_paired"])
+    assert set(samples) == {f"b{size}_{name}" for size in (1, 2) for name in ("host", "paired", "paired_dense")}
+    ratio = np.median(samples["b1_paired_dense"] / samples["b1_paired"])
     assert result["paired"]["1"]["speedup"] == ratio > 1
 
 
@@ -276,7 +274,7 @@ def peak_of(megabytes: int, folder: Path) -> float:
         return images
 
     data = data_of(torch.zeros(1), 2)
-    result = measure.speed(Fake(answer), data, protocol(iterations=3), Stages(folder, ""), not_opened)
+    result, _ = measure.speed(Fake(answer), data, protocol(iterations=3), Stages(folder, ""), not_opened)
     if result["peak_memory_mb"] is None:
         pytest.skip("this kernel does not let a process reset its peak of memory")
     return float(result["peak_memory_mb"])
@@ -288,6 +286,28 @@ def test_the_peak_of_memory_rises_by_what_a_session_takes(tmp_path: Path) -> Non
 
     assert large - small == pytest.approx(400, rel=0.1)
     assert again == pytest.approx(small, rel=0.1)
+
+
+def test_memory_that_nvml_saw_is_the_peak_of_all_batch_sizes() -> None:
+    states: list[dict[str, Any]] = [{"memory_process_mb": 900.0}, {"memory_process_mb": 1200.0}, {"verdicts": []}]
+    latencies = {str(size): {"device_state": state} for size, state in enumerate(states)}
+
+    assert measure.watched_memory(latencies) == {"nvml_process_mb": 1200.0, "nvml_device_mb": None}
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu_is_counted_by_its_allocator_and_by_nvml(tmp_path: Path) -> None:
+    data = data_of(torch.zeros(1), 2)
+    kept = torch.ones(250_000 * 400, device="cuda")
+    session = Fake(lambda images: images + kept[0], "cuda:0")
+    result, _ = measure.speed(session, data, protocol(iterations=30, min_s=1.0), Stages(tmp_path, ""), not_opened)
+    memory = result["memory"]
+
+    assert result["peak_memory_mb"] == memory["allocator_mb"] == pytest.approx(400, rel=0.1)
+    assert memory["allocator_mb"] <= memory["allocator_reserved_mb"]
+    if memory["nvml_device_mb"] is None:
+        pytest.skip("NVML does not tell here")
+    assert memory["allocator_reserved_mb"] <= memory["nvml_device_mb"]
 
 
 # Threads

@@ -179,7 +179,7 @@ def test_a_process_shares_a_device_with_others_but_not_with_its_family(driver: D
             command = [sys.executable, "-c", WITH_A_FAMILY, *map(str, more)]
             found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             assert (found["other_pids"], found["verdicts"]) == (more, verdicts)
-            assert found["memory_process_mb"] == 3 * 2000
+            assert found["memory_process_mb"] == 2000
 
 
 def test_ancestors_and_descendants_are_the_family(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ from sweep_folders import (
 )
 
 from pq_sweep import tables as drawing
-from pq_sweep.results import PQ_BENCH, find_sweeps, job_name, metrics, read_sweep, write_csv
-from pq_sweep.tables import tables
+from pq_sweep.results import PQ_BENCH, comparable, find_sweeps, job_name, metrics, read_sweep, reference, write_csv
+from pq_sweep.tables import speedups, tables
 from pq_sweep.types import UserError
 
 
@@ -356,3 +356,136 @@ def test_unusable_images_are_counted_under_the_table(tmp_path: Path, capsys: pyt
 
     assert "2 images of digits were left out as unusable" in capsys.readouterr().out
     assert [row.get("images_left_out") for row in read_sweep(sweep).rows] == [0, 2]
+
+
+# Devices
+
+
+def on_gpu(uuid: str, p50_ms: float, name: str = "V100") -> dict[str, Any]:
+    """Return a result of a GPU with a latency."""
+    result = real_result()
+    result["environment"] |= {"device": name, "gpu": {"name": name, "uuid": uuid}}
+    result["latency"]["1"]["p50_ms"] = p50_ms
+    return result
+
+
+def compared(folder: Path, *results: dict[str, Any], **changes: Any) -> Path:
+    """Return a sweep of an uncompressed job and of pruned ones, with these results."""
+    jobs = [announced("0", pruner="none", amount=0.0)]
+    jobs += [announced(str(number), **changes) for number in range(1, len(results))]
+    sweep = write_manifest(folder / "sweep", *jobs)
+    for number, result in enumerate(results):
+        write_result(sweep, str(number), result)
+    return sweep
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "why"),
+    [
+        (("GPU-1", "V100", "a"), ("GPU-1", "V100", "a"), None),
+        (("GPU-1", "V100", "a"), ("GPU-2", "V100", "a"), "V100 GPU-1 is not V100 GPU-2"),
+        (("GPU-1", "V100", "a"), ("GPU-3", "A100", "b"), "V100 GPU-1 is not A100 GPU-3"),
+        (("", "Xeon", "a"), ("", "Xeon", "a"), None),
+        (("", "Xeon", "a"), ("", "Xeon", "b"), "Xeon of a is not Xeon of b"),
+        (("", "Xeon", "a"), ("", "Epyc", "a"), "Xeon of a is not Epyc of a"),
+        (("GPU-1", "V100", "a"), ("", "Xeon", "a"), "V100 GPU-1 is not Xeon of a"),
+    ],
+)
+def test_only_what_one_device_ran_is_compared(
+    one: tuple[str, str, str], other: tuple[str, str, str], why: str | None
+) -> None:
+    rows = [dict(zip(("gpu_uuid", "device_name", "host"), values, strict=True)) for values in (one, other)]
+
+    assert comparable(*rows) == why
+
+
+def test_speed_ups_are_those_over_the_uncompressed_job_of_the_same_device(tmp_path: Path) -> None:
+    results = [on_gpu("GPU-1", 6.0), on_gpu("GPU-1", 4.0), on_gpu("GPU-2", 1.0), on_gpu("GPU-3", 1.0, "A100")]
+    sweep = compared(tmp_path, *results, on_gpu("GPU-2", 1.0))
+
+    assert speedups(read_sweep(sweep)) == {"1": "1.50"}
+    lines = drawn(sweep, 1000)
+    assert any("speed-up" in line for line in lines)
+    assert "│ 1.50 " in next(line.replace("  ", "") for line in lines if line.startswith("│ 1 "))
+
+
+def test_where_devices_differ_a_line_says_so_and_there_is_no_speed_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = [on_gpu("GPU-1", 6.0), on_gpu("GPU-2", 4.0), on_gpu("GPU-3", 1.0, "A100"), on_gpu("GPU-2", 4.0)]
+    sweep = compared(tmp_path, *results)
+    drawing.show(read_sweep(sweep))
+    out = capsys.readouterr().out
+
+    assert "speed-up\n" not in out
+    assert not speedups(read_sweep(sweep))
+    reason = "no speed-up where the uncompressed model ran on another device, as V100 GPU-2 is not V100 GPU-1: job 1, 3"
+    assert out.count(reason) == 1
+    assert "A100 GPU-3 is not V100 GPU-1: job 2" in out
+
+
+@pytest.mark.parametrize("changes", [{"model": "other"}, {"dataset": "other"}])
+def test_another_model_is_no_reference(tmp_path: Path, changes: dict[str, str]) -> None:
+    sweep = read_sweep(compared(tmp_path, on_gpu("GPU-1", 6.0), on_gpu("GPU-1", 4.0), **changes))
+
+    assert reference(sweep.rows[1], sweep) is None
+
+
+def test_another_runtime_is_no_reference(tmp_path: Path) -> None:
+    faster = on_gpu("GPU-1", 4.0)
+    faster["session"]["runtime"] = "tensorrt"
+    sweep = read_sweep(compared(tmp_path, on_gpu("GPU-1", 6.0), faster))
+
+    assert reference(sweep.rows[1], sweep) is None
+    assert not speedups(sweep)
+
+
+def test_the_reference_has_the_same_options_of_runtime_and_protocol(tmp_path: Path) -> None:
+    overrides = [[f"measure.threads={threads}", f"pruner.n={n}"] for threads in (1, 2) for n in (1, 2)]
+    jobs = [announced(str(number)) | {"overrides": given} for number, given in enumerate(overrides)]
+    for number in (0, 2):
+        jobs[number]["choices"] |= {"pruner": "none"}
+    sweep = write_manifest(tmp_path / "sweep", *jobs)
+    for number, p50_ms in enumerate((8.0, 4.0, 6.0, 2.0)):
+        write_result(sweep, str(number), on_gpu("GPU-1", p50_ms))
+
+    assert speedups(read_sweep(sweep)) == {"1": "2.00", "3": "3.00"}
+
+
+def test_a_ratio_of_pairs_comes_before_that_of_medians(tmp_path: Path) -> None:
+    faster = on_gpu("GPU-1", 4.0)
+    faster["paired"] = {"1": {"speedup": 1.75, "speedup_ci95": None, "unstable": []}}
+
+    assert speedups(read_sweep(compared(tmp_path, on_gpu("GPU-1", 6.0), faster))) == {"1": "1.75"}
+
+
+def test_an_unfinished_reference_gives_no_speed_up(tmp_path: Path) -> None:
+    sweep = write_manifest(tmp_path / "sweep", announced("0", pruner="none", amount=0.0), announced("1"))
+    write_error(sweep, "0")
+    write_result(sweep, "1")
+
+    assert not speedups(read_sweep(sweep))
+
+
+def test_what_hardware_lacks_is_said_once_with_its_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentences = [
+        "V100 has no INT8 tensor cores: it may be slower; so measure.",
+        "V100 has no TF32 tensor cores: no gain.",
+    ]
+    results = [real_result() | {"hardware": given} for given in ([], sentences[:1], sentences)]
+    sweep = compared(tmp_path, *results)
+    drawing.show(read_sweep(sweep))
+    out = capsys.readouterr().out
+
+    assert out.count("V100 has no INT8 tensor cores: it may be slower; so measure: job 1, 2\n") == 1
+    assert out.count("V100 has no TF32 tensor cores: no gain: job 2\n") == 1
+    assert [row["hardware"] for row in csv_rows(sweep)] == ["", sentences[0], "; ".join(sentences)]
+
+
+def test_memory_of_a_gpu_has_its_own_columns() -> None:
+    result = real_result()
+    assert not {"peak_memory_allocator_mb", "peak_memory_nvml_mb"} & metrics(result).keys()
+    result["memory"] = {"allocator_mb": 400.0, "allocator_reserved_mb": 500.0, "nvml_process_mb": None}
+
+    assert metrics(result)["peak_memory_allocator_mb"] == 400.0
+    assert "peak_memory_nvml_mb" not in metrics(result)

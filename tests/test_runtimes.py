@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
-import shutil
-import sys
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,28 +18,31 @@ import onnxruntime
 import pytest
 import torch
 from conftest import python
-from independent import onnx_logits, relative_error, snr_db, torch_logits, workspace
-from onnx import TensorProto, helper, numpy_helper
+from hydra.errors import InstantiationException
+from independent import onnx_logits, relative_error, runtime, snr_db, torch_logits, workspace
+from onnx import numpy_helper
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-from pq_sweep import quantizers, runtimes
+from pq_sweep import quantizers
 from pq_sweep.datasets import digits
 from pq_sweep.environment import resolve_device
 from pq_sweep.models import digits_cnn
 from pq_sweep.quantizers import quantizer
-from pq_sweep.runtimes import Auto, OnnxRuntime, RuntimeMismatch, TensorRT, Torch, precision_of
-from pq_sweep.types import Data, Model, Session, Stage, UserError
+from pq_sweep.runtimes import Auto, precision_of
+from pq_sweep.runtimes.session import BySize
+from pq_sweep.types import Data, Session, Stage, UserError
 
 fp16 = functools.partial(quantizers.fp16, exclude=[])
 int8_dynamic = functools.partial(quantizers.int8_dynamic, exclude=[])
 
 Opener = Callable[[str], Session]
 REALISED: dict[str, tuple[Any, Any]] = {
-    "torch fp32": (Torch(), quantizers.none),
-    "torch bf16": (Torch(), quantizers.bf16),
-    "onnxruntime fp32": (OnnxRuntime(), quantizers.none),
-    "onnxruntime fp16": (OnnxRuntime(), fp16),
-    "onnxruntime int8_dynamic": (OnnxRuntime(), int8_dynamic),
+    "torch fp32": (runtime("torch"), quantizers.none),
+    "torch bf16": (runtime("torch"), quantizers.bf16),
+    "onnxruntime fp32": (runtime("onnxruntime"), quantizers.none),
+    "onnxruntime fp16": (runtime("onnxruntime"), fp16),
+    "onnxruntime int8_dynamic": (runtime("onnxruntime"), int8_dynamic),
 }
 each_session = pytest.mark.parametrize("name", REALISED)
 
@@ -140,8 +141,6 @@ def test_the_artifact_of_onnxruntime_runs_alone(opened: Opener, images: Tensor, 
 
 @pytest.mark.parametrize("name", [name for name in REALISED if name.startswith("onnxruntime")])
 def test_every_node_is_placed_on_the_cpu(opened: Opener, name: str) -> None:
-    if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
-        pytest.skip(f"onnxruntime {onnxruntime.__version__} does not say where nodes are; 1.24 is the first that does")
     counts = opened(name).details["nodes_per_provider"]
 
     assert list(counts) == ["CPUExecutionProvider"]
@@ -159,7 +158,7 @@ def test_details_say_how_the_graph_came_to_be(opened: Opener) -> None:
 def test_closing_frees_a_session_of_torch(data: Data, tmp_path: Path) -> None:
     model = digits_cnn()
     network = weakref.ref(model.module)
-    session = Torch().open(model, quantizers.none, data, workspace(tmp_path))
+    session = runtime("torch").open(model, quantizers.none, data, workspace(tmp_path))
     del model
     assert network() is not None
     session.close()
@@ -168,215 +167,13 @@ def test_closing_frees_a_session_of_torch(data: Data, tmp_path: Path) -> None:
     assert network() is None
 
 
-def test_closing_frees_a_session_of_onnxruntime(tmp_path: Path, doubling: Path) -> None:
-    work = workspace(tmp_path)
-    inner = runtimes.ort_session(doubling, "CPUExecutionProvider", {}, work)
-    alive = weakref.ref(inner)
-    session = runtimes.OrtSession(inner, "cpu", doubling, {}, "onnxruntime")
-    del inner
+def test_closing_frees_a_session_of_onnxruntime(data: Data, tmp_path: Path) -> None:
+    session: Any = runtime("onnxruntime").open(digits_cnn(), quantizers.none, data, workspace(tmp_path))
+    alive = weakref.ref(session.call.session)
     session.close()
     gc.collect()
 
     assert alive() is None
-
-
-# What ONNX Runtime is told
-
-
-@pytest.fixture
-def doubling(tmp_path: Path) -> Path:
-    """A graph with one product, made without an exporter."""
-    factor = numpy_helper.from_array(np.array(2, dtype=np.float32), "two")
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("input", "logits")]
-    node = helper.make_node("Mul", ["input", "two"], ["logits"])
-    graph = helper.make_graph([node], "doubling", ends[:1], ends[1:], [factor])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    onnx.save(model, tmp_path / "doubling.onnx")
-    return tmp_path / "doubling.onnx"
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_onnxruntime_gets_the_threads_of_the_job(tmp_path: Path, doubling: Path, threads: int) -> None:
-    session = runtimes.ort_session(doubling, "CPUExecutionProvider", {}, workspace(tmp_path, threads))
-
-    assert session.get_session_options().intra_op_num_threads == threads
-
-
-def test_a_graph_that_cannot_be_read_is_a_mismatch(tmp_path: Path) -> None:
-    (tmp_path / "broken.onnx").write_bytes(b"no graph")
-
-    with pytest.raises(RuntimeMismatch, match=r"CPUExecutionProvider cannot run broken\.onnx"):
-        runtimes.ort_session(tmp_path / "broken.onnx", "CPUExecutionProvider", {}, workspace(tmp_path))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
-def test_a_provider_that_is_not_there_is_a_mismatch(tmp_path: Path, doubling: Path, provider: str) -> None:
-    work = replace(workspace(tmp_path), device="cuda:0")
-
-    with pytest.raises(RuntimeMismatch, match=provider):
-        runtimes.ort_session(doubling, provider, {}, work)
-
-
-@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="onnxruntime has CUDA")
-def test_onnxruntime_without_cuda_is_refused_at_once() -> None:
-    OnnxRuntime().require("cpu")
-    with pytest.raises(UserError, match=r"no CUDAExecutionProvider; see environment\.yml"):
-        OnnxRuntime().require("cuda:0")
-
-
-# Names in the documentation of the two providers, of those that matter here:
-# https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html#configurations
-# https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#configuration-options
-DOCUMENTED = {
-    "TensorrtExecutionProvider": {
-        "device_id",
-        "user_compute_stream",
-        "trt_engine_cache_enable",
-        "trt_engine_cache_path",
-        "trt_engine_cache_prefix",
-        "trt_timing_cache_enable",
-        "trt_timing_cache_path",
-        "trt_profile_min_shapes",
-        "trt_profile_opt_shapes",
-        "trt_profile_max_shapes",
-        "trt_max_workspace_size",
-        "trt_builder_optimization_level",
-        "trt_cuda_graph_enable",
-        "trt_fp16_enable",
-        "trt_int8_enable",
-    },
-    "CUDAExecutionProvider": {
-        "device_id",
-        "user_compute_stream",
-        "use_tf32",
-        "cudnn_conv_algo_search",
-        "cudnn_conv_use_max_workspace",
-        "do_copy_in_default_stream",
-        "arena_extend_strategy",
-        "gpu_mem_limit",
-        "enable_cuda_graph",
-        "prefer_nhwc",
-    },
-}
-
-
-class Gpu:
-    """Stands in for onnxruntime.InferenceSession where there is no GPU: notes what it is told, leaves an engine."""
-
-    engines = 1
-    ran_on: str | None = None
-    told: dict[str, Any]
-
-    def __init__(
-        self, path: Path, settings: Any, *, providers: list[tuple[str, dict[str, str]]], **kwargs: Any
-    ) -> None:
-        (self.provider, self.options), *more = providers
-        Gpu.told = {"provider": self.provider, "more": more, "options": self.options, "settings": settings, **kwargs}
-
-    def get_providers(self) -> list[str]:
-        return [Gpu.ran_on or self.provider, "CPUExecutionProvider"]
-
-    def run(self, names: None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        for number in range(Gpu.engines):
-            (Path(self.options["trt_engine_cache_path"]) / f"{number}.engine").touch()
-        return [np.zeros((len(feed["input"]), 10), dtype=np.float32)]
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> type[Gpu]:
-    """A machine whose onnxruntime accepts every provider."""
-    providers = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Gpu)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
-    monkeypatch.setattr(Gpu, "told", {}, raising=False)
-    monkeypatch.setattr(Gpu, "engines", 1)
-    monkeypatch.setattr(Gpu, "ran_on", None)
-    return Gpu
-
-
-@pytest.fixture
-def tensorrt(gpu: type[Gpu], monkeypatch: pytest.MonkeyPatch, doubling: Path) -> Callable[[Path], Session]:
-    """Open a TensorRT session on a ready-made graph; its single run takes place on the CPU."""
-
-    def make_graph(model: Model, what: Any, data: Any, work: Any, *, form: str) -> tuple[Path, dict[str, Any]]:
-        assert form == "tensorrt"
-        return Path(shutil.copy(doubling, work.folder / "model.onnx")), {}
-
-    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace())
-    monkeypatch.setattr(runtimes, "make_graph", make_graph)
-    return lambda folder: TensorRT().open(digits_cnn(), quantizers.none, None, workspace(folder))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(("device", "index"), [("cuda:0", "0"), ("cuda:1", "1")])
-def test_cuda_is_told_its_device_and_nothing_else_may_run(
-    gpu: type[Gpu], tmp_path: Path, doubling: Path, device: str, index: str
-) -> None:
-    runtimes.ort_session(doubling, "CUDAExecutionProvider", {}, replace(workspace(tmp_path), device=device))
-
-    assert (gpu.told["provider"], gpu.told["more"]) == ("CUDAExecutionProvider", [])
-    assert gpu.told["settings"].get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
-    assert not gpu.told["enable_fallback"]
-    assert gpu.told["options"]["device_id"] == index
-    assert gpu.told["options"]["user_compute_stream"] == "7"
-    assert set(gpu.told["options"]) <= DOCUMENTED["CUDAExecutionProvider"]
-
-
-def test_fp32_on_cuda_is_not_tf32(gpu: type[Gpu], tmp_path: Path, doubling: Path) -> None:
-    """The provider's default is TensorFloat-32 since Ampere, with 10 bits of mantissa; torch's is switched off."""
-    runtimes.ort_session(doubling, "CUDAExecutionProvider", {}, replace(workspace(tmp_path), device="cuda:0"))
-
-    assert gpu.told["options"].get("use_tf32") == "0"
-
-
-def test_a_session_that_fell_back_is_refused(gpu: type[Gpu], tmp_path: Path, doubling: Path) -> None:
-    gpu.ran_on = "CPUExecutionProvider"
-
-    with pytest.raises(RuntimeMismatch, match="asked for CUDAExecutionProvider, got CPUExecutionProvider"):
-        runtimes.ort_session(doubling, "CUDAExecutionProvider", {}, replace(workspace(tmp_path), device="cuda:0"))
-
-
-def test_tensorrt_gets_documented_options(gpu: type[Gpu], tensorrt: Callable[[Path], Session], tmp_path: Path) -> None:
-    tensorrt(tmp_path / "job")
-
-    assert gpu.told["provider"] == "TensorrtExecutionProvider"
-    assert set(gpu.told["options"]) <= DOCUMENTED["TensorrtExecutionProvider"]
-    assert Path(gpu.told["options"]["trt_engine_cache_path"]).is_relative_to(tmp_path / "job")
-
-
-def test_tensorrt_gets_booleans_that_its_python_binding_reads(
-    gpu: type[Gpu], tensorrt: Callable[[Path], Session], tmp_path: Path
-) -> None:
-    """The binding raises for anything but True and False: https://github.com/microsoft/onnxruntime/issues/14091."""
-    tensorrt(tmp_path / "job")
-    switches = {key: value for key, value in gpu.told["options"].items() if key.endswith("_enable")}
-
-    assert switches
-    assert set(switches.values()) <= {"True", "true", "False", "false"}
-
-
-def test_the_artifact_of_tensorrt_is_its_engine(tensorrt: Callable[[Path], Session], tmp_path: Path) -> None:
-    session = tensorrt(tmp_path / "job")
-
-    assert session.artifact == tmp_path / "job" / "engine" / "0.engine"
-    assert session.runtime == "tensorrt"
-
-
-@pytest.mark.parametrize("engines", [0, 2])
-def test_tensorrt_has_to_build_one_engine(
-    gpu: type[Gpu], tensorrt: Callable[[Path], Session], tmp_path: Path, engines: int
-) -> None:
-    gpu.engines = engines
-
-    with pytest.raises(RuntimeMismatch, match=f"TensorRT built {engines} engines where one"):
-        tensorrt(tmp_path / "job")
-
-
-@pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
-def test_tensorrt_is_refused_without_its_libraries() -> None:
-    with pytest.raises(UserError, match=r"runtime=tensorrt needs TensorRT; see environment\.yml"):
-        TensorRT().require("cuda:0")
 
 
 # Devices
@@ -428,37 +225,152 @@ def test_a_device_that_is_not_there_is_refused(asked: str, message: str) -> None
 
 # What realises which precision
 
+AUTO = runtime("auto")
+
 
 @pytest.mark.parametrize(
-    ("precision", "device", "runtime"),
+    ("precision", "device", "name"),
     [
-        ("fp32", "cpu", Torch()),
-        ("fp32", "cuda:0", Torch()),
-        ("bf16", "cpu", Torch()),
-        ("bf16", "cuda:0", Torch()),
-        ("fp16", "cpu", OnnxRuntime()),
-        ("int8", "cpu", OnnxRuntime()),
-        ("int8_dynamic", "cpu", OnnxRuntime()),
-        ("fp16", "cuda:0", TensorRT()),
-        ("int8", "cuda:1", TensorRT()),
+        ("fp32", "cpu", "torch"),
+        ("fp32", "cuda:0", "torch"),
+        ("bf16", "cpu", "torch"),
+        ("bf16", "cuda:0", "torch"),
+        ("fp16", "cpu", "onnxruntime"),
+        ("int8", "cpu", "onnxruntime"),
+        ("int8_dynamic", "cpu", "onnxruntime"),
+        ("fp16", "cuda:0", "tensorrt"),
+        ("int8", "cuda:1", "tensorrt"),
     ],
 )
-def test_auto_takes_the_runtime_that_is_fit(precision: str, device: str, runtime: Any) -> None:
-    resolved = Auto().resolve(precision, device)
+def test_auto_takes_the_runtime_that_is_fit(precision: str, device: str, name: str) -> None:
+    resolved = AUTO.resolve(precision, device)
 
-    assert resolved == runtime
+    assert resolved == getattr(AUTO, name)
     assert precision in resolved.precisions[device.partition(":")[0]]
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_auto_promises_only_what_it_can_resolve(kind: str) -> None:
     for precision in Auto.precisions[kind]:
-        assert precision in Auto().resolve(precision, kind).precisions[kind]
+        assert precision in AUTO.resolve(precision, kind).precisions[kind]
 
 
-@pytest.mark.parametrize("runtime", [Torch(), OnnxRuntime(), TensorRT()])
-def test_a_named_runtime_is_itself(runtime: Any) -> None:
-    assert runtime.resolve("int8", "cpu") is runtime
+@pytest.mark.parametrize("named", [getattr(AUTO, part.name) for part in dataclasses.fields(AUTO)])
+def test_a_named_runtime_is_itself(named: Any) -> None:
+    assert named.resolve("int8", "cpu") is named
+
+
+def test_auto_has_the_options_of_the_runtimes_that_it_stands_for() -> None:
+    changed = runtime("auto", torch={"channels_last": True}, tensorrt={"profile": "range"})
+
+    assert changed.resolve("fp32", "cpu").channels_last is True
+    assert changed.resolve("int8", "cuda:0").profile == "range"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("torch", {"compile": "fast"}, r"runtime\.compile=fast is not known; valid are: default, reduce-overhead"),
+        ("torch", {"compile": "max-autotune", "cuda_graph": True}, r"max-autotune makes CUDA graphs itself; leave"),
+        ("onnxruntime", {"options": {"device_id": 1}}, r"runtime\.options\.device_id is set by pq_sweep"),
+        ("onnxruntime", {"options": {"enable_cuda_graph": 1}}, r"runtime\.options\.enable_cuda_graph is set by"),
+        ("tensorrt", {"options": {"trt_fp16_enable": True}}, r"runtime\.options\.trt_fp16_enable is set by pq_sweep"),
+        ("tensorrt", {"profile": "some"}, r"runtime\.profile=some is not known; valid are: each, range"),
+        ("tensorrt", {"optimization_level": 6}, r"optimization_level=6 is not valid; give a whole number from 0 to 5"),
+        ("tensorrt_native", {"optimization_level": True}, r"optimization_level=True is not valid; give a whole"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InstantiationException) as caught:
+        runtime(name, **options)
+    assert isinstance(caught.value.__cause__, UserError)
+    assert re.search(message, str(caught.value.__cause__))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("torch", {"cuda_graph": True}, r"runtime\.cuda_graph=true needs a GPU; leave it out with device=cpu"),
+        ("torch", {"tf32": True}, r"runtime\.tf32=true needs a GPU"),
+        ("onnxruntime", {"tf32": True}, r"runtime\.tf32=true needs a GPU"),
+        ("onnxruntime", {"options": {"gpu_mem_limit": 1}}, r"gpu_mem_limit.* are of the CUDA provider; leave them out"),
+    ],
+)
+def test_options_of_a_gpu_are_refused_on_a_cpu(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        runtime(name, **options).resolve("fp32", "cpu")
+    assert runtime(name, **options).resolve("fp32", "cuda:0")
+
+
+# Calls of fixed batch sizes
+
+
+class Counted:
+    """A call that takes so many images and no other number, and notes how often it ran."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.calls = size, 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        assert len(images) == self.size
+        self.calls += 1
+        return images.flatten(1).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "calls"),
+    [(1, (1, 0, 0)), (2, (0, 1, 0)), (3, (0, 1, 0)), (4, (0, 1, 0)), (5, (0, 0, 1)), (8, (0, 0, 1)), (9, (1, 0, 1)),
+     (21, (0, 0, 3)), (35, (0, 1, 4))],
+)  # fmt: skip
+def test_any_number_of_images_runs_on_fixed_sizes(count: int, calls: tuple[int, ...]) -> None:
+    fixed = {size: Counted(size) for size in (1, 4, 8)}
+    images = torch.arange(count * 12.0).reshape(count, 3, 2, 2)
+
+    assert torch.equal(BySize(fixed)(images), images.flatten(1).sum(1, keepdim=True))
+    assert tuple(call.calls for call in fixed.values()) == calls
+
+
+# Torch compiled, and in another memory layout
+
+
+def test_channels_last_is_the_layout_of_weights_and_images(
+    data: Data, images: Tensor, expected: np.ndarray, tmp_path: Path
+) -> None:
+    model, seen = digits_cnn(), []
+    first = next(part for part in model.module.modules() if isinstance(part, torch.nn.Conv2d))
+    first.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    session = runtime("torch", channels_last=True).open(model, quantizers.none, data, workspace(tmp_path))
+
+    assert relative_error(expected, session(images).numpy()) < 1e-5
+    assert first.weight.is_contiguous(memory_format=torch.channels_last)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert session.details["channels_last"] is True
+
+
+@pytest.mark.slow
+def test_a_compiled_network_answers_alike_and_was_compiled_before_it_is_timed(
+    data: Data, images: Tensor, expected: np.ndarray, tmp_path: Path
+) -> None:
+    work = replace(workspace(tmp_path), batch_sizes=(1, 8))
+    session = runtime("torch", compile="default").open(digits_cnn(), quantizers.none, data, work)
+    before = dict(counters["stats"])
+
+    assert relative_error(expected, session(images).numpy()) < 1e-5
+    assert relative_error(expected[:1], session(images[:1]).numpy()) < 1e-5
+    assert before["unique_graphs"] >= 1
+    assert dict(counters["stats"]) == before
+    assert work.stage.seconds["build"] > 0  # type: ignore[attr-defined]
+    assert session.engine == f"torch {torch.__version__} compiled (default)"
+    session.close()
+
+
+@pytest.mark.slow
+def test_what_cannot_be_compiled_is_an_error_and_not_eager(data: Data, tmp_path: Path) -> None:
+    model = digits_cnn()
+    model.module.register_forward_hook(lambda module, given, output: print("a break in the graph"))
+
+    with pytest.raises(UserError, match=r"runtime\.compile=default cannot compile this model: .*; leave it out"):
+        runtime("torch", compile="default").open(model, quantizers.none, data, workspace(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -497,7 +409,7 @@ def shifted(source: Path, target: Path, data: Data, *, form: str, stage: Stage, 
 
 def test_a_quantizer_of_the_user_works(data: Data, images: Tensor, expected: np.ndarray, tmp_path: Path) -> None:
     own = functools.partial(shifted, by=3.0)
-    session = OnnxRuntime().open(digits_cnn(), own, data, workspace(tmp_path))
+    session = runtime("onnxruntime").open(digits_cnn(), own, data, workspace(tmp_path))
 
     assert precision_of(own) == "fp32"
     assert session.details["quantizer"] == {"by": 3.0, "form": "cpu"}
@@ -508,7 +420,7 @@ def test_torch_refuses_to_leave_layers_out(data: Data, tmp_path: Path) -> None:
     some = functools.partial(quantizers.fp16, exclude=["fc1"])
 
     with pytest.raises(UserError, match=r"runtime=torch converts every layer, so quantizer\.exclude=\['fc1'\] needs"):
-        Torch().open(digits_cnn(), some, data, workspace(tmp_path))
+        runtime("torch").open(digits_cnn(), some, data, workspace(tmp_path))
 
 
 # A network with attention
@@ -519,11 +431,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from independent import relative_error, torch_logits, workspace
+from independent import relative_error, runtime, torch_logits, workspace
 from torchvision.models.vision_transformer import VisionTransformer
 
 from pq_sweep import quantizers
-from pq_sweep.runtimes import OnnxRuntime
 from pq_sweep.types import Model, Preprocess
 
 torch.manual_seed(0)
@@ -533,7 +444,7 @@ model = Model(network.eval(), 10, Preprocess(size=32, resize=32))
 images = model.sample(3)
 expected = torch_logits(network, images)
 what = {"none": quantizers.none, "fp16": partial(quantizers.fp16, exclude=[])}[sys.argv[1]]
-session = OnnxRuntime().open(model, what, None, workspace(Path(sys.argv[2])))
+session = runtime("onnxruntime").open(model, what, None, workspace(Path(sys.argv[2])))
 assert relative_error(expected, session(images).numpy()) < 0.01
 """
 

@@ -21,6 +21,7 @@ from pq_sweep.timing import (
     Protocol,
     half_width,
     median_interval,
+    middle,
     outliers,
     paired,
     sample,
@@ -373,3 +374,30 @@ def test_pairs_are_taken_until_the_ratio_is_known() -> None:
     low, high = result["speedup_ci95"]
     assert (high - low) / 2 <= 0.0055 * result["speedup"]
     assert low <= 1.5 <= high
+
+
+# Repeats
+
+
+@pytest.mark.parametrize(
+    ("medians", "place", "spread", "unstable"),
+    [
+        ([5.0], 1, 0.0, []),
+        ([5.0, 5.0, 5.0], 1, 0.0, []),
+        ([5.05, 5.0, 4.96], 2, 0.018, []),
+        ([5.0, 6.0, 4.0], 1, 0.4, ["repeats"]),
+        ([4.0, 5.0], 1, 0.25, ["repeats"]),
+        ([8.0, 5.0, 4.0, 4.0], 3, 1.0, ["repeats"]),
+    ],
+)
+def test_the_middle_of_repeats_is_one_of_them(
+    medians: list[float], place: int, spread: float, unstable: list[str]
+) -> None:
+    """Of four it is the lower one of the two in the middle, and of equals the first."""
+    measured = [{"p50_ms": value, "mean_ms": -value, "unstable": ["drift"]} for value in medians]
+    result = middle(measured, "p50_ms")
+
+    assert result["p50_ms"] == -result["mean_ms"] == medians[place - 1]
+    assert result["repeats"] == {"p50_ms": medians, "middle": place, "spread": pytest.approx(spread)}
+    assert result["unstable"] == ["drift", *unstable]
+    assert measured[place - 1]["unstable"] == ["drift"]

@@ -131,6 +131,41 @@ def test_finished_job(uri: str, tracker: Mlflow, sweep: Path) -> None:
     assert run.info.end_time - run.info.start_time == pytest.approx(result["seconds"] * 1000, abs=2)
 
 
+def test_the_gpu_of_a_job_and_its_software_are_tags(uri: str, tracker: Mlflow, tmp_path: Path) -> None:
+    """By them one sees in MLflow whether two runs may be compared."""
+    nvml = {"driver": "580.65.06", "sm_max_mhz": 1410, "mig": False, "unavailable": {"vbios": "not supported"}}
+    gpu = {
+        "name": "NVIDIA A100",
+        "uuid": "1f2e",
+        "compute_capability": "8.0",
+        "cuda": "13.0",
+        "cudnn": 91900,
+        "nvml": nvml,
+    }
+    result = real_result()
+    result["environment"] |= {"gpu": gpu, "versions": {"torch": "2.15.0", "tensorrt": "10.13.3.9"}}
+    write_manifest(tmp_path / "sweep", announced("0"))
+    write_result(tmp_path / "sweep", "0", result)
+    tracker.finish(tmp_path / "sweep")
+    tags = parent_and_jobs(uri)[1]["0"].data.tags
+    found = {
+        name.removeprefix("pq_sweep."): value for name, value in tags.items() if "gpu." in name or "version." in name
+    }
+
+    assert found == {
+        "gpu.name": "NVIDIA A100",
+        "gpu.uuid": "1f2e",
+        "gpu.compute_capability": "8.0",
+        "gpu.cuda": "13.0",
+        "gpu.cudnn": "91900",
+        "gpu.driver": "580.65.06",
+        "gpu.sm_max_mhz": "1410",
+        "gpu.mig": "False",
+        "version.torch": "2.15.0",
+        "version.tensorrt": "10.13.3.9",
+    }
+
+
 def test_failed_job(uri: str, tracker: Mlflow, sweep: Path) -> None:
     track(tracker, sweep)
     run = parent_and_jobs(uri)[1]["1"]

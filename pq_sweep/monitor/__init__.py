@@ -24,12 +24,11 @@ class Monitor:
     `result["unavailable"]` gives the reason for every figure that is absent. No measurement fails because of a monitor.
 
     GPU: clocks in MHz; temperature is a peak; power and utilisation are means, and some GPUs give the power of the last
-    second. `memory_process_mb` (this process with its ancestors and descendants) and `memory_device_mb` (the whole
-    device with what its driver reserves) are the peaks of the samples, in MB of 10^6 bytes. `rows` are the samples,
-    thinned out. `verdicts` are "throttled" (by heat or the power supply, or the median clock was under 75 % of the
-    maximum while busy), "power_capped", and "shared" (a process outside of that family computes there: `other_pids`).
-    NVML knows power, energy and utilisation of whole GPUs, not of a MIG instance; clocks and temperature are the GPU's
-    around it.
+    second. `memory_process_mb` (this process) and `memory_device_mb` (the whole device with what its driver reserves)
+    are the peaks of the samples, in MB of 10^6 bytes. `rows` are the samples, thinned out. `verdicts` are "throttled"
+    (by heat or the power supply, or the median clock was under 75 % of the maximum while busy), "power_capped", and
+    "shared" (others than this process, its ancestors and descendants compute there: `other_pids`). NVML knows power,
+    energy and utilisation of whole GPUs, not of a MIG instance; clocks and temperature are the GPU's around it.
 
     `energy_j` was used in `sampled_s`, which is a little longer than `seconds`. Idle power is part of it and cannot be
     told apart: after the warm-up a GPU keeps its clocks up for seconds, so it is not at rest just before the window.

@@ -109,9 +109,8 @@ class Samples:
         return counted[1] - counted[0]
 
     def memory_process_mb(self) -> float:
-        """Return the peak of the memory of the measured process and its family together, in MB."""
-        rows = [{pid: size for pid, size in row if pid in self.family and size} for row in self._values("processes")]
-        found = [sum(row.values()) for row in rows if self.pid in row]
+        """Return the peak of the memory of the measured process, in MB."""
+        found = [size for row in self._values("processes") for pid, size in row if pid == self.pid and size]
         if not found:
             raise Absent(f"NVML gives no memory for pid {self.pid}")
         return max(found)

@@ -1,0 +1,71 @@
+"""Tell which precisions each runtime runs on each device, by what works here and by the table of the hardware."""
+
+from __future__ import annotations
+
+from pq_sweep import hardware
+from pq_sweep.doctor import Facts, Section
+from pq_sweep.doctor.judge import gpus_of, misfit
+from pq_sweep.hardware import Cpu, Gpu, capability, missing
+from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, Torch
+from pq_sweep.runtimes.ort import CPU, CUDA, TENSORRT
+
+Realiser = type[Torch | OnnxRuntime | TensorRT | TensorRTNative]
+
+
+def judge_precisions(machine: Facts) -> Section:
+    """Tell which precisions run where, and which of them the hardware does not accelerate."""
+    cpu = _on_cpu(machine)
+    details = {f"cpu ({machine['cpu']['name']})": cpu}
+    alike: dict[str, list[str]] = {}
+    for index, gpu in enumerate(gpus_of(machine)):
+        state = ", does not work" if gpu.get("error") else ""
+        alike.setdefault(f"({gpu['name']}, {gpu['compute_capability']}{state})", []).append(str(index))
+    for about, indices in alike.items():
+        gpu = gpus_of(machine)[int(indices[0])]
+        details[f"cuda:{','.join(indices)} {about}"] = _on_gpu(machine, gpu)
+    remedies = [] if cpu["torch"] else ["nothing runs without torch; mend that first."]
+    return Section("precisions", "problem" if remedies else "ok", details, remedies)
+
+
+def _on_cpu(machine: Facts) -> Facts:
+    found = machine["cpu"]
+    cpu = Cpu(found["name"], frozenset(found["instruction_sets"]), found["architecture"])
+    return {
+        "torch": _marked(Torch, cpu) if "version" in machine["torch"] else [],
+        "onnxruntime": _marked(OnnxRuntime, cpu) if _runs_here(machine, CPU) else [],
+    }
+
+
+def _on_gpu(machine: Facts, found: Facts) -> Facts:
+    """Tell it of a GPU; every runtime needs torch to work there, and providers were tried on the first one."""
+    gpu = Gpu(found["name"], capability(found["compute_capability"]))
+    usable = found.get("error") == ""  # the driver's GPUs, where torch does not find them, have none
+    features = [feature for feature in hardware.GPU.values() if feature.since]
+    return {
+        "torch": _marked(Torch, gpu) if usable else [],
+        "onnxruntime": _marked(OnnxRuntime, gpu) if usable and _runs_here(machine, CUDA) else [],
+        "tensorrt": _built(TensorRT, gpu) if usable and _runs_here(machine, TENSORRT) else [],
+        "tensorrt_native": _built(TensorRTNative, gpu) if usable and _fits(machine, gpu) else [],
+        "hardware has": [feature.name for feature in features if gpu.has(feature)],
+        "hardware lacks": [feature.name for feature in features if not gpu.has(feature)],
+    }
+
+
+def _runs_here(machine: Facts, provider: str) -> bool:
+    return machine["onnxruntime"].get("providers", {}).get(provider) == ""
+
+
+def _fits(machine: Facts, gpu: Gpu) -> bool:
+    version = machine["tensorrt"].get("version")
+    return version is not None and misfit(version, [gpu.capability]) is None
+
+
+def _built(runtime: Realiser, gpu: Gpu) -> list[str]:
+    """Name the precisions of an engine; BF16 is refused where the hardware has none."""
+    return [text for text in _marked(runtime, gpu) if not text.startswith("bf16 (")]
+
+
+def _marked(runtime: Realiser, device: Gpu | Cpu) -> list[str]:
+    """Name a runtime's precisions, and what of the hardware is not there that would make them fast."""
+    lacking = {name: missing(name, device) for name in runtime.precisions[device.kind]}
+    return [f"{name} (no {features[0].name})" if features else name for name, features in lacking.items()]

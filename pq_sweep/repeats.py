@@ -1,0 +1,241 @@
+"""Latency measured again in fresh processes, one after another: `python -m pq_sweep.repeats` is such a process.
+
+Where memory lies, which kernels a library picks and how threads are placed is decided once per process, so that one
+process, however long it measures, may be faster or slower than the next by more than its samples tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Any
+
+from pq_sweep.progress import PROGRESS, Stages
+from pq_sweep.results import read_json
+from pq_sweep.timing import Result, middle
+from pq_sweep.watch import tail
+
+if TYPE_CHECKING:
+    from pq_sweep.measure import Samples
+    from pq_sweep.types import Model
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+class RepeatFailed(RuntimeError):
+    """A fresh process found nothing; the end of what it wrote to stderr is in the notes."""
+
+
+# --- the job's process ------------------------------------------------------------------------------------------------
+
+
+def share_network(stage: Stages, model: Model) -> None:
+    """Keep the compressed network for other processes, or become the one that was kept.
+
+    A quick step is repeated from the seed, and what a GPU sums up in another order need not be the same weights.
+    """
+    import torch
+
+    path = stage.folder / "network.kept.pt"
+    stage.keep("network", lambda: torch.save(model.module.state_dict(), path), path)
+    device = next(model.module.parameters()).device
+    model.module.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+
+
+def measure_apart(stage: Stages, config: Result, artifact: str, count: int) -> tuple[Result, Samples]:
+    """Measure `count` times, each in a process of its own; return the middle ones and all samples.
+
+    `artifact` is the hash of what is measured. What an earlier try of the job measured is not measured again.
+    """
+    import torch
+
+    from pq_sweep.measure import release_memory
+
+    release_memory()  # a GPU's memory too: each process is to find it as this one did
+    found: list[Result] = []
+    samples: Samples = {}
+    for number in range(1, count + 1):
+        path = stage.folder / f"repeat-{number}.kept.pt"
+        wanted = {"config": config, "folder": str(stage.folder), "artifact": artifact, "samples": path.name}
+        apart = partial(_measure, stage, wanted, f"repeat {number}/{count}")
+        found.append(stage.keep(f"repeat {number}", apart, path))
+        taken = torch.load(path, weights_only=True)
+        samples |= {f"repeat{number}_{name}": values.numpy() for name, values in taken.items()}
+    return combine(found), samples
+
+
+def combine(found: list[Result]) -> Result:
+    """Return of each latency and ratio the repeat with the middle one, and the highest of the peaks of memory."""
+    combined: Result = {}
+    for kind, figure in (("latency", "p50_ms"), ("paired", "speedup")):
+        if kind in found[0]:
+            combined[kind] = {size: middle([one[kind][size] for one in found], figure) for size in found[0][kind]}
+    combined["peak_memory_mb"] = _highest([one["peak_memory_mb"] for one in found])
+    if "memory" in found[0]:
+        combined["memory"] = {name: _highest([one["memory"][name] for one in found]) for name in found[0]["memory"]}
+    return combined
+
+
+def _highest(values: list[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _measure(stage: Stages, wanted: dict[str, Any], name: str) -> Result:
+    """Return what a fresh process measures; it ends with this one, however this one ends."""
+    with NamedTemporaryFile() as errors, _fresh_process(errors) as process:
+        with suppress(BrokenPipeError):  # it could not even start: its stderr says why
+            process.stdin.write(json.dumps(wanted) + "\n")
+            process.stdin.flush()
+        said = _follow(process.stdout, stage, name)
+        if "speed" not in said:
+            raise _failure(name, said, process, Path(errors.name))
+        return said["speed"]
+
+
+@contextmanager
+def _fresh_process(errors: Any) -> Iterator[Any]:
+    """Start a process that finds the same modules as this one, and kill it in the end: all it had to do is done."""
+    path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "pq_sweep.repeats"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env=os.environ | {"PYTHONPATH": path},
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _follow(lines: Iterable[str], stage: Stages, name: str) -> dict[str, Any]:
+    """Enter each stage that a process tells of, such as "latency repeat 2/3 b8"; return what it said in the end."""
+    said: dict[str, Any] = {}
+    with ExitStack() as inside:
+        inside.enter_context(stage(f"start {name}"))
+        for line in lines:
+            said = json.loads(line)
+            if "stage" not in said:
+                break
+            what, _, which = said["stage"].partition(" ")
+            inside.close()
+            inside.enter_context(stage(f"{what} {name} {which}".rstrip()))
+    return said
+
+
+def _failure(name: str, said: dict[str, Any], process: subprocess.Popen[str], errors: Path) -> RepeatFailed:
+    """Return the error of a process that told of one, or that ended without a word."""
+    if "error" in said:
+        failure = RepeatFailed(f"{name}: {said['error']}")
+    else:
+        code = process.wait()
+        ending = f"signal {-code}" + (" (often: out of memory)" if code == -9 else "")
+        failure = RepeatFailed(f"{name} ended without a result, {ending if code < 0 else f'exit code {code}'}.")
+    for line in tail(errors):
+        failure.add_note(line)
+    return failure
+
+
+# --- the fresh process ------------------------------------------------------------------------------------------------
+
+
+class KeptStages(Stages):
+    """What a job has kept, read by another process, which tells of its stages and writes down nothing of its own."""
+
+    def __init__(self, folder: Path, tell: Tell) -> None:
+        super().__init__(folder, "")
+        self.tell = tell
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.tell({"stage": name})
+        self.seconds[name] = 0.0  # nothing that is done here is worth keeping
+        yield
+
+    def resume(self, key: str) -> None:
+        """Take over what the job has kept; raise RepeatFailed if it was with other code, files or devices."""
+        progress = read_json(self.folder / PROGRESS) or {}
+        if progress.get("key") != key:
+            raise RepeatFailed(
+                "the code, a version, a file of the model or data, or the device changed since the job started; start"
+                " it again."
+            )
+        self.kept = progress["kept"]
+
+    def _write(self) -> None:
+        """Leave `progress.json` to the job."""
+
+
+def check_artifact(path: Path, expected: str) -> None:
+    """Raise RepeatFailed unless a session runs the very file that the job's accuracy was measured with."""
+    if file_hash(path) != expected:
+        raise RepeatFailed(
+            f"{path.name} is not what the job's accuracy was measured with, as it was made anew and came out different;"
+            " use measure.repeats=1."
+        )
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main() -> None:
+    """Measure what a job has compressed, as its process asks on standard input, and tell it on standard output."""
+    # Who stops a job signals all of its processes; this one ends with the job's, which alone can say why.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    wanted = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_job, daemon=True).start()
+
+    def tell(what: dict[str, Any]) -> None:
+        output.write(json.dumps(what, allow_nan=False) + "\n")
+        output.flush()
+
+    try:
+        tell({"speed": _answer(wanted, tell)})
+    except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        tell({"error": " ".join(str(error).split()) or type(error).__name__})
+
+
+def _end_with_job() -> None:
+    """Wait for the end of standard input, which is that of the job's process, and end this one."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+def _answer(wanted: dict[str, Any], tell: Tell) -> Result:
+    """Return the figures; the samples are in the file that is wanted."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from pq_sweep.job import measure_again
+
+    folder = Path(wanted["folder"])
+    stage = KeptStages(folder, tell)
+    result, samples = measure_again(OmegaConf.create(wanted["config"]), stage, wanted["artifact"])
+    torch.save({name: torch.from_numpy(values) for name, values in samples.items()}, folder / wanted["samples"])
+    return result
+
+
+if __name__ == "__main__":
+    main()

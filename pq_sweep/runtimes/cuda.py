@@ -1,0 +1,88 @@
+"""What the runtimes share on a CUDA device: a stream, TF32, CUDA graphs."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from pq_sweep.runtimes.graph import RuntimeMismatch
+from pq_sweep.runtimes.session import Call
+from pq_sweep.types import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
+
+
+def own_stream(device: str) -> Any:
+    """Make a stream of its own current on a device unless one is, and return it.
+
+    ONNX Runtime takes the default stream for "none given"; TensorRT waits for the device on it.
+    """
+    import torch
+
+    stream = torch.cuda.current_stream(device)
+    if stream.cuda_stream == 0:
+        stream = torch.cuda.Stream(device)
+        torch.cuda.set_stream(stream)
+    return stream
+
+
+def record_graph(call: Call, images: Tensor) -> Call:
+    """Record a call on a batch of this size as a CUDA graph, and prove that it answers new images.
+
+    A graph reads and writes fixed addresses: images are copied in and logits copied out on the device, as part of the
+    call. Raise RuntimeMismatch if the graph's logits are not those of the call.
+    """
+    import torch
+
+    fixed, graph = images.clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream(images.device)):
+        for _ in range(3):  # libraries load, choose kernels and allocate, none of which may happen in a recording
+            call(fixed)
+    torch.cuda.synchronize(images.device)
+    with torch.cuda.graph(graph):
+        logits = call(fixed)
+
+    def replay(images: Tensor) -> Tensor:
+        fixed.copy_(images)
+        graph.replay()
+        return logits.clone()
+
+    for given in (images, images.flip(0) + 1):
+        if not torch.allclose(replay(given), call(given), rtol=1e-2, atol=1e-2):
+            raise RuntimeMismatch(f"the CUDA graph for {len(images)} images answers differently from the model.")
+    return replay
+
+
+def refuse_on_cpu(device: str, options: dict[str, bool]) -> None:
+    """Refuse options that only a CUDA device has where the device is a CPU."""
+    if device == "cpu" and (given := [name for name, value in options.items() if value]):
+        raise UserError(f"runtime.{given[0]}=true needs a GPU; leave it out with device=cpu.")
+
+
+def use_tf32(allowed: bool) -> None:
+    """Let torch round FP32 products to TF32, or not; refuse where the environment forbids what is wanted."""
+    import torch
+
+    if allowed and os.environ.get(TF32_OVERRIDE) == "0":
+        raise UserError(
+            f"runtime.tf32=true is impossible with {TF32_OVERRIDE}=0, which the environment or an earlier job with"
+            " runtime=tensorrt runtime.tf32=false of this process has set; run it as a sweep of its own."
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+
+
+def override_tf32(allowed: bool) -> None:
+    """Do as `use_tf32` for libraries that know no option but the environment, as TensorRT under ONNX Runtime.
+
+    They read it once, so that what the first such job of a process wants stays so.
+    """
+    use_tf32(allowed)
+    wanted = "1" if allowed else "0"
+    if os.environ.setdefault(TF32_OVERRIDE, wanted) != wanted:
+        raise UserError(
+            f"runtime.tf32=false is impossible with {TF32_OVERRIDE}={os.environ[TF32_OVERRIDE]}, which the environment"
+            " or an earlier job of this process has set; run it as a sweep of its own."
+        )

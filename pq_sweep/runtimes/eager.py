@@ -1,0 +1,121 @@
+"""PyTorch itself: eager, compiled, or recorded as a CUDA graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pq_sweep.runtimes.cuda import own_stream, record_graph, refuse_on_cpu, use_tf32
+from pq_sweep.runtimes.graph import Precisions, precision_of
+from pq_sweep.runtimes.session import BySize, Call, CallSession
+from pq_sweep.types import Data, Model, Runtime, Session, UserError, Workspace, choose
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+# Batch sizes and live sessions for which torch.compile may make code of their own; its default is 8.
+MOST_COMPILED = 64
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Torch:
+    """PyTorch; `compile` is a mode of torch.compile, and `cuda_graph` records the calls that are timed."""
+
+    channels_last: bool
+    compile: str | None
+    cuda_graph: bool
+    tf32: bool
+
+    # FP16 on a CPU is emulated, some 26 times slower than FP32: no number worth having.
+    precisions: ClassVar[Precisions] = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "fp16", "bf16")}
+
+    def __post_init__(self) -> None:
+        choose("runtime.compile", self.compile or "default", COMPILE_MODES)
+        if self.cuda_graph and self.compile in ("reduce-overhead", "max-autotune"):
+            raise UserError(
+                f"runtime.compile={self.compile} makes CUDA graphs itself; leave runtime.cuda_graph=true out."
+            )
+
+    def resolve(self, precision: str, device: str) -> Runtime:
+        refuse_on_cpu(device, {"cuda_graph": self.cuda_graph, "tf32": self.tf32})
+        return self
+
+    def require(self, device: str) -> None:
+        """Torch is always there."""
+
+    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
+        """Convert the network to the quantizer's precision, save its state_dict and run it."""
+        import torch
+
+        if excluded := getattr(quantizer, "keywords", {}).get("exclude"):
+            raise UserError(
+                f"runtime=torch converts every layer, so quantizer.exclude={excluded} needs runtime=onnxruntime."
+            )
+        dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision_of(quantizer)]
+        use_tf32(self.tf32)
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        with work.stage("quantize"):
+            module = model.module.to(work.device, dtype).to(memory_format=layout).eval()
+        artifact = work.folder / "model.pt"
+        torch.save(module.state_dict(), artifact)
+        details = {"dtype": str(dtype).removeprefix("torch."), "tf32": self.tf32, "channels_last": self.channels_last}
+        details |= {"compile": self.compile, "cuda_graph": self.cuda_graph}
+        if work.device != "cpu":
+            own_stream(work.device)
+            torch.backends.cudnn.benchmark = True  # batch sizes are fixed: cuDNN may look for the fastest kernels
+        network = converting(module, dtype, layout)
+        call = inferring(compiled(network, self.compile) if self.compile else network)
+        if self.compile or self.cuda_graph:
+            with work.stage("build"):
+                call = BySize({size: self._ready(call, model.sample(size).float()) for size in work.batch_sizes})
+        return CallSession(call, "torch", self._engine(), work.device, artifact, details, self._release)
+
+    def _ready(self, call: Call, images: Tensor) -> Call:
+        """Compile the call for a batch of this size, and record it."""
+        call(images)
+        return record_graph(call, images) if self.cuda_graph else call
+
+    def _engine(self) -> str:
+        import torch
+
+        how = f"compiled ({self.compile})" if self.compile else "eager"
+        return f"torch {torch.__version__} {how}" + (", CUDA graph" if self.cuda_graph else "")
+
+    def _release(self) -> None:
+        """Leave torch as other parts of a job expect it."""
+        import torch
+
+        torch.backends.cudnn.benchmark = False
+        if self.compile:
+            torch.compiler.reset()
+
+
+def converting(module: nn.Module, dtype: torch.dtype, layout: torch.memory_format) -> Call:
+    """Return a call from float32 images to float32 logits by a network of another type and memory layout."""
+    return lambda images: module(images.to(dtype, memory_format=layout)).float()
+
+
+def inferring(call: Call) -> Call:
+    """Return a call that runs without anything that training needs."""
+    import torch
+
+    return torch.inference_mode()(call)
+
+
+def compiled(call: Call, mode: str) -> Call:
+    """Compile as one graph: an error, and not a fall-back to eager, for what cannot be compiled."""
+    import torch
+
+    torch._dynamo.config.recompile_limit = MOST_COMPILED
+    fast = torch.compile(call, mode=mode, fullgraph=True, dynamic=False)
+
+    def run(images: Tensor) -> Tensor:
+        try:
+            return fast(images)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"runtime.compile={mode} cannot compile this model: {reason}; leave it out.") from error
+
+    return run

@@ -1,0 +1,190 @@
+"""Engines of TensorRT: how they are built, the versions that can build them, and a cache of those built before.
+
+Precision is in the graph wherever TensorRT can read it there: the same graph then means the same under every version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pq_sweep.environment import cache_home, device_name
+from pq_sweep.fingerprint import digest
+from pq_sweep.hardware import GPU, Gpu
+from pq_sweep.progress import write_json
+from pq_sweep.results import read_json
+from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch
+from pq_sweep.runtimes.ort import ENVIRONMENTS
+from pq_sweep.types import Model, Runtime, UserError, Workspace, choose
+
+T = TypeVar("T")
+Shape = tuple[int, int, int, int]
+
+log = logging.getLogger(__name__)
+
+PROFILES = ("each", "range")
+RECORD = "record.json"
+WITHOUT_EFFECT = ("cuda_graph",)  # on the engine: it is recorded from it
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineBuilder:
+    """How TensorRT builds: tuned for `each` batch size that is timed or for their `range`, at what level (0 to 5).
+
+    With `sparsity`, kernels for 2:4 sparse weights are tried where weights have that pattern.
+    """
+
+    profile: str
+    optimization_level: int
+    sparsity: bool
+    tf32: bool
+
+    name: ClassVar[str] = "tensorrt"
+    precisions: ClassVar[Precisions] = {"cpu": (), "cuda": ("fp32", "fp16", "bf16", "int8", "mixed")}
+
+    def __post_init__(self) -> None:
+        choose("runtime.profile", self.profile, PROFILES)
+        if self.optimization_level not in range(6) or isinstance(self.optimization_level, bool):
+            raise UserError(
+                f"runtime.optimization_level={self.optimization_level} is not valid; give a whole number from 0 to 5."
+            )
+
+    def resolve(self, precision: str, device: str) -> Runtime:
+        return self  # type: ignore[return-value]  # `open` is the subclass's
+
+    def require(self, device: str) -> None:
+        """Refuse to start without a TensorRT that is supported, or for what the GPU does not have."""
+        import_tensorrt(self.name)
+        if self.sparsity:
+            need("sparse", "runtime.sparsity=true", device)
+
+    def profiles(self, sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        """Return the batch sizes (least, optimal, most) of each optimization profile."""
+        if self.profile == "each":
+            return [(size, size, size) for size in sizes]
+        return [(1, max(sizes), max(sizes))]
+
+    def about(self, graph: Path, work: Workspace, precision: str) -> dict[str, Any]:
+        """Return all that an engine depends on."""
+        import torch
+
+        return {
+            "graph": hashlib.sha256(graph.read_bytes()).hexdigest(),
+            "precision": precision,
+            "tensorrt": import_tensorrt(self.name).__version__,
+            "gpu": device_name(work.device),
+            "compute_capability": list(torch.cuda.get_device_capability(work.device)),
+            "batch_sizes": list(work.batch_sizes),
+            "builder": self.name,
+            "options": {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT},
+        }
+
+    def described(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Return what a result tells of how its engine was built."""
+        options = {name: getattr(self, name) for name in ("profile", "optimization_level", "sparsity", "tf32")}
+        return {"tensorrt": about["tensorrt"]} | options
+
+
+def import_tensorrt(runtime: str) -> Any:
+    """Return the module `tensorrt`, or refuse if it is missing or a version that is not supported."""
+    if find_spec("tensorrt") is None:
+        raise UserError(f"runtime={runtime} needs TensorRT; {ENVIRONMENTS}, or use runtime=onnxruntime.")
+    import tensorrt
+
+    if tensorrt.__version__.partition(".")[0] != "10":
+        raise UserError(
+            f"runtime={runtime} works with TensorRT 10 and found {tensorrt.__version__}; install tensorrt-cu12==10.4.0"
+            " (V100, A100) or tensorrt-cu13<11."
+        )
+    return tensorrt
+
+
+def need(feature: str, what: str, device: str) -> None:
+    """Refuse what a GPU lacks a feature of the hardware table for."""
+    import torch
+
+    least, found = GPU[feature].since or (0, 0), torch.cuda.get_device_capability(device)
+    if found < least:
+        this = Gpu(device_name(device), found)
+        raise UserError(
+            "{} needs compute capability {}.{} or later and this is {}; leave it out.".format(what, *least, this)
+        )
+
+
+def shape_of(model: Model, size: int) -> Shape:
+    """Return the shape of a batch of `size` images."""
+    return size, model.preprocess.channels, model.preprocess.size, model.preprocess.size
+
+
+def built(folder: Path, about: dict[str, Any], work: Workspace, build: Callable[[], T]) -> T:
+    """Return what `build` makes with the engine files that it leaves in `folder`, or finds there from an earlier build.
+
+    Engines lie in the cache folder under all that they depend on, and no two graphs share anything. The seconds of an
+    earlier build count as preparation as if they had been spent now, and are marked as cached.
+    """
+    entry = cache_home() / "engines" / digest(about)
+    record = _taken(entry, folder, about)
+    if record:
+        before = _engines(folder)
+        with work.stage("load_engine"):
+            made = build()
+        if _engines(folder) != before:
+            raise RuntimeMismatch(f"TensorRT does not take the engine in {entry} that it built itself; delete it.")
+        work.stage.cached("build", record["seconds"])
+        return made
+    start = time.perf_counter()
+    with work.stage("build"):
+        made = build()
+    record = {"about": about, "seconds": time.perf_counter() - start, "bytes": _bytes(folder)}
+    write_json(folder / RECORD, record)
+    _keep(entry, folder)
+    return made
+
+
+def _taken(entry: Path, folder: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of a whole engine in a job's folder, be it a copy from the cache; else empty the folder."""
+    if record := _whole(folder, about):
+        return record
+    shutil.rmtree(folder, ignore_errors=True)
+    if record := _whole(entry, about):
+        shutil.copytree(entry, folder)
+    else:
+        folder.mkdir(parents=True)
+    return record
+
+
+def _whole(folder: Path, about: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of a folder with just the engine that is wanted, as large as it was built."""
+    record: dict[str, Any] | None = read_json(folder / RECORD)
+    return record if record and record["about"] == about and record["bytes"] == _bytes(folder) else None
+
+
+def _keep(entry: Path, folder: Path) -> None:
+    """Put an engine into the cache in one step; without room for it a job goes on."""
+    aside = entry.with_name(f".{entry.name}.{os.getpid()}")
+    try:
+        shutil.copytree(folder, aside)
+        shutil.rmtree(entry, ignore_errors=True)
+        aside.rename(entry)
+    except OSError as error:  # the disk is full, or another job was first
+        log.warning("the engine is not kept in %s: %s", entry, error)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _bytes(folder: Path) -> dict[str, int]:
+    """Return the size of each file below a folder but those that only tell of it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json")
+    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(files)}
+
+
+def _engines(folder: Path) -> dict[Path, int]:
+    """Return when each engine was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.engine")}

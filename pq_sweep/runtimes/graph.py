@@ -1,0 +1,48 @@
+"""The graph that ONNX Runtime and TensorRT run, and the precision that a quantizer stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pq_sweep.types import Data, Model, UserError, Workspace
+
+# What a runtime realises, by kind of device.
+Precisions = dict[str, tuple[str, ...]]
+
+
+class RuntimeMismatch(RuntimeError):
+    """A session runs on something else than was asked for."""
+
+
+def precision_of(quantizer: Callable[..., Any]) -> str:
+    """Return the precision of a quantizer function or of a partial of one."""
+    function = getattr(quantizer, "func", quantizer)
+    if not hasattr(function, "precision"):
+        raise UserError(
+            f"{function.__module__}.{function.__qualname__} is no quantizer; mark it with @quantizer('int8') or such."
+        )
+    return str(function.precision)
+
+
+def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, form: str) -> tuple[Path, dict[str, Any]]:
+    """Export the network, prove the export, and let the quantizer write `model.onnx`."""
+    from pq_sweep.export import check_export, export_onnx
+
+    source, target = work.folder / "export.onnx", work.folder / "model.onnx"
+
+    def export() -> dict[str, Any]:
+        with work.stage("export"):
+            export_onnx(model, source)
+        with work.stage("check_export"):
+            error = check_export(model, source)
+        return {"export_error": error, "exported_bytes": source.stat().st_size}
+
+    def quantize() -> dict[str, Any]:
+        exported = work.stage.keep("exported", export, source)
+        record = quantizer(source, target, data, form=form, stage=work.stage)
+        source.unlink()
+        return exported | {"quantizer": record or {}}
+
+    return target, work.stage.keep("quantized", quantize, target)

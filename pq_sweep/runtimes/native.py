@@ -1,0 +1,190 @@
+"""TensorRT by its own Python API: an engine file to deploy, with a profile for each batch size that is timed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pq_sweep.progress import write_json
+from pq_sweep.runtimes.cuda import own_stream, record_graph, use_tf32
+from pq_sweep.runtimes.engines import EngineBuilder, built, import_tensorrt, need, shape_of
+from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
+from pq_sweep.runtimes.session import BySize, Call, CallSession
+from pq_sweep.types import Data, Model, Session, Workspace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ENGINE, TIMING, LAYERS = "model.engine", "timing.cache", "layers.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRTNative(EngineBuilder):
+    """TensorRT itself; `cuda_graph` records the calls that are timed."""
+
+    cuda_graph: bool
+
+    name: ClassVar[str] = "tensorrt_native"
+
+    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
+        """Export, check and quantize the graph, build its engine in the job's folder and load that file."""
+        import torch
+
+        tensorrt, precision = import_tensorrt(self.name), precision_of(quantizer)
+        use_tf32(self.tf32)
+        if precision == "bf16":
+            need("bf16", "quantizer=bf16 under TensorRT", work.device)
+        graph, details = make_graph(model, quantizer, data, work, form="tensorrt")
+        folder = work.folder / "engine"
+        messages = collector(tensorrt)
+
+        def build() -> Any:
+            if not (folder / ENGINE).exists():
+                with torch.cuda.device(work.device):
+                    self._write(graph, folder, precision, model, work, messages)
+            return load(folder / ENGINE, messages)
+
+        about = self.about(graph, work, precision)
+        engine = built(folder, about, work, build)
+        details = details | {
+            **self.described(about),
+            "cuda_graph": self.cuda_graph,
+            "layers": describe_layers(engine, folder / LAYERS, tensorrt),
+            "sparsity_log": messages.sparsity,
+            "activation_memory_bytes": _activation_memory(engine),
+        }
+        call = self._call(engine, model, work)
+        how = f"tensorrt {about['tensorrt']}" + (", CUDA graph" if self.cuda_graph else "")
+        return CallSession(call, self.name, how, work.device, folder / ENGINE, details)
+
+    def _write(self, graph: Path, folder: Path, precision: str, model: Model, work: Workspace, messages: Any) -> None:
+        """Build and write the engine and its timing cache."""
+        import tensorrt
+
+        builder = tensorrt.Builder(messages)
+        # A strongly typed network takes every type from the graph. BF16 has no graph: there TensorRT may choose it.
+        typed = 0 if precision == "bf16" else 1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(typed)
+        parser = tensorrt.OnnxParser(network, messages)
+        if not parser.parse_from_file(str(graph)):
+            errors = "; ".join(str(parser.get_error(index).desc()) for index in range(parser.num_errors))
+            raise RuntimeMismatch(f"TensorRT cannot read {graph.name}: {errors}")
+        config = self._config(tensorrt, builder, precision, model, work)
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise RuntimeMismatch(f"TensorRT cannot build {graph.name}: {'; '.join(messages.errors)}")
+        (folder / TIMING).write_bytes(memoryview(config.get_timing_cache().serialize()))
+        (folder / ENGINE).write_bytes(memoryview(plan))
+
+    def _config(self, tensorrt: Any, builder: Any, precision: str, model: Model, work: Workspace) -> Any:
+        config = builder.create_builder_config()
+        config.builder_optimization_level = self.optimization_level
+        config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED  # for the names and types of layers
+        flags = {"TF32": self.tf32, "SPARSE_WEIGHTS": self.sparsity, "BF16": precision == "bf16"}
+        for name, wanted in flags.items():
+            (config.set_flag if wanted else config.clear_flag)(getattr(tensorrt.BuilderFlag, name))
+        for sizes in self.profiles(work.batch_sizes):
+            profile = builder.create_optimization_profile()
+            profile.set_shape("input", *(shape_of(model, size) for size in sizes))
+            config.add_optimization_profile(profile)
+        return config
+
+    def _call(self, engine: Any, model: Model, work: Workspace) -> BySize:
+        """Make a context for each profile and, if wanted, record a call for each batch size."""
+        import torch
+
+        own_stream(work.device)
+        calls: dict[int, Call] = {}
+        for index, (least, _, most) in enumerate(self.profiles(work.batch_sizes)):
+            context = Context(engine, index, work.device)
+            calls |= dict.fromkeys(range(least, most + 1), context)
+        if self.cuda_graph:
+            with work.stage("build"):
+                images = {size: torch.zeros(shape_of(model, size), device=work.device) for size in work.batch_sizes}
+                calls = {size: record_graph(calls[size], images[size]) for size in work.batch_sizes}
+        return BySize(calls)
+
+
+class Context:
+    """Runs an engine under one of its profiles, on torch's current stream; images and logits stay on the device."""
+
+    def __init__(self, engine: Any, profile: int, device: str) -> None:
+        import torch
+
+        self.classes = engine.get_tensor_shape("logits")[-1]
+        self.context = engine.create_execution_context()
+        stream = torch.cuda.current_stream(device)
+        if not self.context or not self.context.set_optimization_profile_async(profile, stream.cuda_stream):
+            raise RuntimeMismatch(f"TensorRT has no room on {device} for the engine's profile {profile}.")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        import torch
+
+        images = images.contiguous()
+        logits = torch.empty((len(images), self.classes), device=images.device)
+        self.context.set_input_shape("input", tuple(images.shape))
+        self.context.set_tensor_address("input", images.data_ptr())
+        self.context.set_tensor_address("logits", logits.data_ptr())
+        if not self.context.execute_async_v3(torch.cuda.current_stream(images.device).cuda_stream):
+            raise RuntimeMismatch(f"TensorRT could not run the engine on {len(images)} images.")
+        return logits
+
+
+def collector(tensorrt: Any) -> Any:
+    """Return a logger that keeps what TensorRT says of errors and of sparse kernels."""
+
+    class Messages(tensorrt.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.sparsity: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (tensorrt.ILogger.Severity.INTERNAL_ERROR, tensorrt.ILogger.Severity.ERROR):
+                self.errors.append(message)
+            elif "(Sparsity)" in message:
+                self.sparsity.append(message)
+
+    return Messages()
+
+
+def load(path: Path, messages: Any) -> Any:
+    """Return the engine of a file."""
+    import tensorrt
+
+    engine = tensorrt.Runtime(messages).deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise RuntimeMismatch(f"TensorRT cannot load {path.name}: {'; '.join(messages.errors)}")
+    return engine
+
+
+def describe_layers(engine: Any, path: Path, tensorrt: Any) -> dict[str, Any]:
+    """Write what TensorRT says of each layer, and return how many there are of each type of output.
+
+    `reformats` only change the layout or type of a tensor; `sparse` are layers whose kernel is for 2:4 sparse weights.
+    """
+    inspector = engine.create_engine_inspector()
+    layers = json.loads(inspector.get_engine_information(tensorrt.LayerInformationFormat.JSON))["Layers"]
+    write_json(path, layers)
+    known = [layer for layer in layers if isinstance(layer, dict)]
+    return {
+        "count": len(layers),
+        "outputs": dict(Counter(_type_of(output) for layer in known for output in layer.get("Outputs", ())[:1])),
+        "reformats": sum("reformat" in layer.get("Name", "").lower() for layer in known),
+        "sparse": sum("sparse" in layer.get("TacticName", "").lower() for layer in known),
+    }
+
+
+def _type_of(output: dict[str, Any]) -> str:
+    """Return the type of a tensor, which TensorRT gives in front of its layout: "Int8" of "Int8 NC/32HW32"."""
+    return str(output.get("Format/Datatype") or output.get("Datatype") or "unknown").split()[0]
+
+
+def _activation_memory(engine: Any) -> int:
+    """Return the bytes of device memory that a context takes; the newer property is there from TensorRT 10.1 on."""
+    return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)

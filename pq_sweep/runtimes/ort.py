@@ -1,0 +1,291 @@
+"""ONNX Runtime on the CPU and on CUDA: every node of a session runs on the provider asked for, or there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import sysconfig
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pq_sweep.runtimes.cuda import own_stream, refuse_on_cpu, use_tf32
+from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch, make_graph, precision_of
+from pq_sweep.runtimes.session import Call, CallSession
+from pq_sweep.types import Data, Model, Runtime, Session, UserError, Workspace
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from torch import Tensor
+
+ENVIRONMENTS = "see environment.yml (V100, A100) or environment-cu13.yml"
+CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
+LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
+REASON = re.compile(
+    r"(CUDA failure \d+: [^;]+|Invalid TensorRT EP option: [\w.]+|Unknown provider option: \S+"
+    r"|Failed to parse provider option .*|The value for the key .*)"
+)
+# What pq_sweep sets itself, or what needs buffers at fixed addresses, which its sessions do not have.
+RESERVED = ("device_id", "user_compute_stream", "has_user_compute_stream", "use_tf32", "enable_cuda_graph",
+            "trt_cuda_graph_enable", "trt_engine_cache", "trt_timing_cache", "trt_profile", "trt_fp16", "trt_bf16",
+            "trt_int8", "trt_sparsity", "trt_builder_optimization_level", "trt_dump_ep", "trt_ep_context")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxRuntime:
+    """ONNX Runtime on the CPU, or its CUDA provider; `options` are the provider's by their documented names."""
+
+    tf32: bool
+    options: dict[str, Any]
+
+    precisions: ClassVar[Precisions] = {
+        "cpu": ("fp32", "fp16", "int8", "int8_dynamic", "mixed"),
+        "cuda": ("fp32", "fp16"),
+    }
+
+    def __post_init__(self) -> None:
+        check_options(self.options)
+
+    def resolve(self, precision: str, device: str) -> Runtime:
+        refuse_on_cpu(device, {"tf32": self.tf32})
+        if device == "cpu" and self.options:
+            raise UserError(f"runtime.options={self.options} are of the CUDA provider; leave them out with device=cpu.")
+        return self
+
+    def require(self, device: str) -> None:
+        """Refuse a device for which the installed package has no provider."""
+        require_provider(_provider(device))
+
+    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
+        """Export, check, quantize and load the graph."""
+        graph, details = make_graph(model, quantizer, data, work, form="cpu")
+        return self.load(graph, quantizer, work, details)
+
+    def load(self, graph: Path, quantizer: Any, work: Workspace, details: dict[str, Any]) -> Session:
+        """Load a graph that the quantizer wrote."""
+        provider, disabled = _provider(work.device), _crashing_optimizers(quantizer, graph)
+        details = details | {"disabled_optimizers": disabled}
+        options = {}
+        if work.device != "cpu":
+            use_tf32(self.tf32)
+            options = texts(self.options) | {"use_tf32": str(int(self.tf32))}
+            details |= {"tf32": self.tf32, "provider_options": options}
+        with work.stage("build"):
+            session = ort_session(graph, provider, options, work, disabled)
+            call = Bound(session) if work.device != "cpu" else Unbound(session)
+            if work.device != "cpu":  # the first call of each batch size chooses kernels and allocates
+                for size in work.batch_sizes:
+                    call(model_input(session, size, work.device))
+            nodes = placed_on(provider, session, call, model_input(session, 1, work.device))
+        details |= {"nodes_per_provider": nodes}
+        return CallSession(call, "onnxruntime", engine(provider), work.device, graph, details)
+
+
+@dataclass(frozen=True)
+class Unbound:
+    """A graph on the CPU."""
+
+    session: Any
+
+    def __call__(self, images: Tensor) -> Tensor:
+        import torch
+
+        return torch.from_numpy(self.session.run(None, {"input": images.numpy()})[0])
+
+
+class Bound:
+    """A graph on CUDA whose images and logits stay on the device (IO binding), on torch's current stream."""
+
+    def __init__(self, session: Any) -> None:
+        import onnxruntime
+
+        self.session = session
+        self.classes = session.get_outputs()[0].shape[1]
+        self.binding = session.io_binding()
+        self.options = onnxruntime.RunOptions()
+        # Whoever reads the logits does so on the same stream, or waits for it: a call need not.
+        self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def __call__(self, images: Tensor) -> Tensor:
+        import numpy as np
+        import torch
+
+        images = images.contiguous()
+        logits = torch.empty((len(images), self.classes), device=images.device)
+        index = images.device.index or 0
+        self.binding.bind_input("input", "cuda", index, np.float32, tuple(images.shape), images.data_ptr())
+        self.binding.bind_output("logits", "cuda", index, np.float32, tuple(logits.shape), logits.data_ptr())
+        self.session.run_with_iobinding(self.binding, self.options)
+        return logits
+
+
+def engine(provider: str) -> str:
+    """Name ONNX Runtime, its version and provider."""
+    import onnxruntime
+
+    return f"onnxruntime {onnxruntime.__version__} {provider}"
+
+
+def model_input(session: Any, size: int, device: str) -> Tensor:
+    """Return a batch of zeros of the shape that a graph takes."""
+    import torch
+
+    return torch.zeros((size, *session.get_inputs()[0].shape[1:]), device=device)
+
+
+def ort_session(
+    graph: Path, provider: str, options: dict[str, str], work: Workspace, disabled: tuple[str, ...] = ()
+) -> onnxruntime.InferenceSession:
+    """Load a graph on `provider` and nothing else; raise RuntimeMismatch with the reason if that cannot be."""
+    import onnxruntime
+
+    settings = _settings(work)
+    if provider != CPU:
+        # Old versions ignore enable_fallback and retry without the provider, which this makes fail as well.
+        settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        preload_gpu_libraries()
+    try:
+        options = options | _device_options(provider, work.device)
+        session = onnxruntime.InferenceSession(
+            graph, settings, providers=[(provider, options)], enable_fallback=0, disabled_optimizers=list(disabled)
+        )
+        if session.get_providers()[0] != provider:
+            raise RuntimeError(f"onnxruntime took {session.get_providers()[0]} instead")
+    except Exception as error:
+        for profile in work.folder.glob("nodes_*.json"):  # begun with the session
+            profile.unlink()
+        reason = library_error(provider) or reason_in(str(error))
+        raise RuntimeMismatch(f"{provider} cannot run {graph.name}: {reason}; {ENVIRONMENTS}.") from error
+    return session
+
+
+def reason_in(message: str) -> str:
+    """Return the reason in an error of ONNX Runtime without the source lines, C++ types and host names around it."""
+    text = " ".join(message.split())
+    found = re.search(REASON, text)
+    return (found[1] if found else text.removeprefix("[ONNXRuntimeError] : ")).rstrip(". ")
+
+
+def _settings(work: Workspace) -> onnxruntime.SessionOptions:
+    import onnxruntime
+
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = work.threads
+    settings.log_severity_level = 3
+    if work.shared:
+        settings.add_session_config_entry("session.force_spinning_stop", "1")
+    if _tells_assignment():
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    else:
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(work.folder / "nodes")
+    return settings
+
+
+def _device_options(provider: str, device: str) -> dict[str, str]:
+    """Run on torch's device and stream, so that both agree on when a tensor is ready."""
+    if provider == CPU:
+        return {}
+    import torch
+
+    stream = own_stream(device)
+    return {"device_id": str(torch.device(device).index or 0), "user_compute_stream": str(stream.cuda_stream)}
+
+
+def _tells_assignment() -> bool:
+    """Say whether this ONNX Runtime tells which provider got which node; from 1.24 on it does."""
+    import onnxruntime
+
+    return hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
+
+
+def placed_on(provider: str, session: Any, call: Call, images: Tensor) -> dict[str, int]:
+    """Return how many nodes of a graph run on each provider; raise RuntimeMismatch unless all run on `provider`."""
+    nodes = placement(session, call, images)
+    if set(nodes) != {provider}:
+        found = ", ".join(f"{count} nodes on {name}" for name, count in nodes.items()) or "no node anywhere"
+        raise RuntimeMismatch(f"asked for {provider} and got {found}; use another runtime for this model.")
+    return nodes
+
+
+def placement(session: Any, call: Call, images: Tensor) -> dict[str, int]:
+    """Count the nodes of a graph on each provider; before onnxruntime 1.24 by the profile of a run on `images`.
+
+    The profile counts nodes after optimization, where several may have become one.
+    """
+    if _tells_assignment():
+        groups = session.get_provider_graph_assignment_info()
+        counts: Counter[str] = Counter()
+        for group in groups:
+            counts[group.ep_name] += len(group.get_nodes())
+        return dict(counts)
+    call(images)
+    profile = Path(session.end_profiling())
+    ran = {(event["name"], event["args"]["provider"]) for event in json.loads(profile.read_text()) if _is_node(event)}
+    profile.unlink()
+    return dict(Counter(provider for _, provider in ran))
+
+
+def _is_node(event: dict[str, Any]) -> bool:
+    return event.get("cat") == "Node" and "provider" in event.get("args", ())
+
+
+def preload_gpu_libraries() -> None:
+    """Load CUDA's libraries, which ONNX Runtime's providers link, out of the installed packages.
+
+    Importing torch loads nearly all; cuRAND comes in a package of its own that torch does not load.
+    """
+    import torch  # noqa: F401
+
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    for library in sorted(packages.glob("*/lib/libcurand.so.*")):
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def library_error(provider: str) -> str:
+    """Return what the loader says of a provider's library, or "" if it loads; ONNX Runtime only prints it."""
+    import onnxruntime
+
+    if provider not in LIBRARIES:
+        return ""
+    folder = Path(onnxruntime.__file__).parent / "capi"
+    try:
+        for name in ("shared", LIBRARIES[provider]):
+            ctypes.CDLL(str(folder / f"libonnxruntime_providers_{name}.so"), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def require_provider(provider: str) -> None:
+    """A listed provider may still fail to load, so the session is verified too; an unlisted one never loads."""
+    import onnxruntime
+
+    if provider not in onnxruntime.get_available_providers():
+        raise UserError(f"this onnxruntime has no {provider}; {ENVIRONMENTS}, or use device=cpu.")
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options of a provider that would contradict what pq_sweep sets; the provider refuses unknown ones."""
+    for name in options:
+        if name.startswith(RESERVED):
+            raise UserError(f"runtime.options.{name} is set by pq_sweep; choose it by the runtime's own options.")
+
+
+def texts(options: dict[str, Any]) -> dict[str, str]:
+    """Return options as ONNX Runtime takes them: text, with True and False for switches."""
+    return {name: str(value) for name, value in options.items()}
+
+
+def _provider(device: str) -> str:
+    return CPU if device == "cpu" else CUDA
+
+
+def _crashing_optimizers(quantizer: Any, graph: Path) -> tuple[str, ...]:
+    """Name the optimizers to leave out: this one kills the process on FP16 transformers (onnxruntime 1.31.1)."""
+    import onnx
+
+    operators = {node.op_type for node in onnx.load(graph).graph.node}
+    return ("NchwcTransformer",) if precision_of(quantizer) == "fp16" and "LayerNormalization" in operators else ()

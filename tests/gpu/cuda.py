@@ -1,0 +1,55 @@
+"""Runtimes with the defaults of conf/, opened on the GPU, and skipped with the reason where the machine lacks one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+from pq_sweep.datasets import fake
+from pq_sweep.gpu_check.jobs import why_not
+from pq_sweep.job import component
+from pq_sweep.models import torchvision_model
+from pq_sweep.progress import Stages
+from pq_sweep.types import Model, Session, Workspace
+
+DEVICE = "cuda:0"
+
+
+def choice(group: str, name: str, **options: Any) -> Any:
+    """Return a component with the options of its YAML, some of them changed."""
+    return component(OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml"), **options)
+
+
+def able(name: str, **options: Any) -> Any:
+    """Return a runtime, or skip the test if it cannot run here."""
+    runtime = choice("runtime", name, **options)()
+    if reason := why_not(runtime, DEVICE):
+        pytest.skip(reason)
+    return runtime
+
+
+def resnet50() -> Model:
+    """Return ResNet-50 with random weights."""
+    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    return torchvision_model(name="resnet50", weights=None)
+
+
+@contextmanager
+def opened(
+    folder: Path, model: Model, runtime: str, quantizer: str = "none", *, sizes: tuple[int, ...], **options: Any
+) -> Iterator[Session]:
+    """Open a session that times `sizes`, and close it afterwards."""
+    folder.mkdir(exist_ok=True)
+    work = Workspace(folder, DEVICE, 1, Stages(folder, ""), batch_sizes=sizes)
+    data = fake(model, images=1, calibration=0, seed=0)
+    session = able(runtime, **options).open(model, choice("quantizer", quantizer), data, work)
+    try:
+        yield session
+    finally:
+        session.close()

@@ -1,0 +1,267 @@
+"""Stands in for a GPU where there is none: what runs on it runs on the CPU, on the same memory, and is noted.
+
+ONNX Runtime's and TensorRT's answers are real ones of ONNX Runtime on the CPU. `tensorrt` has nothing but names of
+TensorRT 10's Python API as NVIDIA documents it (docs.nvidia.com/deeplearning/tensorrt, read in November 2026), so that
+any other name is an error here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+from enum import IntEnum
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import onnxruntime
+
+real_session = onnxruntime.InferenceSession
+
+
+def array_at(address: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return the float32 array at an address."""
+    size = int(np.prod(shape))
+    return np.ctypeslib.as_array((ctypes.c_float * size).from_address(address)).reshape(shape)
+
+
+class Gpu:
+    """onnxruntime.InferenceSession: notes what it is told, and builds engines as the TensorRT provider does."""
+
+    sessions: ClassVar[list[Gpu]] = []
+    ran_on: ClassVar[str | None] = None
+    elsewhere: ClassVar[dict[str, int]] = {}
+    engines: ClassVar[int] = 1
+    slow_in: ClassVar[tuple[str, ...]] = ()
+    builds: ClassVar[int] = 0
+
+    def __new__(cls, *args: Any, providers: Any, **kwargs: Any) -> Any:
+        """Leave to ONNX Runtime what is to run on the CPU."""
+        return (
+            super().__new__(cls)
+            if isinstance(providers[0], tuple)
+            else real_session(*args, providers=providers, **kwargs)
+        )
+
+    def __init__(self, path: Path, settings: Any, *, providers: Any, **kwargs: Any) -> None:
+        ((self.provider, self.options),) = providers
+        self.settings, self.kwargs = settings, kwargs
+        self.inner = real_session(path, providers=["CPUExecutionProvider"])
+        self.ran: list[int] = []
+        Gpu.sessions.append(self)
+        if self.provider == "TensorrtExecutionProvider":
+            self._build()
+
+    def _build(self) -> None:
+        wanted = ("fp16", "int8", "bf16")
+        flags = [name for name in wanted if f"trt_{name}_enable" in self.options and name not in Gpu.slow_in]
+        for number in range(Gpu.engines):
+            name = "_".join(["TensorrtExecutionProvider_TRTKernel_graph_main_1", str(number), *flags, "sm80"])
+            engine = Path(self.options["trt_engine_cache_path"]) / f"{name}.engine"
+            if not engine.exists():
+                Gpu.builds += 1
+                engine.write_bytes(b"engine")
+                (Path(self.options["trt_timing_cache_path"]) / "TensorrtExecutionProvider_cache_sm80.timing").touch()
+
+    def get_providers(self) -> list[str]:
+        return [Gpu.ran_on or self.provider, "CPUExecutionProvider"]
+
+    def get_inputs(self) -> Any:
+        return self.inner.get_inputs()
+
+    def get_outputs(self) -> Any:
+        return self.inner.get_outputs()
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        counts = {self.provider: 3} | Gpu.elsewhere
+        return [SimpleNamespace(ep_name=name, get_nodes=lambda n=n: [None] * n) for name, n in counts.items()]
+
+    def io_binding(self) -> Binding:
+        return Binding()
+
+    def run_with_iobinding(self, binding: Binding, options: Any) -> None:
+        assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+        images = binding.bound["input"]
+        self.ran.append(len(images))
+        binding.bound["logits"][:] = self.inner.run(None, {"input": images})[0]
+
+
+class Binding:
+    """onnxruntime.IOBinding on memory of the CPU."""
+
+    def __init__(self) -> None:
+        self.bound: dict[str, np.ndarray] = {}
+
+    def bind_input(self, name: str, device: str, index: int, dtype: Any, shape: tuple[int, ...], address: int) -> None:
+        assert (device, dtype) == ("cuda", np.float32)
+        self.bound[name] = array_at(address, shape)
+
+    bind_output = bind_input
+
+
+def tensorrt(version: str = "10.13.3.9") -> Any:
+    """Return a module like `tensorrt` whose engines are ONNX graphs that run on the CPU."""
+    told: dict[str, Any] = {"flags": set(), "profiles": [], "contexts": [], "says": {}}
+
+    class Severity(IntEnum):
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    class ILogger:
+        pass
+
+    ILogger.Severity = Severity  # type: ignore[attr-defined]
+
+    class Config:
+        builder_optimization_level = 3
+        profiling_verbosity = None
+
+        def set_flag(self, flag: str) -> None:
+            told["flags"].add(flag)
+
+        def clear_flag(self, flag: str) -> None:
+            told["flags"].discard(flag)
+
+        def create_timing_cache(self, serialized: bytes) -> str:
+            assert serialized == b""
+            return "timing"
+
+        def set_timing_cache(self, cache: str, ignore_mismatch: bool) -> bool:
+            told["timing"] = cache
+            return not ignore_mismatch
+
+        def get_timing_cache(self) -> Any:
+            return SimpleNamespace(serialize=lambda: b"kernels and their times")
+
+        def add_optimization_profile(self, profile: Any) -> int:
+            told["profiles"].append(profile.shapes)
+            return len(told["profiles"]) - 1
+
+    class Profile:
+        def set_shape(self, name: str, least: Any, best: Any, most: Any) -> None:
+            assert name == "input"
+            self.shapes = (tuple(least), tuple(best), tuple(most))
+
+    class Builder:
+        def __init__(self, logger: ILogger) -> None:
+            self.logger = logger
+
+        def create_network(self, flags: int) -> Any:
+            told["network_flags"] = flags
+            return SimpleNamespace()
+
+        def create_builder_config(self) -> Config:
+            return Config()
+
+        def create_optimization_profile(self) -> Profile:
+            return Profile()
+
+        def build_serialized_network(self, network: Any, config: Config) -> bytes | None:
+            told["level"], told["verbosity"] = config.builder_optimization_level, config.profiling_verbosity
+            told["builds"] = told.get("builds", 0) + 1
+            for severity, message in told["says"].items():
+                self.logger.log(severity, message)  # type: ignore[attr-defined]
+            return (
+                None
+                if told.get("fails")
+                else json.dumps({"graph": network.graph, "profiles": told["profiles"]}).encode()
+            )
+
+    class OnnxParser:
+        def __init__(self, network: Any, logger: ILogger) -> None:
+            self.network = network
+            self.num_errors = 0
+
+        def parse_from_file(self, path: str) -> bool:
+            self.network.graph = Path(path).read_bytes().hex()
+            self.num_errors = 1 if told.get("unreadable") else 0
+            return not self.num_errors
+
+        def get_error(self, index: int) -> Any:
+            return SimpleNamespace(desc=lambda: told["unreadable"])
+
+    class Context:
+        def __init__(self, engine: Engine) -> None:
+            self.engine = engine
+            self.addresses: dict[str, int] = {}
+            told["contexts"].append(self)
+
+        def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+            self.least, _, self.most = self.engine.profiles[index]
+            self.stream = stream
+            return True
+
+        def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+            assert self.least[0] <= shape[0] <= self.most[0]
+            self.shape = shape
+            return True
+
+        def set_tensor_address(self, name: str, address: int) -> bool:
+            self.addresses[name] = address
+            return True
+
+        def execute_async_v3(self, stream: int) -> bool:
+            assert stream == self.stream == 7
+            logits = self.engine.inner.run(None, {"input": array_at(self.addresses["input"], self.shape)})[0]
+            array_at(self.addresses["logits"], logits.shape)[:] = logits
+            return not told.get("cannot_run")
+
+    class Engine:
+        device_memory_size_v2 = 4096
+
+        def __init__(self, plan: bytes) -> None:
+            content = json.loads(plan)
+            self.inner = real_session(bytes.fromhex(content["graph"]), providers=["CPUExecutionProvider"])
+            self.profiles = content["profiles"]
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            assert name == "logits"
+            return (-1, self.inner.get_outputs()[0].shape[1])
+
+        def create_execution_context(self) -> Context:
+            return Context(self)
+
+        def create_engine_inspector(self) -> Any:
+            layers = [
+                {
+                    "Name": "Reformatting CopyNode for Input Tensor 0",
+                    "Outputs": [{"Format/Datatype": "Int8 NC/32HW32"}],
+                },
+                {
+                    "Name": "conv1",
+                    "TacticName": "sm80_xmma_fprop_sparse_conv_i8",
+                    "Outputs": [{"Format/Datatype": "Int8"}],
+                },
+                {"Name": "fc", "TacticName": "sm80_xmma_gemm_f32", "Outputs": [{"Format/Datatype": "Float Row-major"}]},
+            ]
+            return SimpleNamespace(get_engine_information=lambda form: json.dumps({"Layers": layers}))
+
+    class Runtime:
+        def __init__(self, logger: ILogger) -> None:
+            pass
+
+        def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+            return Engine(plan) if plan.startswith(b"{") else None
+
+    module = ModuleType("tensorrt")
+    module.__spec__ = ModuleSpec("tensorrt", None)
+    module.__dict__.update(
+        __version__=version, told=told, ILogger=ILogger, Builder=Builder, OnnxParser=OnnxParser, Runtime=Runtime,
+        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
+        BuilderFlag=SimpleNamespace(TF32="TF32", SPARSE_WEIGHTS="SPARSE_WEIGHTS", BF16="BF16"),
+        ProfilingVerbosity=SimpleNamespace(DETAILED="DETAILED"), LayerInformationFormat=SimpleNamespace(JSON="JSON"),
+    )  # fmt: skip
+    return module
+
+
+def layer(name: str, tactic: str, form: str) -> dict[str, Any]:
+    """Return a layer as the engine inspector describes it."""
+    return {"Name": name, "TacticName": tactic, "Outputs": [{"Name": "output", "Format/Datatype": form}]}
+
+
+@contextlib.contextmanager
+def no_device(device: str) -> Any:
+    """Stand in for torch.cuda.device."""
+    yield
