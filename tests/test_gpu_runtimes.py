@@ -676,7 +676,27 @@ def test_a_cache_that_cannot_be_written_stops_no_job(
     assert relative_error(expected, session(images).numpy()) < 1e-5
 
 
-# CUDA graphs
+# Streams and CUDA graphs
+
+
+def test_a_stream_of_its_own_begins_when_the_default_one_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime takes the default stream for none; weights may still be copied on it."""
+    told: list[str] = []
+    streams = {"current": SimpleNamespace(cuda_stream=0)}
+
+    def make(device: str) -> Any:
+        told.append(f"make on {device}")
+        return SimpleNamespace(cuda_stream=9)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["current"])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append(f"wait for {device}"))
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.update(current=stream))
+
+    assert cuda.own_stream("cuda:1").cuda_stream == 9
+    assert told == ["wait for cuda:1", "make on cuda:1"]
+    assert cuda.own_stream("cuda:1").cuda_stream == 9
+    assert len(told) == 2
 
 
 class Recording:

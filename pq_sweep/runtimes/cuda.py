@@ -24,6 +24,7 @@ def own_stream(device: str) -> Any:
 
     stream = torch.cuda.current_stream(device)
     if stream.cuda_stream == 0:
+        torch.cuda.synchronize(device)  # weights may still be on their way
         stream = torch.cuda.Stream(device)
         torch.cuda.set_stream(stream)
     return stream
@@ -38,6 +39,7 @@ def record_graph(call: Call, images: Tensor) -> Call:
     import torch
 
     fixed, graph = images.clone(), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize(images.device)
     with torch.cuda.stream(torch.cuda.Stream(images.device)):
         for _ in range(3):  # libraries load, choose kernels and allocate, none of which may happen in a recording
             call(fixed)
