@@ -520,11 +520,6 @@ def test_bf16_by_the_provider_needs_a_newer_onnxruntime(
         opened("tensorrt", tmp_path, data, quantizers.bf16)
 
 
-def test_bf16_has_no_graph_for_onnxruntime(tmp_path: Path, doubling: Path) -> None:
-    with pytest.raises(UserError, match="quantizer=bf16 has no graph for ONNX Runtime; use runtime=torch, or TensorRT"):
-        quantizers.bf16(doubling, tmp_path / "out.onnx", None, form="cpu", stage=None)  # type: ignore[arg-type]
-
-
 @pytest.mark.skipif(find_spec("tensorrt") is not None, reason="TensorRT is installed")
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_native"])
 def test_tensorrt_is_refused_without_its_libraries(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
