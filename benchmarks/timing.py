@@ -36,7 +36,7 @@ BATCH_SIZES = (1, 8)
 
 def protocol(seconds: float) -> Protocol:
     """Return a protocol that samples for some seconds."""
-    warmup = {"warmup_iterations": 3, "warmup_s": 0.2, "window": None, "agreement": 0.0, "warmup_max_s": 0.0}
+    warmup = {"warmup_iterations": 3, "warmup_s": 0.05, "window": None, "agreement": 0.0, "warmup_max_s": 0.0}
     sampling = {"min_iterations": 5, "iterations": 5, "min_s": seconds, "max_s": seconds, "interval": 0.0}
     rest = {"name": "benchmark", "batch_sizes": [], "eval_batch_size": 1, "threads": None, "paired": False}
     return Protocol(**warmup, **sampling, **rest, repeats=1)
@@ -82,8 +82,8 @@ def ratios(session: Session, images: torch.Tensor, theirs: Any, rounds: int, sec
 def main() -> None:
     """Print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--seconds", type=float, default=0.2, help="of each measurement")
     arguments = parser.parse_args()
     table = Table(title=f"ours / theirs on {device_name('cpu')}, torch {versions()['torch']}", title_justify="left")
     for name in ("model", "runtime", "batch", "median ratio", "smallest", "largest"):
