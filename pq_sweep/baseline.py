@@ -17,6 +17,7 @@ from pq_sweep.environment import device_name, versions
 from pq_sweep.fingerprint import digest, files_state, resolved
 from pq_sweep.progress import write_json
 from pq_sweep.runtimes import CallSession, converting, inferring, use_tf32
+from pq_sweep.significance import drop_interval, mcnemar
 from pq_sweep.timing import Protocol, Result
 from pq_sweep.types import Data, Model, Workspace
 
@@ -28,10 +29,19 @@ class Baseline:
     result: Result
     predictions: np.ndarray
 
-    def compare(self, accuracy: Result, predictions: np.ndarray) -> Result:
-        """Return accuracy's drop in points, and the share of images that get the same answer."""
-        drop = (self.result["top1"] - accuracy["top1"]) * 100
-        return {"drop_points": drop, "agreement": float((self.predictions == predictions).mean())}
+    def compare(self, accuracy: Result, predictions: np.ndarray, labels: np.ndarray) -> Result:
+        """Return accuracy's drop in points and how sure it is, and the share of images that get the same answer."""
+        before, after = self.predictions == labels, predictions == labels
+        only_before, only_after = int((before & ~after).sum()), int((after & ~before).sum())
+        low, high = drop_interval(only_before, only_after, len(labels))
+        return {
+            "drop_points": (self.result["top1"] - accuracy["top1"]) * 100,
+            "drop_ci95_points": [low * 100, high * 100],
+            "drop_p": mcnemar(only_before, only_after),
+            "only_baseline_right": only_before,
+            "only_this_right": only_after,
+            "agreement": float((self.predictions == predictions).mean()),
+        }
 
 
 def load_baseline(cfg: DictConfig, model: Model, data: Data, work: Workspace, protocol: Protocol) -> Baseline:

@@ -71,7 +71,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             "started": stage.started,
             "seconds": time.time() - stage.started,
             "tries": stage.tries,
-            "accuracy": accuracy | baseline.compare(accuracy, predictions),
+            "accuracy": accuracy | baseline.compare(accuracy, predictions, data.evaluation.labels.numpy()),
             **speed,
             "network": network,
             "images": describe_images(data),

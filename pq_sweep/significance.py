@@ -14,9 +14,9 @@ Z95 = 1.959963984540054
 def drop_interval(only_before: int, only_after: int, samples: int) -> tuple[float, float]:
     """Return the 95 % interval of how much accuracy was lost, as a share; negative is a gain.
 
-    Of `samples` images, `only_before` were right before and wrong after, `only_after` the other way round. Tango's score
-    interval for the difference of two paired proportions (Statistics in Medicine 17, 1998), which holds for few images
-    and for none of either kind as well.
+    Of `samples` images, `only_before` were right before and wrong after, `only_after` the other way round. It is Tango's
+    score interval for the difference of two paired proportions (Statistics in Medicine 17, 1998), which holds for few
+    images too, and where there are none of either kind.
     """
     from scipy.optimize import brentq
 
@@ -44,7 +44,7 @@ def _score(drop: float, only_before: int, only_after: int, samples: int) -> floa
 
 
 def mcnemar(only_before: int, only_after: int) -> float:
-    """Return the probability of a difference at least this large if both models are equally good: McNemar's exact test."""
+    """Return how likely a difference at least this large is if both models are equally good: McNemar's exact test."""
     from scipy.stats import binomtest
 
     total = only_before + only_after

@@ -157,7 +157,15 @@ def test_a_result_has_every_part(jobs: Jobs, name: str) -> None:
     assert set(result) == set(PARTS) | on_gpu
     assert all(isinstance(result[key], kind) for key, kind in PARTS.items())
     assert result["status"] == "finished"
-    assert set(result["accuracy"]) == {"samples", "top1", "top1_ci95", "top5", "drop_points", "agreement"}
+    alone = {"samples", "top1", "top1_ci95", "top5"}
+    assert set(result["accuracy"]) == alone | {
+        "drop_points",
+        "drop_ci95_points",
+        "drop_p",
+        "only_baseline_right",
+        "only_this_right",
+        "agreement",
+    }
     sizes = result["size_bytes"]
     assert set(sizes) == {"original", "compressed", "compressed_zstd", "formats", "smallest_format"}
     assert sizes["formats"][sizes["smallest_format"]] == min(sizes["formats"].values())
@@ -228,6 +236,9 @@ def test_accuracy_follows_from_the_predictions(
     assert accuracy["agreement"] == float((predictions == uncompressed).mean())
     assert accuracy["drop_points"] == pytest.approx(100 * (reference - accuracy["top1"]))
     assert accuracy["top1_ci95"][0] < accuracy["top1"] < accuracy["top1_ci95"][1]
+    assert accuracy["drop_ci95_points"][0] < accuracy["drop_points"] < accuracy["drop_ci95_points"][1]
+    assert accuracy["only_baseline_right"] == ((uncompressed == labels) & (predictions != labels)).sum()
+    assert accuracy["only_this_right"] == ((uncompressed != labels) & (predictions == labels)).sum()
     assert jobs(name).result["baseline"]["top1"] == reference
 
 

@@ -35,6 +35,7 @@ PACKAGES = {
     "safetensors": "safetensors",
     "zstandard": "zstandard",
     "PIL": "pillow",
+    "scipy": "scipy",
     "sklearn": "scikit-learn",
 }
 
