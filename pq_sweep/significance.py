@@ -14,9 +14,9 @@ Z95 = 1.959963984540054
 def drop_interval(only_before: int, only_after: int, samples: int) -> tuple[float, float]:
     """Return the 95 % interval of how much accuracy was lost, as a share; negative is a gain.
 
-    Of `samples` images, `only_before` were right before and wrong after, `only_after` the other way round. It is Tango's
-    score interval for the difference of two paired proportions (Statistics in Medicine 17, 1998), which holds for few
-    images too, and where there are none of either kind.
+    Of `samples` images, `only_before` were right before and wrong after, `only_after` the other way round. This is
+    Tango's score interval for the difference of two paired proportions (Statistics in Medicine 17, 1998), which holds
+    for few images too, and where there are none of either kind.
     """
     from scipy.optimize import brentq
 
