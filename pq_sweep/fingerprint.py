@@ -19,6 +19,8 @@ WITHOUT_EFFECT = ("tracking", "resume")
 # Modules that only start jobs, watch them and show what they found.
 AROUND_JOBS = (
     "cli",
+    "comparison",
+    "decision",
     "doctor",
     "gpu_check",
     "grid",

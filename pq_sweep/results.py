@@ -28,7 +28,6 @@ PQ_BENCH = (
 # Which job of SLURM it was, where it ran, and how it ended if SLURM ended it.
 SLURM_COLUMNS = ("slurm_job", "node", "partition", "gpus_allotted", "slurm_state", "exit_code")
 GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime")
-COMPRESSING = ("pruner", "recovery", "quantizer")
 
 
 @dataclass(frozen=True)
@@ -114,44 +113,6 @@ def find_sweeps(folders: list[Path]) -> list[Sweep]:
             )
         found |= {path.resolve(): read_sweep(path) for path in sorted(inside)}
     return list(found.values())
-
-
-def comparable(row: Row, other: Row) -> str | None:
-    """Say why the latencies of two finished jobs must not be compared, or None if they may: one device ran both.
-
-    A GPU is known by its UUID, as two of one name differ by some percent; a CPU by its name and host.
-    """
-    if _device(row) == _device(other):
-        return None
-    return f"{_device(row)} is not {_device(other)}"
-
-
-def _device(row: Row) -> str:
-    """Name the one device that a job ran on."""
-    which = row["gpu_uuid"] or f"of {row['host']}"
-    return f"{row['device_name']} {which}"
-
-
-def reference(row: Row, sweep: Sweep) -> Row | None:
-    """Return the finished job of a sweep to compare a row with: the uncompressed one that is the same in all else.
-
-    Of several, one of the same device is chosen if there is one; None if there is none, or the row is one itself.
-    """
-    if row["status"] != "finished" or _is_uncompressed(row):
-        return None
-    same = ["model", "dataset", "runtime", *(key for key in sweep.options if key.partition(".")[0] not in COMPRESSING)]
-    found = [
-        other
-        for other in sweep.rows
-        if other["status"] == "finished"
-        and _is_uncompressed(other)
-        and all(row.get(key) == other.get(key) for key in same)
-    ]
-    return min(found, key=lambda other: comparable(row, other) is not None, default=None)
-
-
-def _is_uncompressed(row: Row) -> bool:
-    return all(row.get(group) == "none" for group in COMPRESSING)
 
 
 def write_csv(sweep: Sweep) -> Path:

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pq_sweep.results import Row, Sweep, batch_sizes, comparable, reference, write_csv
+from pq_sweep.comparison import comparable, reference, speedup
+from pq_sweep.results import Row, Sweep, batch_sizes, write_csv
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,19 +52,10 @@ def tables(sweep: Sweep, width: int) -> list[Table]:
 
 
 def speedups(sweep: Sweep) -> dict[str, str]:
-    """Return how many times faster than the uncompressed model a job is at the smallest batch size, by job.
-
-    Where both were timed in turn, the ratio of the pairs is better known than that of the medians of two jobs.
-    """
-    size, found = min(batch_sizes(sweep.rows), default=0), {}
-    latency, paired = f"latency_ms/b{size}", f"speedup/b{size}"
-    for row in sweep.rows:
-        other = reference(row, sweep)
-        if paired in row:
-            found[row["job"]] = f"{row[paired]:.2f}"
-        elif latency in row and other and latency in other and comparable(row, other) is None:
-            found[row["job"]] = f"{other[latency] / row[latency]:.2f}"
-    return found
+    """Return how many times faster than the uncompressed model a job is at the smallest batch size, by job."""
+    size = min(batch_sizes(sweep.rows), default=0)
+    found = {row["job"]: speedup(row, reference(row, sweep), size) for row in sweep.rows}
+    return {job: f"{faster.value:.2f}" for job, faster in found.items() if faster}
 
 
 def _draw(columns: dict[str, list[str]], title: str | None, marked: list[bool]) -> Table:
