@@ -84,13 +84,9 @@ def drop(row: Row) -> Estimate:
 
 
 def payback(row: Row, other: Row | None, batch: int) -> float | None:
-    """Return after how many images the time of preparation is earned back: infinity if never, None if unknown.
-
-    What the uncompressed model takes to prepare, such as its export, is no cost of compressing.
-    """
+    """Return after how many images the time of preparation is earned back: infinity if never, None if unknown."""
     faster = speedup(row, other, batch)
     if faster is None:
         return None
     saved_s = row[f"latency_ms/b{batch}"] / 1e3 * (faster.value - 1) / batch
-    extra_s = max(0.0, row["prep_time_s"] - (other or {}).get("prep_time_s", 0.0))
-    return extra_s / saved_s if saved_s > 0 else math.inf
+    return float(row["prep_time_s"]) / saved_s if saved_s > 0 else math.inf

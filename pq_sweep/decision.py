@@ -150,6 +150,8 @@ def _no_worse(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 def _doubts(goal: Goal, winner: Row, runner_up: Row | None) -> list[str]:
     doubts = []
     limit, lost = goal.limits.get("accuracy_drop"), drop(winner)
+    if limit is None and goal.minimize != "accuracy_drop" and lost.interval and lost.interval[0] > 0:
+        doubts.append(f"it lost {lost.value:.2f} points of accuracy, for which no limit was given: set one")
     if limit is not None and lost.interval and lost.interval[1] > limit:
         doubts.append(
             f"the true drop may be up to {lost.interval[1]:.2f} points (95 % interval {lost.interval[0]:.2f} to"

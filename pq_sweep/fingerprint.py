@@ -25,6 +25,7 @@ AROUND_JOBS = (
     "gpu_check",
     "grid",
     "imports",
+    "recommend",
     "results",
     "runs",
     "slurm",
