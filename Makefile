@@ -50,5 +50,7 @@ test-oldest: .venv-oldest/installed
 # On any CUDA machine with torch; installs nothing. OUTPUT is the folder of the report instead of docs/results.
 SEES_CUDA := import sys, torch; sys.exit(not torch.cuda.is_available())
 gpu-check:
-	@if $(BIN)/python -c '$(SEES_CUDA)' 2>/dev/null; then python=$(BIN)/python; else python=$(PYTHON); fi; \
+	@python=$(PYTHON); \
+	if $(BIN)/python -c '$(SEES_CUDA)' 2>/dev/null || ! $$python -c 'import torch' 2>/dev/null && [ -x $(BIN)/python ]; \
+	then python=$(BIN)/python; fi; \
 	$$python -m pq_sweep.gpu_check $(if $(OUTPUT),--output $(OUTPUT))
