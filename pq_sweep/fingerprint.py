@@ -28,6 +28,7 @@ AROUND_JOBS = (
     "recommend",
     "results",
     "runs",
+    "shipping",
     "slurm",
     "stores",
     "sweep",

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         with stage("baseline"):
             baseline = load_baseline(cfg, model, data, plan.work, plan.protocol)
         pruning = compress(plan, model, data, stage)
-        network, formats = stage.once("sizes", partial(describe_network, model, baseline.result, folder))
+        network, formats = stage.once("sizes", partial(describe_network, model, data, baseline.result, folder))
         session = plan.runtime.open(model, plan.quantizer, data, plan.work)
         del model  # from here on only the session holds memory
         accuracy, predictions = evaluate(session, data, plan.protocol, stage)
@@ -188,10 +188,19 @@ def save(stage: Stages, result: Result, pruning: Result | None) -> None:
     stage.finish()
 
 
-def describe_network(model: Model, dense: Result, folder: Path) -> tuple[Result, dict[str, int]]:
-    """Return what the network takes, its terms of use and its figures; and its bytes in each format of storage."""
-    shape = [model.preprocess.channels, model.preprocess.size, model.preprocess.size]
-    about = {"input": shape, "classes": model.num_classes, "licence": model.licence}
+def describe_network(model: Model, data: Data, dense: Result, folder: Path) -> tuple[Result, dict[str, int]]:
+    """Return what the network takes and gives, its terms and its figures; and its bytes in each format of storage.
+
+    `labels` are the classes of the logits in order, if model or data say them.
+    """
+    labels = model.classes or (data.classes if data.columns is None else None)
+    about = {
+        "input": [model.preprocess.channels, model.preprocess.size, model.preprocess.size],
+        "preprocess": asdict(model.preprocess),
+        "classes": model.num_classes,
+        "labels": labels and list(labels),
+        "licence": model.licence,
+    }
     return about | measure.network(model, dense), storage_sizes(model, folder)
 
 

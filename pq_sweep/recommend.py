@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pq_sweep.comparison import Estimate, drop, payback, reference, speedup
 from pq_sweep.decision import FIGURES, Decision, Goal, decide
 from pq_sweep.results import Row, Sweep, batch_sizes, find_sweeps, read_json
+from pq_sweep.shipping import ship
 from pq_sweep.types import UserError
 
 if TYPE_CHECKING:
@@ -134,6 +135,16 @@ def show(decision: Decision, jobs: Candidates, console: Console) -> None:
         console.print(f"to make it again: {told['winner']['command']}", soft_wrap=True, markup=False)
 
 
+def export(decision: Decision, jobs: Candidates, target: Path) -> None:
+    """Write the winner into a folder to ship."""
+    assert decision.winner
+    told = figures(*jobs[decision.winner["job"]], decision.goal) | {"batch": decision.goal.batch}
+    folder = Path(told["folder"])
+    told["pruning"] = read_json(folder / "pruning.json")
+    lines = [(heading, cells[0]) for heading, cells in _lines([told], decision.goal)]
+    ship(folder, target, told, lines, decision.doubts)
+
+
 def _wanted(goal: Goal) -> str:
     limits = ", ".join(f"{name} at most {goal.shown(name, limit)}" for name, limit in goal.limits.items())
     return f"least {goal.minimize} at batch {goal.batch}" + (f" with {limits}" if limits else "")
@@ -185,6 +196,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="default: the smallest that was measured")
     parser.add_argument("--device", help="part of a device's name, where jobs ran on several")
     parser.add_argument("--json", action="store_true", help="print the answer for programs")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="copy the winner there, with a card and a script")
     arguments = parser.parse_args()
     limits = {name: getattr(arguments, f"max_{name}") for name in FIGURES}
     try:
@@ -192,6 +204,8 @@ def main() -> None:
         rows = [row for row, _ in jobs.values()]
         given = {name: limit for name, limit in limits.items() if limit is not None}
         decision = decide(rows, Goal(arguments.minimize, given, batch_size(rows, arguments.batch)))
+        if arguments.export and decision.winner:
+            export(decision, jobs, arguments.export)
     except (UserError, OSError) as error:
         sys.exit(str(error))
     if arguments.json:

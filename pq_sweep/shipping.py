@@ -1,0 +1,77 @@
+"""A folder to ship: a job's model with its card, its options, its figures, and a script that runs it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pq_sweep.types import UserError
+
+TEMPLATES = Path(__file__).parent / "templates"
+RUNNABLE = ("torch", "onnxruntime")
+
+
+def ship(job: Path, target: Path, told: dict[str, Any], figures: list[tuple[str, str]], doubts: list[str]) -> None:
+    """Copy the model of a job folder into a new one with all that is needed to run it.
+
+    `told` are the job's figures by name, `figures` those to show, `doubts` what speaks against it.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"--export {target} is not empty; give a folder that is not there yet.")
+    result = json.loads((job / "result.json").read_text())
+    about = describe(result, told) | {"figures": figures, "doubts": doubts}
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(job / result["session"]["artifact"], target / about["artifact"])
+    for name in ("result.json", "pruning.json"):
+        if (job / name).exists():
+            shutil.copyfile(job / name, target / name)
+    _write_options(result["config"], target)
+    (target / "labels.txt").write_text("".join(f"{label}\n" for label in about["labels"]))
+    (target / "README.md").write_text(render("README.md.j2", about))
+    if about["runtime"] in RUNNABLE:
+        (target / "run.py").write_text(render("run.py.j2", about))
+
+
+def describe(result: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """Return what card and script say of a result."""
+    session, network = result["session"], result["network"]
+    labels = network["labels"] or [str(number) for number in range(network["classes"])]
+    return {
+        "name": told["name"],
+        "command": told["command"],
+        "batch": told["batch"],
+        "artifact": Path(session["artifact"]).name,
+        "removed": "history" in (told.get("pruning") or {}),
+        "labels": [" ".join(str(label).split()) for label in labels],
+        "preprocess": network["preprocess"],
+        "licence": network["licence"],
+        "provider": session["engine"].rpartition(" ")[2],
+        "dtype": session.get("dtype"),
+        "device": result["environment"]["device"],
+        "version": result["environment"]["versions"].get("pq-sweep"),
+        "samples": result["accuracy"]["samples"],
+        "hardware": result["hardware"],
+        "config": result["config"],
+        **{name: session[name] for name in ("runtime", "precision", "engine", "sha256")},
+    }
+
+
+def render(template: str, about: dict[str, Any]) -> str:
+    """Fill a template."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
+    )
+    return environment.get_template(template).render(about)
+
+
+def _write_options(config: dict[str, Any], target: Path) -> None:
+    """Write all options, and those of the network alone without weights, which are in the artifact."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create(config), target / "config.yaml")
+    network = config["model"] | ({"weights": None} if "weights" in config["model"] else {})
+    OmegaConf.save(OmegaConf.create(network), target / "model.yaml")
