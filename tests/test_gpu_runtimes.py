@@ -352,6 +352,7 @@ def test_tensorrt_has_to_build_one_engine(
 
     with pytest.raises(RuntimeMismatch, match=f"TensorRT built {engines} engines where one"):
         opened("tensorrt", tmp_path, data)
+    assert not list(cache_home().glob("engines/*"))  # a mended machine is not to fail for it again
 
 
 def test_a_precision_that_tensorrt_left_out_is_a_mismatch(
@@ -435,6 +436,9 @@ def test_a_native_engine_is_described(data: Data, tmp_path: Path) -> None:
 
     assert details["layers"] == {"count": 3, "outputs": {"Int8": 2, "Float": 1}, "reformats": 1, "sparse": 1}
     assert details["sparsity_log"] == ["(Sparsity) Chose 1 layer(s) using sparse tactics: conv1"]
+    told()["says"] = {}
+    again = opened("tensorrt_native", tmp_path / "again", data, sparsity=True).details
+    assert again["sparsity_log"] == details["sparsity_log"]  # out of the cache
     assert details["activation_memory_bytes"] == 4096
     assert [layer["Name"] for layer in json.loads((tmp_path / "engine" / "layers.json").read_text())][1:] == [
         "conv1",

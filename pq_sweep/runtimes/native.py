@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pq_sweep.progress import write_json
+from pq_sweep.results import read_json
 from pq_sweep.runtimes.cuda import own_stream, record_graph, use_tf32
 from pq_sweep.runtimes.engines import EngineBuilder, built, import_tensorrt, need, shape_of
 from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
@@ -18,7 +19,7 @@ from pq_sweep.types import Data, Model, Session, Workspace
 if TYPE_CHECKING:
     from torch import Tensor
 
-ENGINE, TIMING, LAYERS = "model.engine", "timing.cache", "layers.json"
+ENGINE, TIMING, LAYERS, SPARSITY = "model.engine", "timing.cache", "layers.json", "sparsity.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class TensorRTNative(EngineBuilder):
             **self.described(about),
             "cuda_graph": self.cuda_graph,
             "layers": describe_layers(engine, folder / LAYERS, tensorrt),
-            "sparsity_log": messages.sparsity,
+            "sparsity_log": read_json(folder / SPARSITY),
             "activation_memory_bytes": _activation_memory(engine),
         }
         call = self._call(engine, model, work)
@@ -80,6 +81,7 @@ class TensorRTNative(EngineBuilder):
             raise RuntimeMismatch(f"TensorRT cannot build {graph.name}: {'; '.join(messages.errors)}")
         (folder / TIMING).write_bytes(memoryview(config.get_timing_cache().serialize()))
         (folder / ENGINE).write_bytes(memoryview(plan))
+        write_json(folder / SPARSITY, messages.sparsity)
 
     def _config(self, tensorrt: Any, builder: Any, precision: str, model: Model, work: Workspace) -> Any:
         config = builder.create_builder_config()

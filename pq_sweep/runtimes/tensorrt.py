@@ -71,8 +71,7 @@ class TensorRT(EngineBuilder):
         permissions = permitted(graph, precision)
         folder = work.folder / "engine"
         about = self.about(graph, work, precision)
-        calls, nodes = built(folder, about, work, lambda: self._build(graph, permissions, folder, model, work))
-        engines = {size: one_engine(folder / f"b{size}", permissions) for size in calls}
+        calls, nodes, engines = built(folder, about, work, lambda: self._build(graph, permissions, folder, model, work))
         details = details | {
             **self.described(about),
             "nodes_per_provider": nodes,
@@ -83,20 +82,22 @@ class TensorRT(EngineBuilder):
 
     def _build(
         self, graph: Path, permissions: list[str], folder: Path, model: Model, work: Workspace
-    ) -> tuple[dict[int, Call], dict[str, int]]:
+    ) -> tuple[dict[int, Call], dict[str, int], dict[int, Path]]:
         """Open a session for each profile, which builds its engine, and run it once; the most images name a profile."""
         calls: dict[int, Call] = {}
         nodes: dict[str, int] = {}
+        engines: dict[int, Path] = {}
         for least, best, most in self.profiles(work.batch_sizes):
             shapes = dict(
                 zip(("min", "opt", "max"), (shape_of(model, size) for size in (least, best, most)), strict=True)
             )
             options = self.provider_options(permissions, shapes, folder / f"b{most}", folder)
             session = ort_session(graph, TENSORRT, options, work)
+            engines[most] = one_engine(folder / f"b{most}", permissions)
             calls[most] = Bound(session)
             nodes = placed_on(TENSORRT, session, calls[most], model_input(session, most, work.device))
             calls[most](model_input(session, most, work.device))
-        return calls, nodes
+        return calls, nodes, engines
 
     def provider_options(
         self, permissions: list[str], shapes: dict[str, Shape], engine: Path, timing: Path
