@@ -171,7 +171,7 @@ def test_pairs_are_timed_in_each_fresh_process(pairs: Pairs) -> None:
 @pytest.mark.slow
 @each
 def test_the_job_waits_without_a_thread_that_spins(pairs: Pairs, overrides: tuple[str, ...]) -> None:
-    assert pairs(overrides).busy < 0.05
+    assert pairs(overrides).busy < 0.5  # of a core; a thread that spins takes a whole one
 
 
 @pytest.mark.slow
