@@ -166,7 +166,7 @@ def test_packages_of_onnxruntime_that_overwrite_each_other_are_a_problem(here: P
 def test_a_provider_without_its_device_does_not_run() -> None:
     with pytest.raises(ChildError, match=r"^CUDAExecutionProvider cannot run convolution\.onnx: ") as caught:
         in_child(accelerators.__name__, "run_on", CUDA)
-    reason, found, _ = str(caught.value).partition(": ")[2].partition(". see environment.yml")
+    reason, found, _ = str(caught.value).partition(": ")[2].partition("; see environment.yml")
     assert found, "it no longer ends with the environments, which the doctor leaves to its remedies"
     assert provider_error(CUDA) == reason
 

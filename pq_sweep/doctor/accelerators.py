@@ -120,7 +120,7 @@ def provider_error(provider: str) -> str:
         (in_child if provider == CPU else alone)(__name__, "run_on", provider)
     except ChildError as error:
         cause = re.sub(rf"^{provider} cannot run \S+: ", "", str(error))
-        return cause.partition(f". {ENVIRONMENTS}")[0]  # which remedies name where they help
+        return cause.partition(f"; {ENVIRONMENTS}")[0]  # which remedies name where they help
     return ""
 
 
