@@ -65,6 +65,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     providers = [TENSORRT, CUDA, "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Gpu)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
     for name, value in (
         ("sessions", []),
         ("ran_on", None),
