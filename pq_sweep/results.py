@@ -169,6 +169,17 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
     }
     flat |= {f"size_mb/{name}": size / 1e6 for name, size in result["size_bytes"]["formats"].items()}
     flat |= {f"prep_time_s/{stage}": seconds for stage, seconds in result["prep_s"].items()}
+    flat |= _timed(result)
+    images = result["images"]
+    flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
+    flat["images_decoded"] = images.get("decoded")
+    flat["load_of_others"] = max((timed["load_of_others"] for timed in result["latency"].values()), default=0.0)
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+def _timed(result: dict[str, Any]) -> dict[str, float | None]:
+    """Return the figures of each batch size."""
+    flat: dict[str, float | None] = {}
     for size, timed in result["latency"].items():
         flat |= {f"latency_ms/b{size}": timed["p50_ms"], f"throughput/b{size}": timed["throughput"]}
         flat |= {f"latency_{name}_ms/b{size}": timed[f"{name}_ms"] for name in ("p90", "p99", "mean", "std")}
@@ -181,11 +192,7 @@ def metrics(result: dict[str, Any]) -> dict[str, float]:
         low, high = pair["speedup_ci95"] or (None, None)
         flat |= {f"speedup/b{size}": pair["speedup"]}
         flat |= {f"speedup_ci95_low/b{size}": low, f"speedup_ci95_high/b{size}": high}
-    images = result["images"]
-    flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
-    flat["images_decoded"] = images.get("decoded")
-    flat["load_of_others"] = max((timed["load_of_others"] for timed in result["latency"].values()), default=0.0)
-    return {name: value for name, value in flat.items() if value is not None}
+    return flat
 
 
 def read_json(path: Path) -> Any:
