@@ -54,6 +54,12 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def resolved(cfg: DictConfig) -> dict[str, Any]:
     """Return what a job's results depend on as plain values."""
     values: Any = OmegaConf.to_container(

@@ -20,12 +20,12 @@ from pq_sweep import measure
 from pq_sweep.baseline import load_baseline
 from pq_sweep.check import check, impossible, refuse
 from pq_sweep.environment import describe, device_name, resolve_device
-from pq_sweep.fingerprint import digest, fingerprint, resolved
+from pq_sweep.fingerprint import digest, file_hash, fingerprint, resolved
 from pq_sweep.hardware import Cpu, Gpu, capability, cpu_flags, lacks
 from pq_sweep.measure import Samples
 from pq_sweep.progress import Stages, write_json
 from pq_sweep.quantizers import none
-from pq_sweep.repeats import check_artifact, file_hash, measure_apart, share_network
+from pq_sweep.repeats import check_artifact, measure_apart, share_network
 from pq_sweep.resume import change_once
 from pq_sweep.runtimes import precision_of
 from pq_sweep.sizes import compressed_size, storage_sizes
@@ -64,7 +64,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         accuracy, predictions = evaluate(session, data, plan.protocol, stage)
         ran, environment = describe_session(session, plan), describe(plan.work.device, plan.work.threads)
         sizes = describe_sizes(session, baseline.result["size_bytes"], formats)
-        speed = measure_speed(plan, session, data, stage)
+        speed = measure_speed(plan, session, data, stage, ran["sha256"])
         result = {
             "status": "finished",
             "fingerprint": plan.key,
@@ -140,10 +140,12 @@ def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> Result | No
     return pruning
 
 
-def measure_speed(plan: Plan, session: Session, data: Data, stage: Stages) -> Result:
-    """Measure here, or in fresh processes if the protocol wants repeats; close the session and write `samples.npz`."""
+def measure_speed(plan: Plan, session: Session, data: Data, stage: Stages, artifact: str) -> Result:
+    """Measure here, or in fresh processes if the protocol wants repeats; close the session and write `samples.npz`.
+
+    `artifact` is the hash of what the session runs.
+    """
     if plan.protocol.repeats > 1:
-        artifact = file_hash(session.artifact)
         session.close()
         result, samples = measure_apart(stage, resolved(plan.cfg), artifact, plan.protocol.repeats)
     else:

@@ -24,6 +24,7 @@ from pq_sweep.environment import gpu_uuid
 from pq_sweep.fingerprint import digest
 from pq_sweep.monitor import Monitor
 from pq_sweep.pruners import prunable
+from pq_sweep.significance import Z95
 from pq_sweep.timing import Call, Clock, CudaClock, HostClock, Protocol, Result, paired, timed
 from pq_sweep.types import Data, Model, Session, Stage
 
@@ -71,7 +72,7 @@ def rank(logits: Tensor, labels: Tensor) -> Tensor:
     return before.sum(dim=1) + own.isnan()[:, 0] * logits.shape[1]
 
 
-def wilson(hits: int, samples: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(hits: int, samples: int, z: float = Z95) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of a proportion (Wilson 1927)."""
     share = hits / samples
     centre = share + z * z / (2 * samples)

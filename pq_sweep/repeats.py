@@ -6,7 +6,6 @@ process, however long it measures, may be faster or slower than the next by more
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
+from pq_sweep.fingerprint import file_hash
 from pq_sweep.progress import PROGRESS, Stages
 from pq_sweep.results import read_json
 from pq_sweep.timing import Result, middle
@@ -187,12 +187,6 @@ def check_artifact(path: Path, expected: str) -> None:
             f"{path.name} is not what the job's accuracy was measured with, as it was made anew and came out different;"
             " use measure.repeats=1."
         )
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main() -> None:

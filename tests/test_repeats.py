@@ -22,9 +22,10 @@ from conftest import ROOT, new_user
 from hydra import compose, initialize_config_dir
 
 from pq_sweep import job, repeats
+from pq_sweep.fingerprint import file_hash
 from pq_sweep.models import digits_cnn
 from pq_sweep.progress import PROGRESS, Stages
-from pq_sweep.repeats import KeptStages, RepeatFailed, check_artifact, combine, file_hash, share_network
+from pq_sweep.repeats import KeptStages, RepeatFailed, check_artifact, combine, share_network
 from pq_sweep.timing import DRIFT
 
 ONNX = ("pruner=l1", "quantizer=int8", "runtime=onnxruntime")

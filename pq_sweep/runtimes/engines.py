@@ -5,7 +5,6 @@ Precision is in the graph wherever TensorRT can read it there: the same graph th
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pq_sweep.environment import cache_home, device_name
-from pq_sweep.fingerprint import digest
+from pq_sweep.fingerprint import digest, file_hash
 from pq_sweep.hardware import GPU, Gpu
 from pq_sweep.progress import write_json
 from pq_sweep.results import read_json
@@ -77,7 +76,7 @@ class EngineBuilder:
         import torch
 
         return {
-            "graph": hashlib.sha256(graph.read_bytes()).hexdigest(),
+            "graph": file_hash(graph),
             "precision": precision,
             "tensorrt": import_tensorrt(self.name).__version__,
             "gpu": device_name(work.device),
