@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from pq_sweep import measure
 from pq_sweep.environment import device_name, versions
 from pq_sweep.fingerprint import digest, files_state, resolved
+from pq_sweep.layers import Layers, dense_layers
 from pq_sweep.progress import write_json
 from pq_sweep.runtimes import CallSession, converting, inferring, use_tf32
 from pq_sweep.significance import drop_interval, mcnemar
@@ -24,10 +25,11 @@ from pq_sweep.types import Data, Model, Workspace
 
 @dataclass(frozen=True)
 class Baseline:
-    """Figures of the uncompressed model, and the class it predicts for every evaluation image (N,)."""
+    """Figures of the uncompressed model and of its layers, and the class it predicts for every image (N,)."""
 
     result: Result
     predictions: np.ndarray
+    layers: Layers
 
     def compare(self, accuracy: Result, predictions: np.ndarray, labels: np.ndarray) -> Result:
         """Return accuracy's drop in points and how sure it is, and the share of images that get the same answer."""
@@ -57,7 +59,8 @@ def load_baseline(cfg: DictConfig, model: Model, data: Data, work: Workspace, pr
     with FileLock(folder / "lock"):
         if not (folder / "baseline.json").exists():
             _measure(model, data, work.device, protocol, folder)
-    return Baseline(json.loads((folder / "baseline.json").read_text()), np.load(folder / "predictions.npy"))
+    figures, layers = (json.loads((folder / name).read_text()) for name in ("baseline.json", "layers.json"))
+    return Baseline(figures, np.load(folder / "predictions.npy"), layers)
 
 
 def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: Path) -> None:
@@ -70,6 +73,7 @@ def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: 
     accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
     np.save(folder / "predictions.npy", predictions)
     _name_images(data, predictions, folder / "images.csv")
+    write_json(folder / "layers.json", dense_layers(model))
     write_json(folder / "baseline.json", accuracy | measure.network(model) | {"size_bytes": artifact.stat().st_size})
 
 

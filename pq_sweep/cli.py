@@ -67,6 +67,8 @@ def explain(error: BaseException) -> str:
             f"the override {error.override!r} cannot be read; write key=value, and quote values with spaces or commas."
         )
     cause = error.__cause__
+    if isinstance(cause, UserError):  # what a component refuses reaches us in what Hydra says of it
+        return explain(cause)
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         return _explain_key(cause)
     if isinstance(error, UserError | ConfigCompositionException):

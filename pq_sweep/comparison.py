@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
 
-from pq_sweep.results import Row, Sweep
+from pq_sweep.results import REPEATING, Sweep
+from pq_sweep.rows import Row
 
 COMPRESSING = ("pruner", "recovery", "quantizer")
 
@@ -37,22 +40,39 @@ def _device(row: Row) -> str:
 def reference(row: Row, sweep: Sweep) -> Row | None:
     """Return the finished job of a sweep to compare a row with: the uncompressed one that is the same in all else.
 
-    Of several, one of the same device is chosen if there is one; None if there is none, or the row is one itself.
+    Of several, one of the same device is chosen if there is one, then one of the same seed; None if there is none, or
+    the row is one itself.
     """
-    if row["status"] != "finished" or _is_uncompressed(row):
+    if row["status"] != "finished" or is_uncompressed(row):
         return None
-    same = ["model", "dataset", "runtime", *(key for key in sweep.options if key.partition(".")[0] not in COMPRESSING)]
+    same = ["model", "dataset", "runtime", "protocol", *filter(_is_of_both, sweep.options)]
     found = [
         other
         for other in sweep.rows
         if other["status"] == "finished"
-        and _is_uncompressed(other)
+        and is_uncompressed(other)
         and all(row.get(key) == other.get(key) for key in same)
     ]
-    return min(found, key=lambda other: comparable(row, other) is not None, default=None)
+
+    def distance(other: Row) -> tuple[bool, ...]:
+        return comparable(row, other) is not None, *(row.get(key) != other.get(key) for key in REPEATING)
+
+    return min(found, key=distance, default=None)
 
 
-def _is_uncompressed(row: Row) -> bool:
+def _is_of_both(option: str) -> bool:
+    """Say whether an option concerns the uncompressed model too."""
+    return option.partition(".")[0] not in (*COMPRESSING, *REPEATING)
+
+
+def unreferenced(sweep: Sweep) -> list[Row]:
+    """Return the finished jobs that compressed something and have no uncompressed job to be compared with."""
+    finished = [row for row in sweep.rows if row["status"] == "finished" and not is_uncompressed(row)]
+    return [row for row in finished if reference(row, sweep) is None]
+
+
+def is_uncompressed(row: Row) -> bool:
+    """Say whether nothing was pruned, recovered or quantized in a job."""
     return all(row.get(group) == "none" for group in COMPRESSING)
 
 
@@ -78,8 +98,10 @@ def _interval(row: Row, name: str) -> tuple[float, float] | None:
     return (low, high) if low is not None and high is not None else None
 
 
-def drop(row: Row) -> Estimate:
-    """Return the points of accuracy that a job lost against the uncompressed model on the same images."""
+def drop(row: Row) -> Estimate | None:
+    """Return the points of accuracy that a job lost against the uncompressed model on the same images, if known."""
+    if "accuracy_drop_points" not in row:
+        return None
     return Estimate(row["accuracy_drop_points"], _interval(row, "accuracy_drop_ci95_{}_points"))
 
 
@@ -90,3 +112,51 @@ def payback(row: Row, other: Row | None, batch: int) -> float | None:
         return None
     saved_s = row[f"latency_ms/b{batch}"] / 1e3 * (faster.value - 1) / batch
     return float(row["prep_time_s"]) / saved_s if saved_s > 0 else math.inf
+
+
+def aggregate(sweep: Sweep) -> Sweep:
+    """Join the runs of one job that differ in nothing but `seed` or `repeat`, or that several sweeps repeat.
+
+    Each figure becomes the median of the runs; `range` of the joined row holds the least and the largest of each
+    figure, `runs` their folders. An interval's ends are the outermost of the runs', as seeds come on top of the images.
+    """
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in sweep.rows:
+        groups.setdefault(_identity(row, sweep), []).append(row)
+    return replace(sweep, rows=[_joined(runs) for runs in groups.values()])
+
+
+def _identity(row: Row, sweep: Sweep) -> tuple[str, ...]:
+    """Return what is the same in all runs of a job; one that did not finish stands for itself."""
+    if row["status"] != "finished":
+        return (row["job"],)
+    keys = ["model", "dataset", *COMPRESSING, "amount", "runtime", "protocol", *sweep.options]
+    return *(str(row.get(key)) for key in keys if key not in REPEATING), _device(row)
+
+
+def _joined(runs: list[Row]) -> Row:
+    first = runs[0]
+    if len(runs) == 1:
+        return first | {"runs": [first["folder"]]}
+    columns = {key: [row[key] for row in runs if key in row] for key in first if _is_figure(first[key])}
+    kept = {key: values for key, values in columns.items() if all(map(_is_figure, values))}
+    return first | {
+        **{key: _middle(key)(values) for key, values in kept.items()},
+        "runs": [row["folder"] for row in runs],
+        "range": {key: (min(values), max(values)) for key, values in kept.items()},
+        "unstable": "; ".join(dict.fromkeys(row["unstable"] for row in runs if row["unstable"])),
+        "hardware": list(dict.fromkeys(line for row in runs for line in row["hardware"])),
+    }
+
+
+def _is_figure(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _middle(column: str) -> Callable[[list[float]], float]:
+    """Return what stands for several runs in a column."""
+    if "ci95_low" in column:
+        return min
+    if "ci95_high" in column or column == "accuracy_drop_p":
+        return max
+    return median

@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 
 from pq_sweep.comparison import drop
-from pq_sweep.results import Row
+from pq_sweep.rows import Row
 from pq_sweep.types import UserError
 
 # What can be limited or made small, by name: the column of the rows, and its unit.
 FIGURES = {
     "accuracy_drop": ("accuracy_drop_points", "points"),
+    "error": ("error_percent", "%"),
     "latency": ("latency_ms/b{batch}", "ms"),
     "size": ("engine_size_mb", "MB"),
     "memory": ("peak_memory_mb", "MB"),
@@ -150,9 +151,11 @@ def _no_worse(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
 def _doubts(goal: Goal, winner: Row, runner_up: Row | None) -> list[str]:
     doubts = []
     limit, lost = goal.limits.get("accuracy_drop"), drop(winner)
-    if limit is None and goal.minimize != "accuracy_drop" and lost.interval and lost.interval[0] > 0:
+    if lost is None:
+        doubts.append("what it lost in accuracy is not known")
+    elif limit is None and goal.minimize != "accuracy_drop" and lost.interval and lost.interval[0] > 0:
         doubts.append(f"it lost {lost.value:.2f} points of accuracy, for which no limit was given: set one")
-    if limit is not None and lost.interval and lost.interval[1] > limit:
+    elif limit is not None and lost.interval and lost.interval[1] > limit:
         doubts.append(
             f"the true drop may be up to {lost.interval[1]:.2f} points (95 % interval {lost.interval[0]:.2f} to"
             f" {lost.interval[1]:.2f}), over the limit of {limit:g}: evaluate on more images"

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from pq_sweep.environment import versions
 
 # They say where results go and whether earlier ones count, not what they are.
-WITHOUT_EFFECT = ("tracking", "resume")
+WITHOUT_EFFECT = ("tracking", "resume", "search")
 # Modules that only start jobs, watch them and show what they found.
 AROUND_JOBS = (
     "cli",
@@ -26,8 +26,12 @@ AROUND_JOBS = (
     "grid",
     "imports",
     "recommend",
+    "report",
+    "reproduce",
     "results",
+    "rows",
     "runs",
+    "search",
     "shipping",
     "slurm",
     "stores",

@@ -18,7 +18,8 @@ from pq_sweep.check import problems
 from pq_sweep.environment import without_password
 from pq_sweep.fingerprint import WITHOUT_EFFECT, digest, fingerprint
 from pq_sweep.imports import quick_imports
-from pq_sweep.results import GROUPS, finished, job_name
+from pq_sweep.results import finished
+from pq_sweep.rows import GROUPS, job_name
 from pq_sweep.types import UserError
 
 
@@ -92,11 +93,12 @@ def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
             "experiment=a,b would run without the grids of both files; start one sweep for each experiment."
         )
     grid = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
-    yield from (_compose(loader, config, list(overrides), number) for number, overrides in enumerate(grid))
+    yield from (compose_job(config, list(overrides), number) for number, overrides in enumerate(grid))
 
 
-def _compose(loader: Any, config: DictConfig, overrides: list[str], number: int) -> DictConfig:
-    job: DictConfig = loader.load_sweep_config(config, overrides)
+def compose_job(config: DictConfig, overrides: list[str], number: int) -> DictConfig:
+    """Compose one job of a sweep."""
+    job: DictConfig = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
     with open_dict(job):
         job.hydra.job.num = number
     return job

@@ -17,11 +17,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from pq_sweep import measure
-from pq_sweep.baseline import load_baseline
+from pq_sweep.baseline import Baseline, load_baseline
 from pq_sweep.check import check, impossible, refuse
 from pq_sweep.environment import describe, device_name, resolve_device
 from pq_sweep.fingerprint import digest, file_hash, fingerprint, resolved
 from pq_sweep.hardware import Cpu, Gpu, capability, cpu_flags, lacks
+from pq_sweep.layers import compressed_layers
 from pq_sweep.measure import Samples
 from pq_sweep.progress import Stages, write_json
 from pq_sweep.quantizers import none
@@ -61,6 +62,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         network, formats = stage.once("sizes", partial(describe_network, model, data, baseline.result, folder))
         session = plan.runtime.open(model, plan.quantizer, data, plan.work)
         del model  # from here on only the session holds memory
+        save_layers(session, baseline, folder)
         accuracy, predictions = evaluate(session, data, plan.protocol, stage)
         ran, environment = describe_session(session, plan), describe(plan.work.device, plan.work.threads)
         sizes = describe_sizes(session, baseline.result["size_bytes"], formats)
@@ -180,6 +182,12 @@ def evaluate(session: Session, data: Data, protocol: Protocol, stage: Stages) ->
         return accuracy
 
     return stage.once("accuracy", measured, path), np.load(path)
+
+
+def save_layers(session: Session, baseline: Baseline, folder: Path) -> None:
+    """Write how the weights of each layer spread before and after compression."""
+    after = compressed_layers(session.artifact, baseline.layers)
+    write_json(folder / "layers.json", {"before": baseline.layers, "after": after})
 
 
 def save(stage: Stages, result: Result, pruning: Result | None) -> None:

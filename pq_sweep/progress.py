@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pq_sweep.environment import slurm
-from pq_sweep.results import error_files, read_json
+from pq_sweep.rows import error_files, read_json
 from pq_sweep.types import Stopped
 
 log = logging.getLogger(__name__)
@@ -185,12 +185,17 @@ def _size(path: Path) -> int | None:
 
 
 def write_json(path: Path, content: Any) -> None:
+    """Write plain values, lists of numbers in one line; nothing that is not a number."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_text(path, NUMBERS.sub(lambda match: " ".join(match.group().split()), text) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write aside, then rename: a reader sees the whole file or none."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps(content, indent=1, allow_nan=False)
     try:
         with aside.open("w") as file:
-            file.write(NUMBERS.sub(lambda match: " ".join(match.group().split()), text) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)

@@ -5,45 +5,43 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pq_sweep.comparison import Estimate, drop, payback, reference, speedup
+from pq_sweep.comparison import aggregate, drop, payback, reference, speedup
 from pq_sweep.decision import FIGURES, Decision, Goal, decide
-from pq_sweep.results import Row, Sweep, batch_sizes, find_sweeps, read_json
+from pq_sweep.reproduce import baselines, command
+from pq_sweep.results import Sweep, find_sweeps, merge
+from pq_sweep.rows import Row, batch_sizes, read_json
 from pq_sweep.shipping import ship
 from pq_sweep.types import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Candidates = dict[str, tuple[Row, Sweep]]
 
+def candidates(sweep: Sweep, device: str | None) -> Sweep:
+    """Return the jobs of a sweep that finished on one device only, repeated runs as one; `device` is part of its name.
 
-def candidates(sweeps: list[Sweep], device: str | None) -> Candidates:
-    """Return the jobs of sweeps by name, those that finished on one device only; `device` is part of its name.
-
-    Latencies of two devices say nothing about two models, so one device is decided for at a time.
+    Latencies of two devices say nothing about two models, so one device is decided for at a time; nor do drops in
+    accuracy on two datasets.
     """
-    named = {
-        (row["job"] if len(sweeps) == 1 else str(sweep.folder / row["job"])): (row, sweep)
-        for sweep in sweeps
-        for row in sweep.rows
-    }
-    found = {row["device_name"] for row, _ in named.values() if row["status"] == "finished"}
+    finished = [row for row in sweep.rows if row["status"] == "finished"]
+    found = {row["device_name"] for row in finished}
     wanted = {name for name in found if device is None or device.casefold() in name.casefold()}
     if len(wanted) != 1:
         given = f"--device {device} is" if device else "the jobs are"
         what = f"{given} of {len(wanted)} devices" if wanted else f"{given} of no device on which a job finished"
         raise UserError(f"{what}; give --device as part of one of: {', '.join(sorted(found)) or 'none'}.")
-    return {
-        name: (row | {"job": name}, sweep)
-        for name, (row, sweep) in named.items()
-        if row.get("device_name") in {*wanted, None}
-    }
+    datasets = sorted({str(row.get("dataset")) for row in finished})
+    if len(datasets) > 1:
+        raise UserError(
+            f"the jobs are of {len(datasets)} datasets, {', '.join(datasets)}; give folders of one of them."
+        )
+    return aggregate(replace(sweep, rows=[row for row in sweep.rows if row.get("device_name") in {*wanted, None}]))
 
 
 def batch_size(rows: list[Row], wanted: int | None) -> int:
@@ -56,30 +54,12 @@ def batch_size(rows: list[Row], wanted: int | None) -> int:
     return known[0] if wanted is None else wanted
 
 
-def command(row: Row, sweep: Sweep) -> str:
-    """Return the command that makes a job's model again."""
-    manifest = read_json(sweep.folder / "sweep.json") or {}
-    arguments = manifest.get("arguments") or ["launch.py"]
-    folder = Path(row["job"]).name
-    overrides: list[str] = next((job["overrides"] for job in manifest.get("jobs", ()) if job["folder"] == folder), [])
-    return shlex.join(["python", Path(arguments[0]).name, *_config_folders(arguments), *overrides])
-
-
-def _config_folders(arguments: list[str]) -> Iterator[str]:
-    """Yield the options that say where further components are."""
-    for number, argument in enumerate(arguments):
-        if argument.startswith("--config-dir"):
-            yield argument
-            if "=" not in argument:
-                yield arguments[number + 1]
-
-
-def answer(decision: Decision, jobs: Candidates) -> dict[str, Any]:
+def answer(decision: Decision, sweep: Sweep) -> dict[str, Any]:
     """Return a decision as plain values."""
     goal = decision.goal
     told: dict[str, Any] = {"minimize": goal.minimize, "limits": goal.limits, "batch": goal.batch}
     for place, chosen in (("winner", decision.winner), ("runner_up", decision.runner_up)):
-        told[place] = chosen and figures(*jobs[chosen["job"]], goal)
+        told[place] = chosen and figures(chosen, sweep, goal)
     told["doubts"] = decision.doubts
     told["others"] = {row["job"]: why for row, why in decision.lost}
     told["relaxations"] = [
@@ -91,19 +71,20 @@ def answer(decision: Decision, jobs: Candidates) -> dict[str, Any]:
 def figures(row: Row, sweep: Sweep, goal: Goal) -> dict[str, Any]:
     """Return what a job has to show, and against the uncompressed model."""
     other = reference(row, sweep)
-    faster = speedup(row, other, goal.batch)
+    faster, lost = speedup(row, other, goal.batch), drop(row)
     return {
         "job": row["job"],
         "name": row["name"],
-        "folder": str(sweep.folder / Path(row["job"]).name),
+        "folder": row["folder"],
+        "runs": len(row["runs"]),
         **{name: goal.value(row, name) for name in FIGURES},
-        "accuracy": row["accuracy"],
-        "accuracy_drop_ci95": drop(row).interval,
+        "accuracy": row.get("accuracy"),
+        "accuracy_drop_ci95": lost and lost.interval,
         "speedup": faster and faster.value,
         "speedup_ci95": faster and faster.interval,
         "payback_images": _finite(payback(row, other, goal.batch)),
         "hardware": row["hardware"],
-        "command": command(row, sweep),
+        "command": command(row),
     }
 
 
@@ -112,65 +93,68 @@ def _finite(count: float | None) -> float | str | None:
     return "never" if count == math.inf else count
 
 
-def show(decision: Decision, jobs: Candidates, console: Console) -> None:
+def show(decision: Decision, sweep: Sweep, console: Console) -> None:
     """Draw the winner beside the runner-up, then say how sure it is, what else there was, and how to make it again."""
     from rich.table import Table
 
-    told = answer(decision, jobs)
+    told = answer(decision, sweep)
     if decision.winner is None:
         console.print(none_feasible(decision), soft_wrap=True)
     else:
         chosen = [told[place] for place in ("winner", "runner_up") if told[place]]
-        table = Table(title=f"{_wanted(decision.goal)}: job {told['winner']['job']}, {told['winner']['name']}")
+        table = Table(title=f"{wanted(decision.goal)}: job {told['winner']['job']}, {told['winner']['name']}")
         for heading in ("", *(f"job {one['job']}\n{one['name']}" for one in chosen)):
             table.add_column(heading, overflow="fold")
-        for heading, cells in _lines(chosen, decision.goal):
+        for heading, cells in lines(chosen, decision.goal):
             table.add_row(heading, *cells)
         console.print(table)
         for doubt in told["doubts"]:
             console.print(f"not sure: {doubt}", soft_wrap=True, markup=False)
-    for job, why in told["others"].items():
-        console.print(f"job {job} ({jobs[job][0]['name']}) {why}", soft_wrap=True, markup=False)
+    for row, why in decision.lost:
+        console.print(f"job {row['job']} ({row['name']}) {why}", soft_wrap=True, markup=False)
+    for line in baselines(sweep):
+        console.print(f"for speed-ups, run the uncompressed model too: {line}", soft_wrap=True, markup=False)
     if decision.winner is not None:
         console.print(f"to make it again: {told['winner']['command']}", soft_wrap=True, markup=False)
 
 
-def export(decision: Decision, jobs: Candidates, target: Path) -> None:
+def export(decision: Decision, sweep: Sweep, target: Path) -> None:
     """Write the winner into a folder to ship."""
     assert decision.winner
-    told = figures(*jobs[decision.winner["job"]], decision.goal) | {"batch": decision.goal.batch}
+    told = figures(decision.winner, sweep, decision.goal) | {"batch": decision.goal.batch}
     folder = Path(told["folder"])
     told["pruning"] = read_json(folder / "pruning.json")
-    lines = [(heading, cells[0]) for heading, cells in _lines([told], decision.goal)]
-    ship(folder, target, told, lines, decision.doubts)
+    card = [(heading, cells[0]) for heading, cells in lines([told], decision.goal)]
+    ship(folder, target, told, card, decision.doubts)
 
 
-def _wanted(goal: Goal) -> str:
+def wanted(goal: Goal) -> str:
+    """Say what is looked for."""
     limits = ", ".join(f"{name} at most {goal.shown(name, limit)}" for name, limit in goal.limits.items())
     return f"least {goal.minimize} at batch {goal.batch}" + (f" with {limits}" if limits else "")
 
 
-def _lines(chosen: list[dict[str, Any]], goal: Goal) -> Iterator[tuple[str, list[str]]]:
+def lines(chosen: list[dict[str, Any]], goal: Goal) -> Iterator[tuple[str, list[str]]]:
     """Yield the lines of the table: a heading, and a cell for each job."""
-    yield "accuracy", [f"{one['accuracy']:.2%}" for one in chosen]
+    yield "accuracy", ["-" if one["accuracy"] is None else f"{one['accuracy']:.2%}" for one in chosen]
     yield (
         "accuracy drop",
-        [_estimate(Estimate(one["accuracy_drop"], one["accuracy_drop_ci95"]), " points") for one in chosen],
+        [_estimate(one["accuracy_drop"], one["accuracy_drop_ci95"], " points") for one in chosen],
     )
     for name in ("latency", "size", "memory", "energy", "prep_time"):
         if any(one[name] is not None for one in chosen):
             yield name.replace("_", " "), ["-" if one[name] is None else goal.shown(name, one[name]) for one in chosen]
     yield (
         "speed-up",
-        [_estimate(one["speedup"] and Estimate(one["speedup"], one["speedup_ci95"]), "") for one in chosen],
+        [_estimate(one["speedup"], one["speedup_ci95"], "") for one in chosen],
     )
     yield "earned back after", [_images(one["payback_images"]) for one in chosen]
 
 
-def _estimate(found: Estimate | None, unit: str) -> str:
-    if found is None:
+def _estimate(value: float | None, interval: tuple[float, float] | None, unit: str) -> str:
+    if value is None:
         return "-"
-    return f"{found.value:.2f}{unit}" + (" ({:.2f} to {:.2f})".format(*found.interval) if found.interval else "")
+    return f"{value:.2f}{unit}" + (" ({:.2f} to {:.2f})".format(*interval) if interval else "")
 
 
 def _images(count: float | str | None) -> str:
@@ -182,38 +166,48 @@ def none_feasible(decision: Decision) -> str:
     goal = decision.goal
     ways = [f"{name} {goal.shown(name, needed)} (job {row['job']})" for name, needed, row in decision.relaxations]
     how = f"it would take {', or '.join(ways)}" if ways else "no single limit would admit one if it were any larger"
-    return f"no job has {_wanted(goal).removeprefix('least ')}; {how}."
+    return f"no job has {wanted(goal).removeprefix('least ')}; {how}."
+
+
+def add_goal(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what is wanted."""
+    for name, (_, unit) in FIGURES.items():
+        end = {"points": "", "%": "-percent"}.get(unit, f"-{unit.lower()}")
+        flag, metavar = f"--max-{name.replace('_', '-')}{end}", unit.upper().replace("%", "PERCENT")
+        parser.add_argument(flag, dest=f"max_{name}", type=float, metavar=metavar)
+    parser.add_argument("--minimize", default="latency", choices=FIGURES, help="default: latency")
+    parser.add_argument("--batch", type=int, help="default: the smallest that was measured")
+    parser.add_argument("--device", help="part of a device's name, where jobs ran on several")
+
+
+def limits(arguments: argparse.Namespace) -> dict[str, float]:
+    """Return the limits that were given, by name of the figure."""
+    found = {name: getattr(arguments, f"max_{name}") for name in FIGURES}
+    return {name: limit for name, limit in found.items() if limit is not None}
 
 
 def main() -> None:
     """Recommend the best model of the given sweeps within limits; exit with 1 if no job is within them."""
     parser = argparse.ArgumentParser(prog="python -m pq_sweep.recommend", description=main.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="sweep folders, or folders that contain some")
-    for name, (_, unit) in FIGURES.items():
-        flag = f"--max-{name.replace('_', '-')}" + ("" if unit == "points" else f"-{unit.lower()}")
-        parser.add_argument(flag, dest=f"max_{name}", type=float, metavar=unit.upper())
-    parser.add_argument("--minimize", default="latency", choices=FIGURES, help="default: latency")
-    parser.add_argument("--batch", type=int, help="default: the smallest that was measured")
-    parser.add_argument("--device", help="part of a device's name, where jobs ran on several")
+    add_goal(parser)
     parser.add_argument("--json", action="store_true", help="print the answer for programs")
     parser.add_argument("--export", type=Path, metavar="DIR", help="copy the winner there, with a card and a script")
     arguments = parser.parse_args()
-    limits = {name: getattr(arguments, f"max_{name}") for name in FIGURES}
     try:
-        jobs = candidates(find_sweeps(arguments.folders), arguments.device)
-        rows = [row for row, _ in jobs.values()]
-        given = {name: limit for name, limit in limits.items() if limit is not None}
-        decision = decide(rows, Goal(arguments.minimize, given, batch_size(rows, arguments.batch)))
+        sweep = candidates(merge(find_sweeps(arguments.folders)), arguments.device)
+        goal = Goal(arguments.minimize, limits(arguments), batch_size(sweep.rows, arguments.batch))
+        decision = decide(sweep.rows, goal)
         if arguments.export and decision.winner:
-            export(decision, jobs, arguments.export)
+            export(decision, sweep, arguments.export)
     except (UserError, OSError) as error:
         sys.exit(str(error))
     if arguments.json:
-        print(json.dumps(answer(decision, jobs), indent=1))
+        print(json.dumps(answer(decision, sweep), indent=1))
     else:
         from rich.console import Console
 
-        show(decision, jobs, Console(highlight=False, width=None if sys.stdout.isatty() else 200))
+        show(decision, sweep, Console(highlight=False, width=None if sys.stdout.isatty() else 200))
     sys.exit(0 if decision.winner else 1)
 
 

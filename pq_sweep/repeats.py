@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pq_sweep.fingerprint import file_hash
 from pq_sweep.progress import PROGRESS, Stages
-from pq_sweep.results import read_json
+from pq_sweep.rows import read_json
 from pq_sweep.timing import Result, middle
 from pq_sweep.watch import tail
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import os
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pq_sweep.rows import Row, batch_sizes, read_json, read_row
 from pq_sweep.types import UserError
-
-Row = dict[str, Any]
 
 # PQ Bench's columns (Schulze 2024, tables 1 and 2), at the first batch size; accuracy in %, sizes in MB (10^6 bytes).
 PQ_BENCH = (
@@ -25,9 +24,8 @@ PQ_BENCH = (
 )  # fmt: skip
 
 
-# Which job of SLURM it was, where it ran, and how it ended if SLURM ended it.
-SLURM_COLUMNS = ("slurm_job", "node", "partition", "gpus_allotted", "slurm_state", "exit_code")
-GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime")
+# Options that make another run of the same job.
+REPEATING = ("seed", "repeat")
 
 
 @dataclass(frozen=True)
@@ -64,33 +62,39 @@ def read_sweep(folder: Path, states: dict[str, Row] | None = None) -> Sweep:
         for path in folder.glob(f"*/{name}")
     }
     extra = sorted(found - announced.keys(), key=_natural)
-    given = {name: _options(job) for name, job in announced.items()}
-    swept = _swept(list(given.values()))
     rows = [
-        _row(folder / name, announced.get(name, {})) | {key: given.get(name, {}).get(key, "") for key in swept}
+        read_row(folder / name, job) | {"given": _options(job)}
         for name in [*announced, *extra]
+        for job in [announced.get(name, {})]
     ]
     rows = [row if row["status"] == "finished" else row | (states or {}).get(row["job"], {}) for row in rows]
-    return Sweep(folder, rows, swept)
+    return gather(folder, rows)
+
+
+def gather(folder: Path, rows: list[Row]) -> Sweep:
+    """Return jobs as one sweep; the options in which they differ become columns."""
+    given = [row["given"] for row in rows]
+    swept = tuple(key for key in dict.fromkeys(chain(*given)) if len({options.get(key) for options in given}) > 1)
+    return Sweep(folder, [row | {key: row["given"].get(key, "") for key in swept} for row in rows], swept)
+
+
+def merge(sweeps: list[Sweep]) -> Sweep:
+    """Return the jobs of several sweeps as one, told apart by their folders; a single one stays as it is."""
+    if len(sweeps) == 1:
+        return sweeps[0]
+    return gather(Path(), [row | {"job": row["folder"]} for sweep in sweeps for row in sweep.rows])
 
 
 def _options(job: Row) -> dict[str, str]:
     """Return the options that a job was given, such as {"pruner.n": "2"}; amounts have a column of their own."""
     pairs = (override.lstrip("+").partition("=") for override in job.get("overrides", ()))
-    return {key: value for key, _, value in pairs if "." in key and key != "pruner.amount"}
-
-
-def _swept(jobs: list[dict[str, str]]) -> tuple[str, ...]:
-    """Return the options that are not the same in all jobs."""
-    return tuple(
-        key for key in dict.fromkeys(key for job in jobs for key in job) if len({x.get(key) for x in jobs}) > 1
-    )
+    return {key: value for key, _, value in pairs if ("." in key or key in REPEATING) and key != "pruner.amount"}
 
 
 def read_job(folder: Path) -> Row:
     """Read one job of a sweep, without the others."""
     jobs = (read_json(folder.parent / "sweep.json") or {}).get("jobs") or []
-    return _row(folder, next((job for job in jobs if job["folder"] == folder.name), {}))
+    return read_row(folder, next((job for job in jobs if job["folder"] == folder.name), {}))
 
 
 def finished(folder: Path, fingerprint: str) -> bool:
@@ -117,7 +121,7 @@ def find_sweeps(folders: list[Path]) -> list[Sweep]:
 
 def write_csv(sweep: Sweep) -> Path:
     """Write `results.csv` into the sweep's folder: a row per job, PQ Bench's columns first."""
-    rows = [_pq_bench(row) | {key: _cell(value) for key, value in row.items()} for row in sweep.rows]
+    rows = [_pq_bench(row) | {key: _cell(value) for key, value in row.items() if key != "given"} for row in sweep.rows]
     columns = dict.fromkeys([*PQ_BENCH, *(key for row in rows for key in row)])
     path = sweep.folder / "results.csv"
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -132,158 +136,6 @@ def write_csv(sweep: Sweep) -> Path:
 def _cell(value: Any) -> Any:
     """Return a value as one cell of the CSV."""
     return "; ".join(value) if isinstance(value, list) else value
-
-
-def batch_sizes(rows: list[Row]) -> list[int]:
-    """Return all batch sizes at which latency was measured."""
-    prefix = "latency_ms/b"
-    return sorted({int(key.removeprefix(prefix)) for row in rows for key in row if key.startswith(prefix)})
-
-
-def metrics(result: dict[str, Any]) -> dict[str, float]:
-    """Flatten a result to its figures, by the names used in MLflow and the CSV; what was not measured is left out."""
-    accuracy, network = result["accuracy"], result["network"]
-    original = result["baseline"]
-    flat = {
-        "accuracy": accuracy["top1"],
-        "accuracy_ci95_low": accuracy["top1_ci95"][0],
-        "accuracy_ci95_high": accuracy["top1_ci95"][1],
-        "accuracy_top5": accuracy["top5"],
-        "accuracy_drop_points": accuracy["drop_points"],
-        "accuracy_drop_ci95_low_points": accuracy["drop_ci95_points"][0],
-        "accuracy_drop_ci95_high_points": accuracy["drop_ci95_points"][1],
-        "accuracy_drop_p": accuracy["drop_p"],
-        "agreement": accuracy["agreement"],
-        "original_size_mb": result["size_bytes"]["original"] / 1e6,
-        "engine_size_mb": result["size_bytes"]["compressed"] / 1e6,
-        "engine_size_zstd_mb": result["size_bytes"]["compressed_zstd"] / 1e6,
-        "sparsity": network["sparsity"],
-        "params": network["params"],
-        "params_removed": 1 - network["params"] / original["params"],
-        "macs": network["macs"],
-        "peak_memory_mb": result["peak_memory_mb"],
-        "peak_memory_allocator_mb": result.get("memory", {}).get("allocator_mb"),
-        "peak_memory_nvml_mb": result.get("memory", {}).get("nvml_process_mb"),
-        "prep_time_s": sum(result["prep_s"].values()),
-        "baseline_accuracy": original["top1"],
-    }
-    flat |= {f"size_mb/{name}": size / 1e6 for name, size in result["size_bytes"]["formats"].items()}
-    flat |= {f"prep_time_s/{stage}": seconds for stage, seconds in result["prep_s"].items()}
-    flat |= _timed(result)
-    images = result["images"]
-    flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
-    flat["images_decoded"] = images.get("decoded")
-    flat["load_of_others"] = max((timed["load_of_others"] for timed in result["latency"].values()), default=0.0)
-    return {name: value for name, value in flat.items() if value is not None}
-
-
-def _timed(result: dict[str, Any]) -> dict[str, float | None]:
-    """Return the figures of each batch size."""
-    flat: dict[str, float | None] = {}
-    for size, timed in result["latency"].items():
-        flat |= {f"latency_ms/b{size}": timed["p50_ms"], f"throughput/b{size}": timed["throughput"]}
-        flat |= {f"latency_{name}_ms/b{size}": timed[f"{name}_ms"] for name in ("p90", "p99", "mean", "std")}
-        low, high = timed.get("p50_ci95_ms") or (None, None)
-        flat |= {f"latency_ci95_low_ms/b{size}": low, f"latency_ci95_high_ms/b{size}": high}
-        flat |= {f"latency_host_ms/b{size}": timed.get("host_to_host", timed)["p50_ms"]}
-        flat |= {f"throughput_pipelined/b{size}": timed.get("pipelined_throughput")}
-        flat |= {f"energy_per_image_j/b{size}": timed.get("energy_per_image_j")}
-    for size, pair in result.get("paired", {}).items():
-        low, high = pair["speedup_ci95"] or (None, None)
-        flat |= {f"speedup/b{size}": pair["speedup"]}
-        flat |= {f"speedup_ci95_low/b{size}": low, f"speedup_ci95_high/b{size}": high}
-    return flat
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or None if there is none or it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-
-
-def error_files(folder: Path) -> tuple[Path, Path]:
-    """Return where the reason of a job's failure is written: into its folder or, if that is full, beside it."""
-    return folder / "error.json", folder.with_name(f"{folder.name}.error.json")
-
-
-def read_error(folder: Path) -> Row | None:
-    """Return why a job failed, or None if it is not known to have."""
-    return next((error for path in error_files(folder) if (error := read_json(path))), None)
-
-
-def job_name(choices: dict[str, Any]) -> str:
-    """Say in a few words what a job is: "resnet18 l1_global 0.5 int8 tensorrt"."""
-    pruner = [choices["pruner"], choices.get("amount")] if choices["pruner"] != "none" else ["none"]
-    recovery = [] if choices["recovery"] == "none" else [choices["recovery"]]
-    parts = [choices["model"], *pruner, *recovery, choices["quantizer"], choices["runtime"], choices.get("node_type")]
-    return " ".join(str(part) for part in parts if part is not None)
-
-
-def _row(folder: Path, announced: Row) -> Row:
-    """Return a job as one flat row, whatever state it is in."""
-    result, status, error = read_json(folder / "result.json"), read_json(folder / "status.json"), read_error(folder)
-    row = {
-        "job": folder.name,
-        "name": announced.get("name", folder.name),
-        "status": "missing",
-        "stage": "",
-        "error": "",
-    }
-    row |= announced.get("choices", {})
-    if result:
-        session, environment = result["session"], result["environment"]
-        ran = {"runtime": session["runtime"], "device": session["device"], "device_name": environment["device"]}
-        row |= ran | {
-            "status": "finished",
-            "precision": session["precision"],
-            "protocol": result["config"]["measure"]["name"],
-            "smallest_format": result["size_bytes"]["smallest_format"],
-            "tries": len(result["tries"]),
-            "unstable": _unstable(result),
-            "hardware": result.get("hardware", []),
-            "gpu_uuid": (environment["gpu"] or {}).get("uuid") or "",
-            "host": environment["host"],
-            **_where(environment["slurm"]),
-        }
-        return row | {"name": job_name(row) if "model" in row else row["name"]} | metrics(result)
-    if error:
-        told = {"stage": error["stage"], "error": error["message"], "stderr": error.get("stderr", [])}
-        return row | {"status": "failed"} | told | _where(error.get("slurm") or {})
-    if status:
-        where = _where(status.get("slurm") or {})
-        return row | where | {"status": "running" if _alive(status) else "missing", "stage": status["stage"]}
-    return row
-
-
-def _unstable(result: Row) -> str:
-    """Say which medians are not settled, and why: "b1 drift, b8 interval spread, paired b8 interval"."""
-    found = {f"b{size}": timed.get("unstable") for size, timed in result["latency"].items()}
-    found |= {f"paired b{size}": pair["unstable"] for size, pair in result.get("paired", {}).items()}
-    return ", ".join(f"{name} {' '.join(why)}" for name, why in found.items() if why)
-
-
-def _where(slurm: dict[str, str]) -> Row:
-    """Return the columns that say which job of SLURM it was, and where and how it ran."""
-    number = slurm.get("slurm_job") or slurm.get("slurm_job_id")
-    if "slurm_array_job_id" in slurm:
-        number = f"{slurm['slurm_array_job_id']}_{slurm['slurm_array_task_id']}"
-    node = slurm.get("slurmd_nodename") or slurm.get("node")
-    names = ("slurm_job_partition", "slurm_job_gpus", "state", "exit_code")
-    found = (number, node, *(slurm.get(name) for name in names))
-    return {key: value for key, value in zip(SLURM_COLUMNS, found, strict=True) if value}
-
-
-def _alive(status: dict[str, Any]) -> bool:
-    """Say whether the process that wrote a status still runs, as far as one can know of another host.
-
-    Results are read between jobs, so a status of this very process was left by an interrupted job. Whether a job of
-    SLURM still runs is known to its queue.
-    """
-    if status["host"] != os.uname().nodename:
-        return True
-    return status["pid"] != os.getpid() and Path(f"/proc/{status['pid']}").exists()
 
 
 def _pq_bench(row: Row) -> Row:

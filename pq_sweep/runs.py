@@ -6,34 +6,33 @@ Runs are found again by tags, so whatever was interrupted is completed and nothi
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import time
 from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pq_sweep.results import (
-    GROUPS,
-    SLURM_COLUMNS,
-    Sweep,
-    error_files,
-    metrics,
-    read_error,
-    read_job,
-    read_json,
-)  # fmt: skip
+from pq_sweep.results import Sweep, read_job
+from pq_sweep.rows import GROUPS, SLURM_COLUMNS, error_files, metrics, read_error, read_json
 from pq_sweep.stores import Store, held
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
+log = logging.getLogger(__name__)
+
 LOCK = ".mlflow.lock"  # in the folder of what is logged: the sweep, or a job
+TABLE = "comparison.json"  # in the form of MLflow's tables
 MAX_VALUE = 6000  # MLflow's limit for the length of a parameter
 
 
 class View:
     """One sweep in a store: the parent run, made if it is not there, and a child for each job."""
 
-    def __init__(self, store: Store, experiment: str, sweep: Path) -> None:
-        self.sweep = sweep
+    def __init__(self, store: Store, experiment: str, sweep: Path, log_model: bool = False) -> None:
+        self.sweep, self.log_model = sweep, log_model
         self.manifest = read_manifest(sweep)
         self.client, self.experiment = store.open(experiment)
         self.logged: dict[str, Run] = {}
@@ -84,12 +83,31 @@ class View:
         parent = self.parent.info.run_id
         for status in ("finished", "failed", "missing"):
             self.client.set_tag(parent, f"pq_sweep.{status}", str(done.count(status)))
-        if (self.sweep / "results.csv").exists():
-            self.client.log_artifact(parent, str(self.sweep / "results.csv"))
+        for name in ("results.csv", "sweep.json"):
+            if (self.sweep / name).exists():
+                self.client.log_artifact(parent, str(self.sweep / name))
+        if done.count("finished"):
+            self._sum_up(done)
         if done.count("running") or done.count("pending"):
             self.client.update_run(parent, "RUNNING")
         else:
             self.client.set_terminated(parent, "FINISHED" if done.count("finished") == len(done.rows) else "FAILED")
+
+    def _sum_up(self, done: Sweep) -> None:
+        """Log what the jobs come to: a table, the Pareto figure, the best figures, and a recommendation as note."""
+        from mlflow.entities import Metric, RunTag
+
+        from pq_sweep.report.summary import summary
+
+        parent, found, now = self.parent.info.run_id, summary(done), int(time.time() * 1000)
+        tables = json.dumps([{"path": TABLE, "type": "table"}])
+        tags = [RunTag("mlflow.note.content", found.note), RunTag("mlflow.loggedArtifacts", tables)]
+        self.client.log_batch(parent, [Metric(key, value, now, 0) for key, value in found.metrics.items()], tags=tags)
+        self.client.log_dict(parent, found.table, TABLE)
+        with TemporaryDirectory() as folder:
+            for name, content in found.figures.items():
+                (Path(folder) / name).write_bytes(content)
+            self.client.log_artifacts(parent, folder)
 
     def _find(self, tags: dict[str, str]) -> list[Run]:
         """Return the runs of the sweep that have the tags; if there is one to keep, every process has it first."""
@@ -150,14 +168,47 @@ class View:
             tags = _result_tags(result)
         else:
             values, tags = [], {"pq_sweep.error": row["error"], "pq_sweep.stage": row["stage"]}
-        tags |= {f"pq_sweep.{key}": row[key] for key in SLURM_COLUMNS if key in row}
+        tags |= {f"pq_sweep.{key}": row[key] for key in ("status", *SLURM_COLUMNS) if key in row}
         params = [Param(key, value[:MAX_VALUE]) for key, value in parameters(job, row).items()]
         labels = [RunTag(key, str(value)[:MAX_VALUE]) for key, value in (notes | tags).items()]
         self.client.log_batch(run, values, params, labels)
         self.client.log_dict(run, job_config(job), "config.yaml")
-        for path in (job / "result.json", job / "samples.npz", *error_files(job), *job.glob("*.svg")):
+        for path in (
+            job / "result.json",
+            job / "layers.json",
+            job / "samples.npz",
+            *error_files(job),
+            *job.glob("*.svg"),
+        ):
             if path.exists():
                 self.client.log_artifact(run, str(path))
+        if self.log_model and result:
+            self._log_model(run, job, result)
+
+    def _log_model(self, run: str, job: Path, result: dict[str, Any]) -> None:
+        """Log the graph that ran so that mlflow.pyfunc and mlflow.onnx load it, with what it takes and gives."""
+        artifact, network = job / result["session"]["artifact"], result["network"]
+        if artifact.suffix != ".onnx":
+            log.warning("tracking.log_model needs an ONNX graph, and job %s ran %s", job.name, artifact.name)
+            return
+        import mlflow.onnx
+        import numpy as np
+        import onnx
+        from mlflow.models import ModelSignature
+        from mlflow.types import Schema, TensorSpec
+
+        kind = np.dtype(np.float32)
+        taken = Schema([TensorSpec(kind, (-1, *network["input"]), "input")])
+        given = Schema([TensorSpec(kind, (-1, network["classes"]), "output")])
+        versions = result["environment"]["versions"]
+        with TemporaryDirectory() as folder:
+            mlflow.onnx.save_model(
+                onnx.load(artifact),
+                f"{folder}/model",
+                signature=ModelSignature(taken, given),
+                pip_requirements=[f"{name}=={found}" for name, found in versions.items() if name.startswith("onnx")],
+            )
+            self.client.log_artifacts(run, f"{folder}/model", "model")
 
 
 def _is_complete(run: Run | None, status: str, started: str) -> bool:

@@ -17,16 +17,19 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pq_sweep import results
 from pq_sweep.environment import command_line, git_state, without_password
 from pq_sweep.fingerprint import fingerprint
-from pq_sweep.grid import compose_grid, read_grid
+from pq_sweep.grid import Grid, compose_grid, compose_job, read_grid
 from pq_sweep.imports import quick_imports
 from pq_sweep.progress import PROGRESS, is_leaving, write_json
-from pq_sweep.results import finished, read_json
+from pq_sweep.results import finished
+from pq_sweep.rows import read_json
+from pq_sweep.search import check_search
 from pq_sweep.tables import show
 from pq_sweep.tracking import NoTracking, Tracker
 from pq_sweep.types import Stopped, UserError
@@ -42,6 +45,7 @@ class Sweep(Callback):
     tracker: Tracker | None = None
     log: Callable[[Path], bool] | None = None  # of who watches, if the store can be used
     announced: list[dict[str, Any]] = []  # noqa: RUF012 (replaced, never changed)
+    found: list[str] = []  # noqa: RUF012 (replaced, never changed) what a search came to
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Announce the jobs of a sweep."""
@@ -56,6 +60,11 @@ class Sweep(Callback):
     def _begin(self, config: DictConfig, jobs: Iterable[DictConfig]) -> None:
         register_plugins()
         grid = read_grid(jobs)
+        if config.get("search"):  # the grid is of what is searched for, not of jobs
+            if config.hydra.mode == RunMode.RUN:
+                raise UserError("search chooses the jobs of a sweep; leave out hydra.mode=RUN.")
+            check_search(config.search, grid.announced)
+            grid = Grid()
         folder = claim_folder(config)
         earlier = read_json(folder / "sweep.json") or {}
         if config.resume:
@@ -71,11 +80,26 @@ class Sweep(Callback):
             "working_folder": str(Path.cwd()),
             "tracking": describe_tracking(config.tracking, tracker),
             "git": git_state(),
-            "jobs": grid.announced,
+            "jobs": grid.announced or (earlier.get("jobs") if config.get("search") else None) or [],
         }
         write_json(folder / "sweep.json", manifest)
         Sweep.folder, Sweep.tracker, Sweep.announced = folder, tracker, grid.announced
         Sweep.log = tracker.log if tracker.begin(folder) else None
+
+    @staticmethod
+    def announce(config: DictConfig, jobs: list[list[str]], first: int) -> list[dict[str, Any]]:
+        """Check and announce more jobs of a sweep that chooses them as it goes; `first` is the first one's number."""
+        folder = Path(config.hydra.sweep.dir)
+        grid = read_grid(compose_job(config, job, number) for number, job in enumerate(jobs, first))
+        manifest = read_json(folder / "sweep.json")
+        if config.resume:
+            grid.refuse_other(folder, manifest["jobs"])
+        if config.hydra.launcher.get("prefetch"):
+            grid.prefetch(folder)
+        Sweep.announced = [*Sweep.announced[:first], *grid.announced]
+        later = manifest["jobs"][len(Sweep.announced) :]  # of an earlier start of this search
+        write_json(folder / "sweep.json", manifest | {"jobs": [*Sweep.announced, *later]})
+        return grid.announced
 
 
 def register_plugins() -> None:
@@ -155,6 +179,8 @@ def conclude(sweep: results.Sweep, tracker: Tracker) -> bool:
     """Draw results, write the CSV and bring the store up to date; say whether every job finished."""
     show(sweep)
     print(tracker.finish(sweep.folder))
+    for line in Sweep.found:
+        print(line)
     if sweep.count("pending", "running"):
         print(f"jobs go on; watch them by: python -m pq_sweep.results {sweep.folder} --watch")
     return sweep.count("finished") == len(sweep.rows)

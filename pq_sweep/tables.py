@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pq_sweep.comparison import comparable, reference, speedup
-from pq_sweep.results import Row, Sweep, batch_sizes, write_csv
+from pq_sweep.results import Sweep, write_csv
+from pq_sweep.rows import Row, batch_sizes
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -72,6 +72,7 @@ class Mlflow:
 
     uri: str | None
     experiment: str
+    log_model: bool = False
     # Stores that failed in this process, and when; the user is told once.
     down: ClassVar[dict[str, float]] = {}
 
@@ -139,7 +140,7 @@ class Mlflow:
         self.down[self.store] = time.monotonic()
 
     def _view(self, sweep: Path) -> View:
-        return View(Store(self.store), self.experiment, sweep)
+        return View(Store(self.store), self.experiment, sweep, self.log_model)
 
     def _upload_sweep(self, sweep: Path) -> int:
         """Log every job that is not yet, then the summary."""

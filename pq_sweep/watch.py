@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from pq_sweep import slurm
 from pq_sweep.progress import write_error, write_json
-from pq_sweep.results import Sweep, read_error, read_json, read_sweep
+from pq_sweep.results import Sweep, read_sweep
+from pq_sweep.rows import read_error, read_json
 from pq_sweep.slurm import Ended, Queued
 
 if TYPE_CHECKING:

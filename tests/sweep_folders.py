@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from pq_sweep.job import run
-from pq_sweep.results import GROUPS
+from pq_sweep.rows import GROUPS
 
 Result = dict[str, Any]
 

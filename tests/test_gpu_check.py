@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -192,7 +193,16 @@ def test_every_outcome_of_a_test_is_told(tmp_path: Path) -> None:
     assert all(check.part == "tests" and check.seconds is not None for check in found.values())
 
 
+@pytest.fixture
+def in_the_background() -> Iterator[None]:
+    """As a shell starts what stands before an `&`: deaf to the keyboard's interrupt."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_the_background")
 def test_tests_that_take_too_long_are_stopped_and_told(tmp_path: Path) -> None:
     found = outcomes_of(tmp_path, SLEEPING, seconds=40)
 

@@ -145,7 +145,7 @@ def test_a_sweep_without_a_finished_job_has_nothing_to_recommend(tmp_path: Path)
 
 
 def test_components_of_ones_own_are_part_of_the_command(sweep: Path) -> None:
-    from pq_sweep.recommend import command
+    from pq_sweep.reproduce import command
     from pq_sweep.results import read_sweep
 
     manifest = json.loads((sweep / "sweep.json").read_text())
@@ -153,7 +153,7 @@ def test_components_of_ones_own_are_part_of_the_command(sweep: Path) -> None:
     (sweep / "sweep.json").write_text(json.dumps(manifest))
     read = read_sweep(sweep)
 
-    assert command(read.rows[2], read) == "python launch.py --config-dir 'my conf' pruner=l1_global pruner.amount=0.2"
+    assert command(read.rows[2]) == "python launch.py --config-dir 'my conf' pruner=l1_global pruner.amount=0.2"
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

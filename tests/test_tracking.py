@@ -27,7 +27,8 @@ from sweep_folders import announced, real_result, write_error, write_manifest, w
 
 from pq_sweep import runs, stores, tracking
 from pq_sweep.environment import without_password
-from pq_sweep.results import metrics, read_sweep, write_csv
+from pq_sweep.results import read_sweep, write_csv
+from pq_sweep.rows import metrics
 from pq_sweep.stores import Store, bounded, held, shared_file_system
 from pq_sweep.tracking import Mlflow, NoTracking
 

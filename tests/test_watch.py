@@ -26,7 +26,8 @@ from sweep_folders import announced, dead_pid, write_error, write_manifest, writ
 
 from pq_sweep import slurm, watch
 from pq_sweep.progress import write_json
-from pq_sweep.results import Row, Sweep, read_error, read_json, read_sweep
+from pq_sweep.results import Sweep, read_sweep
+from pq_sweep.rows import Row, read_error, read_json
 from pq_sweep.slurm import Ended, Queued
 from pq_sweep.sweep import start_again, tracker_of
 from pq_sweep.tracking import Mlflow, NoTracking

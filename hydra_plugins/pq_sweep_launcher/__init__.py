@@ -29,7 +29,28 @@ log = logging.getLogger(__name__)
 
 
 class CheckedSweeper(BasicSweeper):
-    """Hydra's basic sweeper for jobs that were all composed and checked before: once more would take minutes."""
+    """Hydra's basic sweeper for jobs that were all composed and checked before: once more would take minutes.
+
+    Where `search` is chosen it asks that for the next jobs, until there are none.
+    """
+
+    rounds: Any = None
+
+    def is_done(self) -> bool:
+        """Say whether no job is left."""
+        assert self.config is not None
+        if not self.config.get("search"):
+            return bool(super().is_done())
+        if self.rounds is None:
+            from pq_sweep.search import Rounds
+
+            self.rounds = Rounds(self.config, [list(job) for batch in self.overrides or () for job in batch])
+        return bool(self.rounds.is_done())
+
+    def get_job_batch(self) -> Sequence[Sequence[str]]:
+        """Return the jobs to run next."""
+        jobs: Sequence[Sequence[str]] = super().get_job_batch() if self.rounds is None else self.rounds.next()
+        return jobs
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Leave it at `pq_sweep.grid.read_grid`."""
@@ -234,7 +255,7 @@ class LocalLauncher(WatchedLauncher):
 
 def _tell_if_lost(folder: Path, plan: Planned) -> None:
     """Write down that a job's process ended, if it could not do so itself."""
-    from pq_sweep.results import read_error
+    from pq_sweep.rows import read_error
     from pq_sweep.watch import record_loss
 
     if read_error(folder / plan.folder) is None:

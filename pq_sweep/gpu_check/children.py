@@ -25,7 +25,13 @@ def run_python(
     command, env = [sys.executable, *arguments], os.environ | {"PYTHONPATH": python_path(os.environ)} | dict(more or {})
     with log.open("wb") if log else nullcontext() as output:
         process = subprocess.Popen(
-            command, cwd=folder, env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=folder,
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_hear_interrupts,
         )
     try:
         return process.wait(seconds)
@@ -33,6 +39,11 @@ def run_python(
         return None
     finally:
         _end(process)
+
+
+def _hear_interrupts() -> None:
+    """Let a process be interrupted even if this one runs in the background of a shell, which ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def python_path(environ: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from pq_sweep.environment import cache_home, device_name
 from pq_sweep.fingerprint import digest, file_hash
 from pq_sweep.hardware import GPU, Gpu
 from pq_sweep.progress import write_json
-from pq_sweep.results import read_json
+from pq_sweep.rows import read_json
 from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch
 from pq_sweep.runtimes.ort import ENVIRONMENTS
 from pq_sweep.types import Model, Runtime, UserError, Workspace, choose
