@@ -23,6 +23,7 @@ GIVEN_BY_JOB: dict[str, tuple[str, ...]] = {
     "quantizer": ("source", "target", "data", "form", "stage"),
     "runtime": (),
     "measure": (),
+    "search": (),
     "tracking": (),
 }
 FILES = sorted(path for group in GIVEN_BY_JOB for path in (CONF / group).glob("*.yaml"))

@@ -31,7 +31,10 @@ def result(p50_ms: float, lost: float, size_mb: float, device: str = "V100") -> 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     """Four jobs that finished, the uncompressed one first, and one that failed."""
-    jobs = [announced("0", pruner="none", amount=0.0), *(announced(str(number)) for number in range(1, 5))]
+    jobs = [
+        announced("0", pruner="none", amount=0.0),
+        *(announced(str(number), amount=number / 10) for number in range(1, 5)),
+    ]
     for number, job in enumerate(jobs):
         job["overrides"] = ["pruner=l1_global", f"pruner.amount=0.{number}"]
     folder = write_manifest(tmp_path / "sweep", *jobs)
@@ -106,7 +109,7 @@ def test_jobs_of_several_devices_are_not_mixed(sweep: Path) -> None:
 
 
 def test_jobs_of_several_sweeps_are_told_apart_by_their_folders(sweep: Path) -> None:
-    other = write_manifest(sweep.parent / "other", announced("1"))
+    other = write_manifest(sweep.parent / "other", announced("1", amount=0.8))
     write_result(other, "1", result(1.0, 0.1, 5.0))
     done = python(
         ["-m", "pq_sweep.recommend", "sweep", "other", "--json", "--max-accuracy-drop", "1"], sweep.parent, new_user()

@@ -53,7 +53,7 @@ def test_a_job_that_fails_ends_the_search() -> None:
 
 @pytest.mark.parametrize(("low", "high", "step"), [(0.5, 0.5, 0.1), (-0.1, 0.5, 0.1), (0, 1.0, 0.1), (0, 0.5, 0)])
 def test_a_range_that_makes_no_sense_is_refused(low: float, high: float, step: float) -> None:
-    with pytest.raises(UserError, match="does not fit|do not fit"):
+    with pytest.raises(UserError, match=r"does not fit|do not fit"):
         LargestAmount(1.0, low, high, step)
 
 

@@ -695,8 +695,8 @@ def test_real_server(tmp_path: Path, environment: dict[str, str]) -> None:
         (result,) = results(only_sweep(tmp_path))
         assert jobs["0"].data.metrics == pytest.approx(metrics(result))
         assert jobs["0"].info.status == parent.info.status == "FINISHED"
-        assert artifacts(url, jobs["0"]) == {"config.yaml", "result.json", "samples.npz"}
-        assert artifacts(url, parent) == {"results.csv"}
+        assert artifacts(url, jobs["0"]) == {"config.yaml", "result.json", "layers.json", "samples.npz"}
+        assert artifacts(url, parent) == {"results.csv", "sweep.json", "comparison.json", "pareto.png"}
         again = sync(tmp_path, "multirun", "--uri", url)
         assert "0 of 1 jobs logged now" in again.stdout
     assert not (tmp_path / "mlflow.db").exists()
