@@ -99,9 +99,15 @@ class View:
         """Log what the jobs come to: a table, the Pareto figure, the best figures, and a recommendation as note."""
         from mlflow.entities import Metric, RunTag
 
-        from pq_sweep.report.summary import summary
+        try:
+            from pq_sweep.report.summary import summary
 
-        parent, found, now = self.parent.info.run_id, summary(done), int(time.time() * 1000)
+            found = summary(done)
+        except Exception as error:  # the jobs are logged, and the run has to end
+            log.warning("the summary of %s cannot be made: %s", self.sweep, error)
+            log.debug("traceback", exc_info=True)
+            return
+        parent, now = self.parent.info.run_id, int(time.time() * 1000)
         tables = json.dumps([{"path": TABLE, "type": "table"}])
         tags = [RunTag("mlflow.note.content", found.note), RunTag("mlflow.loggedArtifacts", tables)]
         self.client.log_batch(parent, [Metric(key, value, now, 0) for key, value in found.metrics.items()], tags=tags)

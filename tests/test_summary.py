@@ -181,3 +181,17 @@ def test_make_ui_opens_the_store_that_jobs_log_to() -> None:
     shown = subprocess.run(["make", "-n", "ui"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     assert re.search(r"mlflow ui --backend-store-uri \S*sqlite:///mlflow.db\S* --host 127.0.0.1", shown)
+
+
+def test_a_summary_that_fails_does_not_leave_the_sweep_open(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ArithmeticError("nothing can be drawn.")
+
+    monkeypatch.setattr("pq_sweep.report.summary.summary", broken)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    Mlflow(store, "pq_sweep").sync(sweep)
+
+    assert parent_and_jobs(store)[0].info.status == "FAILED"  # as one of its jobs is
+    assert "cannot be made: nothing can be drawn." in caplog.text

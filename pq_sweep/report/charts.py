@@ -49,9 +49,11 @@ Drawn = tuple[alt.TopLevelMixin | None, str]  # the chart, if there is one, and 
 NOTHING: Drawn = (None, "")
 
 
-def figures(view: View) -> Iterator[Figure]:
-    """Yield every figure for which a view has the data."""
+def figures(view: View, only: str | None = None) -> Iterator[Figure]:
+    """Yield every figure, or the one of a name, for which a view has the data."""
     for name, title, draw in FIGURES:
+        if only not in (None, name):
+            continue
         chart, caption = draw(view)
         if chart is not None:
             spec = chart.configure(

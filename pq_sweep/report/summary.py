@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import vl_convert
 
 from pq_sweep.comparison import aggregate
@@ -36,7 +37,7 @@ def summary(sweep: Sweep) -> Summary:
     frame = whole.frame()
     shown = frame.astype(object).where(frame.notna(), None)
     table = {"columns": list(shown.columns), "data": shown.values.tolist()}
-    return Summary(table, dict(_best(whole.sweep.rows)), dict(_pareto(whole)), _note(whole))
+    return Summary(table, dict(_best(whole.sweep.rows)), dict(_pareto(whole)), _note(whole, frame))
 
 
 def _best(rows: list[Row]) -> Iterator[tuple[str, float]]:
@@ -51,15 +52,13 @@ def _best(rows: list[Row]) -> Iterator[tuple[str, float]]:
 
 def _pareto(whole: Report) -> Iterator[tuple[str, bytes]]:
     for number, view in enumerate(whole.views()):
-        for figure in figures(view):
-            if figure.name == "pareto":
-                yield f"pareto{number or ''}.png", vl_convert.vegalite_to_png(on_paper(figure.spec), scale=SCALE)
+        for figure in figures(view, only="pareto"):
+            yield f"pareto{number or ''}.png", vl_convert.vegalite_to_png(on_paper(figure.spec), scale=SCALE)
 
 
-def _note(whole: Report) -> str:
+def _note(whole: Report, frame: pd.DataFrame) -> str:
     """Return the recommendation of each device, and the table as far as there is room."""
     text = "\n\n".join(_recommended(one) for one in whole.recommendations())
-    frame = whole.frame()
     names = [name for name in frame.columns if name not in DETAILS and not name.startswith("p99 ")]
     table: str = frame[names].fillna("").to_markdown(index=False, disable_numparse=True, tablefmt="pipe")
     return text if len(text) + len(table) > LONGEST_NOTE else f"{text}\n\n{table}"
