@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -141,19 +142,22 @@ def _table(frame: pd.DataFrame) -> str:
 def provenance(sweep: Sweep) -> list[tuple[str, list[str]]]:
     """Return what ran, where and with which versions; where there is more than one answer, all of them."""
     found: dict[str, dict[str, None]] = {}
-    for row in sweep.rows:
-        for name, value in _origin(row):
-            found.setdefault(name, {})[str(value)] = None
+    folders = dict.fromkeys(Path(row["folder"]).parent for row in sweep.rows)
+    for name, value in chain(*map(_started, folders), *map(_origin, sweep.rows)):
+        found.setdefault(name, {})[str(value)] = None
     return [(name, list(values)) for name, values in found.items()]
 
 
+def _started(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield where a sweep lies and what started it."""
+    yield "sweep", folder
+    given = (read_json(folder / "sweep.json") or {}).get("command")
+    if given:
+        yield "command", given
+
+
 def _origin(row: Row) -> Iterator[tuple[str, Any]]:
-    folder = Path(row["folder"])
-    manifest = read_json(folder.parent / "sweep.json") or {}
-    yield "sweep", folder.parent
-    if manifest.get("command"):
-        yield "command", manifest["command"]
-    result = read_json(folder / "result.json")
+    result = read_json(Path(row["folder"]) / "result.json")
     if not result:
         return
     environment, gpu = result["environment"], result["environment"]["gpu"] or {}

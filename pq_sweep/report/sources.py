@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from pq_sweep.environment import without_password
 from pq_sweep.results import Sweep, find_sweeps, merge
 from pq_sweep.rows import GROUPS
 from pq_sweep.stores import Store, import_mlflow, reason
+from pq_sweep.tracking import Mlflow
 from pq_sweep.types import UserError
 
 if TYPE_CHECKING:
@@ -31,14 +31,9 @@ def collect(sources: list[str], experiment: str, scratch: Path) -> Sweep:
     folders = [Path(source) for source in sources if Path(source).is_dir()]
     for number, source in enumerate(sources):
         if not Path(source).is_dir():
-            uri, name = (source, experiment) if "://" in source else (default_store(), source)
+            uri, name = (source, experiment) if "://" in source else (Mlflow(None, source).store, source)
             folders += fetch(uri, name, scratch / str(number))
     return merge(find_sweeps(folders))
-
-
-def default_store() -> str:
-    """Return the URI of the store where jobs are logged by default."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').absolute()}"
 
 
 def fetch(uri: str, experiment: str, target: Path) -> list[Path]:
