@@ -202,7 +202,7 @@ def test_figures_have_the_colours_that_everyone_can_tell_apart(dozen: Sweep) -> 
         "pareto", "accuracy_by_amount", "latency_by_batch", "preparation", "storage", "layer_sparsity", "histograms",
     ]  # fmt: skip
     assert all(figure.spec["config"]["range"]["category"] == COLOURS for figure in drawn.values())
-    values = drawn["layer_sparsity"].spec["data"]["values"]
+    (values,) = drawn["layer_sparsity"].spec["datasets"].values()
     assert {value["layer"] for value in values} == {"a"}
     assert max(value["gone"] for value in values) == 75
 

@@ -19,6 +19,8 @@ LOG = alt.Scale(type="log", nice=False, padding=16)
 LEGEND = alt.LegendConfig(orient="bottom", columns=4, labelLimit=200)
 BAR = 22
 ACCURACY = "top-1 accuracy, %"
+# Of more jobs than these, only those on the front have bars: the others' would hide all else.
+MANY = 100
 
 Values = list[dict[str, Any]]
 Spec = dict[str, Any]
@@ -63,7 +65,7 @@ def figures(view: View, only: str | None = None) -> Iterator[Figure]:
 
 
 def _chart(values: Values, height: Any = HEIGHT) -> alt.Chart:
-    chart = alt.Chart(alt.Data(values=values), width="container", height=height)
+    chart = alt.Chart(alt.InlineData(values=values), width="container", height=height)
     if isinstance(height, alt.Step):  # which has no height to fit
         chart.autosize = alt.AutoSizeParams(type="fit-x", contains="padding")
     return chart
@@ -85,7 +87,9 @@ def pareto(view: View) -> Drawn:
         .mark_line(interpolate="step-after", color="#999999", strokeDash=[4, 3])
         .encode(x=x, y=y, order="latency:Q")
     )
-    bars = base.mark_rule(opacity=0.35).encode(x=x, y=alt.Y("low:Q", title=ACCURACY), y2="high:Q", color=view.colour)
+    crowded = len(view.finished) > MANY
+    spread = base.transform_filter("datum.best") if crowded else base
+    bars = spread.mark_rule(opacity=0.35).encode(x=x, y=alt.Y("low:Q", title=ACCURACY), y2="high:Q", color=view.colour)
     points = (
         base.mark_point(filled=True)
         .encode(
@@ -100,9 +104,9 @@ def pareto(view: View) -> Drawn:
         .add_params(zoom)
     )
     caption = (
-        "Each point is a job, bars are the 95 % interval of its accuracy. Large: on the Pareto front of"
-        f" {', '.join(view.objectives)}. The line joins what no job beats in accuracy and latency together. Drag to"
-        " move, shift and wheel to zoom, double-click to reset."
+        f"Each point is a job, bars are the 95 % interval of its accuracy{', on the front' if crowded else ''}. Large:"
+        f" on the Pareto front of {', '.join(view.objectives)}. The line joins what no job beats in accuracy and"
+        " latency together. Drag to move, shift and wheel to zoom, double-click to reset."
     )
     return alt.layer(bars, line, points).add_params(batch), caption
 

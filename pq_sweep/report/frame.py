@@ -149,8 +149,9 @@ def _finite(value: float | None) -> float | None:
 
 def rounded(frame: pd.DataFrame) -> pd.DataFrame:
     """Return the table with four digits of every figure, which is more than measuring gives."""
-
-    def short(value: Any) -> Any:
-        return float(f"{value:.4g}") if isinstance(value, float) and math.isfinite(value) else value
-
     return frame.map(short)
+
+
+def short(value: Any, digits: int = 4) -> Any:
+    """Return a number with so many digits, and anything else as it is."""
+    return float(f"{value:.{digits}g}") if isinstance(value, float) and math.isfinite(value) else value

@@ -118,6 +118,8 @@ def _table(frame: pd.DataFrame) -> str:
     shown = frame.astype(object).where(frame.notna(), "")
     same = [name for name in NAMES if name in frame and len(frame) > 1 and shown[name].nunique() == 1]
     hidden = [place for place, name in enumerate(frame.columns) if name in (*DETAILS, *same) or name.startswith("p99 ")]
+    # A list of a column's values to choose from is slow to make, and no help where they are figures.
+    listed = [place for place, name in enumerate(frame.columns) if name in ("Pareto", *NAMES)]
     layout: dict[str, Any] = {"topStart": "buttons", "topEnd": "search", "bottomEnd": ["pageLength", "paging"]}
     html: str = itables.to_html_datatable(
         shown,
@@ -126,12 +128,15 @@ def _table(frame: pd.DataFrame) -> str:
         maxBytes=0,
         classes="display compact nowrap",
         table_id="jobs",
-        scrollX=True,
+        autoWidth=False,
         pageLength=25,
         lengthMenu=PAGES,
         buttons=[{"extend": "colvis", "text": "columns"}, "csvHtml5"],
-        columnDefs=[{"targets": hidden, "visible": False}],
-        columnControl=["order", ["searchList", "search"]],
+        columnDefs=[
+            {"targets": hidden, "visible": False},
+            {"targets": listed, "columnControl": ["order", ["searchList", "search"]]},
+        ],
+        columnControl=["order", ["search"]],
         layout=layout | {"bottomStart": "info"},
         ordering={"indicators": False},
         display_logo_when_loading=False,

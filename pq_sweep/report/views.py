@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pq_sweep.comparison import is_uncompressed, reference, speedup
 from pq_sweep.decision import front
-from pq_sweep.report.frame import by_place, on_front
+from pq_sweep.report.frame import by_place, on_front, short
 from pq_sweep.results import Sweep
 from pq_sweep.rows import Row, batch_sizes, read_json
 
@@ -110,10 +110,7 @@ class View:
         faster = speedup(row, reference(row, self.whole), size)
         low, high = row.get("range", {}).get("accuracy") or (row["accuracy_ci95_low"], row["accuracy_ci95_high"])
         kept = {key: row.get(key) for key in ("model", "pruner", "quantizer", "recovery", "amount")}
-        return kept | {
-            "id": row["job"],
-            "name": self.label(row),
-            "batch": size,
+        figures = {
             "accuracy": row["accuracy"] * 100,
             "low": low * 100,
             "high": high * 100,
@@ -122,9 +119,18 @@ class View:
             "speedup": faster and faster.value,
             "size": row.get("engine_size_mb"),
             "prep": row.get("prep_time_s"),
-            "best": row["job"] in self.best[size],
-            "front": row["job"] in self.unbeaten[size],
         }
+        return (
+            kept
+            | {name: short(value, 6) for name, value in figures.items()}
+            | {
+                "id": row["job"],
+                "name": self.label(row),
+                "batch": size,
+                "best": row["job"] in self.best[size],
+                "front": row["job"] in self.unbeaten[size],
+            }
+        )
 
     def layers_of(self, row: Row) -> dict[str, Any]:
         """Return what is known of the layers of a job."""
