@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+Ran = tuple[Path, subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -60,6 +61,14 @@ def launch(tmp_path: Path, environment: dict[str, str]) -> Launch:
         return python([str(ROOT / "launch.py"), *overrides], tmp_path, environment | (env or {}), timeout)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def readme_sweep(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """Run what `make sweep` runs, and return the folder where it ran and how it ended."""
+    folder = tmp_path_factory.mktemp("readme")
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "launch.py -m" in line)
+    return folder, python([str(ROOT / "launch.py"), *line.split()[2:]], folder, new_user(), 300)
 
 
 def python(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import requests
 from browser import started
 from commands import SHORT, launch_in
-from conftest import ROOT, new_user
+from conftest import ROOT, Ran, new_user
 from mlflow import MlflowClient
 from stored_runs import artifact, artifacts, parent_and_jobs
 from sweep_folders import announced, write_error, write_manifest, write_result
@@ -132,15 +133,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture
-def ui(uri: str, tmp_path: Path) -> Iterator[str]:
-    """MLflow's UI on the store."""
+@contextmanager
+def ui(uri: str, folder: Path) -> Iterator[str]:
+    """Start MLflow's UI on a store, and stop it."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     env = new_user() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     command = [str(Path(sys.executable).with_name("mlflow")), "ui", "--backend-store-uri", uri, "--port", str(port)]
-    with (tmp_path / "ui.log").open("wb") as log:
-        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=tmp_path)
+    with (folder / "ui.log").open("wb") as log:
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
     try:
         for _ in range(600):
             try:
@@ -155,25 +156,32 @@ def ui(uri: str, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_mlflows_pages_list_and_compare_the_jobs(ui: str, uri: str) -> None:
+def test_mlflows_pages_list_and_compare_the_jobs_of_make_sweep(readme_sweep: Ran, tmp_path: Path) -> None:
+    uri = f"sqlite:///{readme_sweep[0]}/mlflow.db"
     parent, jobs = parent_and_jobs(uri)
-    experiment = f"{ui}/#/experiments/{parent.info.experiment_id}"
-    chosen = json.dumps([jobs[name].info.run_id for name in ("0", "1")])
-    with started() as chromium:
+    accuracies = [f"{jobs[name].data.metrics['accuracy']:.3f}" for name in "012"]
+    chosen = json.dumps([jobs[name].info.run_id for name in "012"])
+    with ui(uri, tmp_path) as address, started() as chromium:
+        experiment = f"{address}/#/experiments/{parent.info.experiment_id}"
         runs = chromium.open(f"{experiment}/runs?viewStateShareKey=pq_sweep", viewport=WIDE)
         runs.page.set_default_timeout(60_000)
         for heading in ("accuracy", "latency_ms/b1", "engine_size_mb"):
             runs.page.get_by_role("columnheader").filter(has_text=heading).first.wait_for()
         runs.page.locator(".ag-row button").first.click()  # opens the sweep
-        runs.page.get_by_text("digits_cnn remove 0.3").first.wait_for()
+        for amount in ("0.1", "0.5", "0.9"):
+            runs.page.get_by_text(f"digits_cnn l1_global {amount}").first.wait_for()
+        cells = runs.page.locator(".ag-cell").all_inner_texts()
         runs.shoot("mlflow-runs")
-        compare = chromium.open(f'{ui}/#/compare-runs?runs={chosen}&experiments=["{parent.info.experiment_id}"]')
+        compare = chromium.open(f'{address}/#/compare-runs?runs={chosen}&experiments=["{parent.info.experiment_id}"]')
         compare.page.set_default_timeout(60_000)
-        compare.page.get_by_text("Comparing 2 Runs").first.wait_for()
+        compare.page.get_by_text("Comparing 3 Runs").first.wait_for()
         compare.page.get_by_text("accuracy", exact=True).first.wait_for()
+        compared = compare.page.inner_text("body")
         compare.shoot("mlflow-compare")
 
-    assert "remove 0.3" in str(jobs["1"].info.run_name)
+    for accuracy in accuracies:
+        assert any(cell.startswith(accuracy[:4]) for cell in cells), (accuracy, cells)
+        assert accuracy[:4] in compared
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import LAUNCH, SHORT, Done, imported, launch_in, new_user
-from conftest import ROOT, Launch, only_sweep, python, results
+from commands import LAUNCH, SHORT, imported, launch_in, new_user
+from conftest import ROOT, Launch, Ran, only_sweep, python, results
 from hydra import compose, initialize_config_dir
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -30,7 +30,6 @@ from pq_sweep.grid import compose_grid
 from pq_sweep.models import digits_cnn
 from pq_sweep.results import PQ_BENCH
 
-README_SWEEP = ("-m", "pruner=l1_global", "pruner.amount=0.1,0.5,0.9")
 GRID = ("-m", "pruner=none,l1_global,remove", "quantizer=none,fp16,int8", "runtime=onnxruntime")
 METRICS = {
     "accuracy",
@@ -50,14 +49,6 @@ COLUMNS = (
     "job", "model", "dataset", "pruner", "quantizer", "runtime", "device", "amount", "top-1 %", "drop", "points",
     "ms b1", "ms b8", "ms b32", "p50/p99", "images/s", "original", "size", "sparsity", "params", "thousand", "prep s",
 )  # fmt: skip
-
-Ran = tuple[Path, Done]
-
-
-@pytest.fixture(scope="module")
-def readme_sweep(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    folder = tmp_path_factory.mktemp("readme")
-    return folder, launch_in(folder, *README_SWEEP)
 
 
 @pytest.fixture(scope="module")
