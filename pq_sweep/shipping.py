@@ -10,7 +10,6 @@ from typing import Any
 from pq_sweep.types import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
-RUNNABLE = ("torch", "onnxruntime")
 
 
 def ship(job: Path, target: Path, told: dict[str, Any], figures: list[tuple[str, str]], doubts: list[str]) -> None:
@@ -30,8 +29,7 @@ def ship(job: Path, target: Path, told: dict[str, Any], figures: list[tuple[str,
     _write_options(result["config"], target)
     (target / "labels.txt").write_text("".join(f"{label}\n" for label in about["labels"]))
     (target / "README.md").write_text(render("README.md.j2", about))
-    if about["runtime"] in RUNNABLE:
-        (target / "run.py").write_text(render("run.py.j2", about))
+    (target / "run.py").write_text(render("run.py.j2", about))
 
 
 def describe(result: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:

@@ -114,6 +114,12 @@ def tensorrt(version: str = "10.13.3.9") -> Any:
 
     ILogger.Severity = Severity  # type: ignore[attr-defined]
 
+    class Logger(ILogger):
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = Severity
+
+        def __init__(self, min_severity: Severity = Severity.WARNING) -> None:
+            pass
+
     class Config:
         builder_optimization_level = 3
         profiling_verbosity = None
@@ -188,6 +194,8 @@ def tensorrt(version: str = "10.13.3.9") -> Any:
             self.addresses: dict[str, int] = {}
             told["contexts"].append(self)
 
+            self.stream, (self.least, _, self.most) = 7, engine.profiles[0]  # what a new context starts with
+
         def set_optimization_profile_async(self, index: int, stream: int) -> bool:
             self.least, _, self.most = self.engine.profiles[index]
             self.stream = stream
@@ -220,6 +228,10 @@ def tensorrt(version: str = "10.13.3.9") -> Any:
             assert name == "logits"
             return (-1, self.inner.get_outputs()[0].shape[1])
 
+        def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+            assert name == "input"
+            return [tuple(shape) for shape in self.profiles[profile_index]]
+
         def create_execution_context(self) -> Context:
             return Context(self)
 
@@ -248,7 +260,8 @@ def tensorrt(version: str = "10.13.3.9") -> Any:
     module = ModuleType("tensorrt")
     module.__spec__ = ModuleSpec("tensorrt", None)
     module.__dict__.update(
-        __version__=version, told=told, ILogger=ILogger, Builder=Builder, OnnxParser=OnnxParser, Runtime=Runtime,
+        __version__=version, told=told, ILogger=ILogger, Logger=Logger, Builder=Builder, OnnxParser=OnnxParser,
+        Runtime=Runtime,
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
         BuilderFlag=SimpleNamespace(TF32="TF32", SPARSE_WEIGHTS="SPARSE_WEIGHTS", BF16="BF16"),
         ProfilingVerbosity=SimpleNamespace(DETAILED="DETAILED"), LayerInformationFormat=SimpleNamespace(JSON="JSON"),

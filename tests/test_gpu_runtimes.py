@@ -7,11 +7,12 @@ import ctypes
 import functools
 import json
 import os
+import runpy
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,9 @@ import torch
 from gpu_stand_in import Gpu
 from independent import relative_error, runtime, snr_db, torch_logits, workspace
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 from provider_options import DOCUMENTED
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from pq_sweep import quantizers
@@ -35,6 +38,7 @@ from pq_sweep.environment import cache_home
 from pq_sweep.models import digits_cnn
 from pq_sweep.runtimes import RuntimeMismatch, cuda, engines, library_error, make_graph, ort, ort_session, precision_of
 from pq_sweep.runtimes.cuda import TF32_OVERRIDE, record_graph
+from pq_sweep.shipping import render
 from pq_sweep.types import Data, Session, UserError
 
 fp16 = functools.partial(quantizers.fp16, exclude=[])
@@ -481,6 +485,30 @@ def test_a_closed_session_frees_its_contexts(data: Data, images: Tensor, tmp_pat
 
 
 # What cannot be
+
+
+@pytest.mark.parametrize("profile", ["each", "range"])
+def test_the_script_of_a_shipped_engine_answers_as_the_network(
+    monkeypatch: pytest.MonkeyPatch,
+    data: Data,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    profile: str,
+) -> None:
+    work = replace(workspace(tmp_path), batch_sizes=(4, 8))  # no engine takes a single image
+    model = digits_cnn()
+    session = runtime("tensorrt_native", profile=profile).open(model, quantizers.none, data, work)
+    about = {"name": "n", "runtime": session.runtime, "removed": False, "artifact": session.artifact.name}
+    script = session.artifact.with_name("run.py")
+    script.write_text(render("run.py.j2", about | {"preprocess": asdict(model.preprocess) | {"channels": 1}}))
+    script.with_name("labels.txt").write_text("\n".join("abcdefghij"))
+    Image.fromarray((load_digits().images[3] * 15.9).astype(np.uint8)).save(tmp_path / "three.png")
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "three.png")])
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+    runpy.run_path(str(script))
+
+    assert capsys.readouterr().out.splitlines()[0].split()[1] == "d"
 
 
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_native"])
