@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pq_sweep.comparison import drop
+from pq_sweep.results import Sweep
 from pq_sweep.rows import Row
 from pq_sweep.types import UserError
 
@@ -19,6 +20,8 @@ FIGURES = {
     "energy": ("energy_per_image_j/b{batch}", "J"),
     "prep_time": ("prep_time_s", "s"),
 }
+# Of the Pareto front, unless others are asked for.
+OBJECTIVES = ["error", "latency", "size"]
 # Between jobs that are equally good, those that are also better in these come first.
 TIE_BREAKERS = ("accuracy_drop", "latency", "size")
 
@@ -142,6 +145,25 @@ def front(rows: list[Row], names: list[str], batch: int) -> list[bool]:
         point is not None and not any(other and other != point and _no_worse(other, point) for other in points)
         for point in points
     ]
+
+
+def on_front(sweep: Sweep, objectives: list[str], batch: int) -> set[str]:
+    """Return the jobs on the Pareto front, which every dataset and every device has of its own."""
+    return {
+        row["job"]
+        for rows in by_place(sweep).values()
+        for row, chosen in zip(rows, front(rows, objectives, batch), strict=True)
+        if chosen
+    }
+
+
+def by_place(sweep: Sweep) -> dict[tuple[str, str], list[Row]]:
+    """Return the finished jobs of each dataset and device, as others cannot be compared."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in sweep.rows:
+        if row["status"] == "finished":
+            groups.setdefault((str(row.get("dataset")), row["device_name"]), []).append(row)
+    return groups
 
 
 def _no_worse(one: tuple[float, ...], other: tuple[float, ...]) -> bool:

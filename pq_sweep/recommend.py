@@ -23,25 +23,37 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def candidates(sweep: Sweep, device: str | None) -> Sweep:
-    """Return the jobs of a sweep that finished on one device only, repeated runs as one; `device` is part of its name.
+# What jobs must share to be compared, by option: the column of the rows.
+PLACES = {"device": "device_name", "dataset": "dataset"}
 
-    Latencies of two devices say nothing about two models, so one device is decided for at a time; nor do drops in
-    accuracy on two datasets.
+
+def candidates(sweep: Sweep, parts: dict[str, str | None]) -> Sweep:
+    """Return the jobs of one device and one dataset, repeated runs as one; `parts` are parts of their names, or None.
+
+    Latencies of two devices say nothing about two models, nor do drops in accuracy on two datasets.
     """
-    finished = [row for row in sweep.rows if row["status"] == "finished"]
-    found = {row["device_name"] for row in finished}
-    wanted = {name for name in found if device is None or device.casefold() in name.casefold()}
-    if len(wanted) != 1:
-        given = f"--device {device} is" if device else "the jobs are"
-        what = f"{given} of {len(wanted)} devices" if wanted else f"{given} of no device on which a job finished"
-        raise UserError(f"{what}; give --device as part of one of: {', '.join(sorted(found)) or 'none'}.")
-    datasets = sorted({str(row.get("dataset")) for row in finished})
-    if len(datasets) > 1:
-        raise UserError(
-            f"the jobs are of {len(datasets)} datasets, {', '.join(datasets)}; give folders of one of them."
-        )
-    return aggregate(replace(sweep, rows=[row for row in sweep.rows if row.get("device_name") in {*wanted, None}]))
+    rows = sweep.rows
+    for what, part in parts.items():
+        rows = _only(rows, what, part)
+    return aggregate(replace(sweep, rows=rows))
+
+
+def places(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """Return which device and dataset were asked for."""
+    return {what: getattr(arguments, what) for what in PLACES}
+
+
+def _only(rows: list[Row], what: str, wanted: str | None) -> list[Row]:
+    """Return the rows with the one value that is meant, and those which did not come to having any."""
+    column = PLACES[what]
+    found = {str(row.get(column)) for row in rows if row["status"] == "finished"}
+    meant = {name for name in found if wanted is None or wanted.casefold() in name.casefold()}
+    meant = {wanted} if wanted in meant else meant  # not also those of which it is a part
+    if len(meant) != 1:
+        given = f"--{what} {wanted} is" if wanted else "the jobs are"
+        why = f"{given} of {len(meant)} {what}s" if meant else f"{given} of no {what} on which a job finished"
+        raise UserError(f"{why}; give --{what} as part of one of: {', '.join(sorted(found)) or 'none'}.")
+    return [row for row in rows if row.get(column) in {*meant, None}]
 
 
 def batch_size(rows: list[Row], wanted: int | None) -> int:
@@ -178,6 +190,7 @@ def add_goal(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minimize", default="latency", choices=FIGURES, help="default: latency")
     parser.add_argument("--batch", type=int, help="default: the smallest that was measured")
     parser.add_argument("--device", help="part of a device's name, where jobs ran on several")
+    parser.add_argument("--dataset", help="part of a dataset's name, where there are several")
 
 
 def limits(arguments: argparse.Namespace) -> dict[str, float]:
@@ -195,7 +208,7 @@ def main() -> None:
     parser.add_argument("--export", type=Path, metavar="DIR", help="copy the winner there, with a card and a script")
     arguments = parser.parse_args()
     try:
-        sweep = candidates(merge(find_sweeps(arguments.folders)), arguments.device)
+        sweep = candidates(merge(find_sweeps(arguments.folders)), places(arguments))
         goal = Goal(arguments.minimize, limits(arguments), batch_size(sweep.rows, arguments.batch))
         decision = decide(sweep.rows, goal)
         if arguments.export and decision.winner:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pq_sweep.comparison import comparable, reference, speedup
+from pq_sweep.decision import OBJECTIVES, on_front
 from pq_sweep.results import Sweep, write_csv
 from pq_sweep.rows import Row, batch_sizes
 
@@ -28,8 +29,11 @@ def tables(sweep: Sweep, width: int) -> list[Table]:
     sizes = batch_sizes(sweep.rows)
     faster = speedups(sweep)
     heading = f"speed-up\nb{sizes[0]}" if faster else ""
+    best = on_front(sweep, OBJECTIVES, sizes[0]) if sizes else set()
     rows = [
-        _cells(row, sizes, sweep.options) | ({heading: faster.get(row["job"], "-")} if faster else {})
+        _cells(row, sizes, sweep.options)
+        | ({heading: faster.get(row["job"], "-")} if faster else {})
+        | ({"Pareto\nfront": "yes" if row["job"] in best else ""} if best else {})
         for row in sweep.rows
     ]
     columns = {

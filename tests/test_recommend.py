@@ -108,6 +108,17 @@ def test_jobs_of_several_devices_are_not_mixed(sweep: Path) -> None:
     assert told(sweep, "--device", "V100", "--max-accuracy-drop", "1")["winner"]["job"] == "1"
 
 
+def test_jobs_of_several_datasets_are_not_mixed(sweep: Path) -> None:
+    jobs = [announced(str(number), amount=number / 10, dataset="digits") for number in range(3)]
+    write_manifest(sweep, *jobs, announced("3", dataset="letters"))
+    done = recommend(sweep)
+
+    assert done.returncode == 1
+    assert done.stderr.strip() == "the jobs are of 2 datasets; give --dataset as part of one of: digits, letters."
+    assert told(sweep, "--dataset", "letter")["winner"]["job"] == "3"
+    assert told(sweep, "--dataset", "DIGITS", "--max-accuracy-drop", "1")["winner"]["job"] == "1"
+
+
 def test_jobs_of_several_sweeps_are_told_apart_by_their_folders(sweep: Path) -> None:
     other = write_manifest(sweep.parent / "other", announced("1", amount=0.8))
     write_result(other, "1", result(1.0, 0.1, 5.0))

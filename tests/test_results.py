@@ -411,6 +411,15 @@ def test_speed_ups_are_those_over_the_uncompressed_job_of_the_same_device(tmp_pa
     assert "│ 1.50 " in next(line.replace("  ", "") for line in lines if line.startswith("│ 1 "))
 
 
+def test_the_table_marks_the_front_of_each_device(tmp_path: Path) -> None:
+    sweep = compared(tmp_path, on_gpu("GPU-1", 6.0), on_gpu("GPU-1", 4.0), on_gpu("GPU-2", 9.0, "A100"))
+    lines = [line.replace("┃", "│").split("│") for line in drawn(sweep, 1000)]
+    (place,) = (number for line in lines for number, cell in enumerate(line) if "Pareto" in cell)
+    marked = {line[1].strip(): line[place].strip() for line in lines if len(line) > place and line[1].strip().isdigit()}
+
+    assert marked == {"0": "", "1": "yes", "2": "yes"}
+
+
 def test_where_devices_differ_a_line_says_so_and_there_is_no_speed_up(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,10 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from pq_sweep.comparison import aggregate
-from pq_sweep.decision import FIGURES
-from pq_sweep.recommend import add_goal, candidates, limits
-from pq_sweep.report.frame import OBJECTIVES
+from pq_sweep.decision import FIGURES, OBJECTIVES
+from pq_sweep.recommend import add_goal, candidates, limits, places
 from pq_sweep.report.sources import collect
 from pq_sweep.types import UserError
 
@@ -51,7 +49,7 @@ def _read(arguments: argparse.Namespace, scratch: Path) -> Report:
         if name not in FIGURES:
             raise UserError(f"--objectives {name} is not known; valid are: {', '.join(FIGURES)}.")
     sweep = collect(arguments.sources, arguments.experiment, scratch)
-    sweep = candidates(sweep, arguments.device) if arguments.device else aggregate(sweep)
+    sweep = candidates(sweep, {what: part for what, part in places(arguments).items() if part})
     return report(sweep, arguments.minimize, limits(arguments), arguments.batch, objectives)
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import pandas as pd
 
 from pq_sweep.comparison import Estimate, drop, is_uncompressed, payback, reference, speedup
-from pq_sweep.decision import front
+from pq_sweep.decision import on_front
 from pq_sweep.results import Sweep
 from pq_sweep.rows import Row, batch_sizes
 
-OBJECTIVES = ["error", "latency", "size"]
 # Columns that a reader may want now and then; the page hides them at first.
 DETAILS = (
     "top-5 %", "drop p", "sparsity", "params", "MACs", "memory MB", "energy J/image", "pays after images",
@@ -42,25 +41,6 @@ def comparison(sweep: Sweep, objectives: list[str]) -> pd.DataFrame:
     frame = pd.DataFrame(lines)
     ordered = ["job", "Pareto", *(name for name in frame.columns if name not in ("job", "Pareto"))]
     return frame[ordered].dropna(axis="columns", how="all")
-
-
-def on_front(sweep: Sweep, objectives: list[str], batch: int) -> set[str]:
-    """Return the jobs on the Pareto front, which every dataset and every device has of its own."""
-    return {
-        row["job"]
-        for rows in by_place(sweep).values()
-        for row, chosen in zip(rows, front(rows, objectives, batch), strict=True)
-        if chosen
-    }
-
-
-def by_place(sweep: Sweep) -> dict[tuple[str, str], list[Row]]:
-    """Return the finished jobs of each dataset and device, as others cannot be compared."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in sweep.rows:
-        if row["status"] == "finished":
-            groups.setdefault((str(row.get("dataset")), row["device_name"]), []).append(row)
-    return groups
 
 
 def _line(row: Row, sweep: Sweep, sizes: list[int]) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
-from pq_sweep.decision import Goal, decide
+from pq_sweep.decision import Goal, by_place, decide
 from pq_sweep.environment import cache_home
 from pq_sweep.progress import write_text
 from pq_sweep.recommend import figures as told
 from pq_sweep.recommend import lines, none_feasible, wanted
 from pq_sweep.report.charts import Figure, figures
-from pq_sweep.report.frame import DETAILS, NAMES, by_place, comparison, rounded
+from pq_sweep.report.frame import DETAILS, NAMES, comparison, rounded
 from pq_sweep.report.views import View, views
 from pq_sweep.reproduce import baselines, command
 from pq_sweep.results import Sweep

@@ -10,9 +10,10 @@ import pandas as pd
 import vl_convert
 
 from pq_sweep.comparison import aggregate
+from pq_sweep.decision import OBJECTIVES
 from pq_sweep.report.charts import figures
 from pq_sweep.report.files import SCALE, on_paper
-from pq_sweep.report.frame import DETAILS, OBJECTIVES
+from pq_sweep.report.frame import DETAILS
 from pq_sweep.report.page import Report, report
 from pq_sweep.results import Sweep
 from pq_sweep.rows import Row, batch_sizes
