@@ -262,3 +262,19 @@ def test_slurm_refuses_what_it_does_not_have(site: Site) -> None:
     ended = site.sweep("refused", "hydra/launcher=slurm", "hydra.launcher.partition=h100", "tracking=none")
     assert ended.returncode == 1
     assert re.search(r"SLURM took no jobs: .*invalid partition", ended.stderr)
+
+
+# --- a search -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_search_submits_round_after_round(site: Site) -> None:
+    ran = site.sweep(
+        "search", ON_V100, "search=constraint", "pruner=l1_global,l1", "search.step=0.45", "search.low=0.05"
+    )
+    rows = site.rows("search")
+
+    assert ran.returncode == 0, ran.stderr
+    assert [row["status"] for row in rows] == ["finished"] * len(rows)
+    assert [row["pruner"] for row in rows[:3]] == ["none", "l1_global", "l1"]
+    assert all(row["slurm_job"] for row in rows)
+    assert re.search(r"pruner=l1_global: pruner.amount=0\.\d+ is the largest within 1", ran.stdout)
