@@ -264,7 +264,7 @@ def test_slurm_refuses_what_it_does_not_have(site: Site) -> None:
     assert re.search(r"SLURM took no jobs: .*invalid partition", ended.stderr)
 
 
-# --- a search -----------------------------------------------------------------------------------------------------------
+# --- a search ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_search_submits_round_after_round(site: Site) -> None:
