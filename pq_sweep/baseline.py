@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from filelock import FileLock
 from omegaconf import DictConfig
 
 from pq_sweep import measure
+from pq_sweep.cache import network_state
 from pq_sweep.environment import device_name, versions
 from pq_sweep.fingerprint import digest, files_state, resolved
 from pq_sweep.layers import Layers, dense_layers
@@ -58,13 +60,28 @@ def load_baseline(cfg: DictConfig, model: Model, data: Data, work: Workspace, pr
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock"):
         if not (folder / "baseline.json").exists():
-            _measure(model, data, work.device, protocol, folder)
+            _take_or_measure(model, data, work, protocol, folder, {"options": parts, "device": where[1]})
     figures, layers = (json.loads((folder / name).read_text()) for name in ("baseline.json", "layers.json"))
     return Baseline(figures, np.load(folder / "predictions.npy"), layers)
 
 
-def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: Path) -> None:
-    """Evaluate the model in FP32 under torch, and save its state_dict for its size."""
+def _take_or_measure(
+    model: Model, data: Data, work: Workspace, protocol: Protocol, folder: Path, about: dict[str, Any]
+) -> None:
+    """Take the figures that an earlier sweep measured on the same kind of device, or measure them."""
+
+    def whole() -> dict[str, Any]:
+        how = {"threads": work.threads, "batch_size": protocol.eval_batch_size}
+        return about | network_state(model) | {"images": data.evaluation.identity()} | how
+
+    files = [folder / name for name in ("model.pt", "predictions.npy", "layers.json")]
+    found = work.stage.shared("baseline", whole, lambda: _measure(model, data, work.device, protocol, folder), *files)
+    _name_images(data, np.load(folder / "predictions.npy"), folder / "images.csv")
+    write_json(folder / "baseline.json", found)
+
+
+def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: Path) -> Result:
+    """Evaluate the model in FP32 under torch, and save its state_dict for its size; return its figures."""
     artifact = folder / "model.pt"
     torch.save(model.module.state_dict(), artifact)
     use_tf32(False)
@@ -72,9 +89,8 @@ def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: 
     session = CallSession(network, "torch", f"torch {torch.__version__} eager", device, artifact, {})
     accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
     np.save(folder / "predictions.npy", predictions)
-    _name_images(data, predictions, folder / "images.csv")
     write_json(folder / "layers.json", dense_layers(model))
-    write_json(folder / "baseline.json", accuracy | measure.network(model) | {"size_bytes": artifact.stat().st_size})
+    return accuracy | measure.network(model) | {"size_bytes": artifact.stat().st_size}
 
 
 def _name_images(data: Data, predictions: np.ndarray, path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from zipfile import BadZipFile
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from pq_sweep.classes import imagenet_wnids, match_classes, stratified_order
 from pq_sweep.environment import cache_home
-from pq_sweep.image_cache import ImageCache
+from pq_sweep.image_cache import ImageCache, normalise
 from pq_sweep.images import (
     Labelled,
     find_flat_images,
@@ -24,7 +26,7 @@ from pq_sweep.images import (
     lazy_split_of,
     split_of,
 )
-from pq_sweep.types import Data, Model, Preprocess, Split, UserError, choose
+from pq_sweep.types import Data, Model, Preprocess, Split, UserError, choose, hash_each
 
 Found = tuple[Labelled, tuple[str, ...]]
 
@@ -68,7 +70,8 @@ def digits(model: Model, *, calibration: int = DIGITS_CALIBRATION) -> Data:
     labels = torch.as_tensor(targets, dtype=torch.int64)
     images = torch.as_tensor(pixels, dtype=torch.float32).unsqueeze(1) / 16
     order = stratified_order(labels.tolist(), seed=0)
-    whole = Split(labels, lambda indices: _fit(images[indices], model.preprocess))
+    fit = partial(_fit, preprocess=model.preprocess)
+    whole = Split(labels, lambda indices: fit(images[indices]), marks=_marks(images, model.preprocess))
     ends = np.cumsum([DIGITS_EVALUATION, DIGITS_CALIBRATION])
     evaluation, reserved, train = (whole.subset(part.tolist()) for part in np.split(order, ends))
     classes = tuple(str(digit) for digit in range(10))
@@ -279,8 +282,18 @@ def _fit(images: Tensor, preprocess: Preprocess) -> Tensor:
 
 def _pixels_split(pixels: Tensor, labels: list[int], preprocess: Preprocess) -> Split:
     """Return a split of RGB images (N, H, W, 3) uint8 in memory, brought to the model's size when fetched."""
+    targets, marks = torch.tensor(labels), _marks(pixels, preprocess)
+    if pixels.shape[1:] == (preprocess.size, preprocess.size, preprocess.channels):
+        whole = pixels.numpy()  # torch would start threads to gather from it
+        finish = partial(normalise, preprocess=preprocess)
+        return Split.of_raw(targets, lambda indices: torch.from_numpy(whole[indices]), finish, marks=marks)
 
     def fetch(indices: list[int]) -> Tensor:
         return _fit(pixels[indices].permute(0, 3, 1, 2) / 255, preprocess)
 
-    return Split(torch.tensor(labels), fetch)
+    return Split(targets, fetch, marks=marks)
+
+
+def _marks(images: Tensor, preprocess: Preprocess) -> Callable[[list[int]], Iterator[str]]:
+    """Return a hash per image of what it is before it is brought to the model's size, and of how that is done."""
+    return lambda indices: hash_each(images.__getitem__, indices, repr(preprocess))

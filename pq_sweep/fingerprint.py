@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from pq_sweep.environment import versions
 
 # They say where results go and whether earlier ones count, not what they are.
-WITHOUT_EFFECT = ("tracking", "resume", "search")
+WITHOUT_EFFECT = ("tracking", "resume", "search", "cache")
 # Modules that only start jobs, watch them and show what they found.
 AROUND_JOBS = (
     "cli",
@@ -49,8 +49,12 @@ def fingerprint(cfg: DictConfig) -> str:
     come or go, but not when one is overwritten in place.
     """
     options = resolved(cfg)
-    modules = sorted(_own_modules(options))
-    return digest([options, _code(tuple(modules)), versions(), *_files(options)])
+    return digest([options, code(options), versions(), *_files(options)])
+
+
+def code(options: dict[str, Any]) -> str:
+    """Return a hash of the source that a job with these options runs, components from elsewhere included."""
+    return _code(tuple(sorted(_own_modules(options))))
 
 
 def digest(content: Any) -> str:

@@ -66,6 +66,7 @@ class ImageCache:
     used: set[Path] = field(default_factory=set)
     excluded: dict[Path, str] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
+    names: dict[Path, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         transform = {
@@ -74,8 +75,10 @@ class ImageCache:
             "channels": self.preprocess.channels,
             "interpolation": self.preprocess.interpolation,
         }
-        about = {"root": str(self.root.resolve()), **transform, "pillow": PIL.__version__, "format": CACHE_FORMAT}
-        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
+        pixels = {**transform, "pillow": PIL.__version__, "format": CACHE_FORMAT}
+        about = {"root": str(self.root.resolve()), **pixels}
+        key = _hash(about)[:12]
+        self.transform = _hash([pixels, list(self.preprocess.mean), list(self.preprocess.std)])
         self.folder = cache_home() / "images" / f"{self.root.resolve().name}-{self.preprocess.size}px-{key}"
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,14 +117,28 @@ class ImageCache:
         """Return the SHA-256 of prepared files."""
         return frozenset(self.entries[self._name(path)].digest for path in paths)
 
-    def inputs(self, paths: list[Path]) -> Tensor:
-        """Return prepared images as normalised float32 (B, C, H, W)."""
+    def pixels(self, paths: list[Path]) -> Tensor:
+        """Return prepared images as they are kept, (B, H, W, C) uint8."""
         rows = np.array([self.entries[self._name(path)].row for path in paths], dtype=np.int64)
         # Whole rows only, as another job may be in the middle of one.
-        pixels = np.memmap(self.folder / "pixels.u8", np.uint8, "r", shape=(self._rows(), *self.shape))[rows]
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(torch.float32).div(255)
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.preprocess.mean, self.preprocess.std))
-        return ((images - mean) / std).contiguous()
+        kept = np.memmap(self.folder / "pixels.u8", np.uint8, "r", shape=(self._rows(), *self.shape))
+        return torch.from_numpy(kept[rows])
+
+    def inputs(self, paths: list[Path]) -> Tensor:
+        """Return prepared images as normalised float32 (B, C, H, W)."""
+        return normalise(self.pixels(paths), self.preprocess)
+
+    def marks(self, paths: Iterable[Path]) -> Iterator[str]:
+        """Yield for each prepared image a hash of its file and of how it is made an input, wherever the file lies."""
+        for path in paths:
+            yield f"{self.entries[self._name(path)].digest} {self.transform}"
+
+    def marks_unread(self, paths: Iterable[Path], others: frozenset[str] = frozenset()) -> Iterator[str]:
+        """Yield such a hash without reading the file: its path below the root, size and times stand for its bytes."""
+        about = _hash([self.transform, sorted(others)])
+        for path in paths:
+            stat = _stat(path)
+            yield _hash([about, self._name(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
 
     def record(self) -> dict[str, Any]:
         """Return how many images were decoded and how many came from the cache, and which were left out and why."""
@@ -134,7 +151,10 @@ class ImageCache:
         }
 
     def _name(self, path: Path) -> str:
-        return str(path.relative_to(self.root))
+        name = self.names.get(path)
+        if name is None:  # which takes pathlib half as long as to copy an image
+            name = self.names[path] = str(path.relative_to(self.root))
+        return name
 
     def _stale(self, paths: list[Path]) -> list[Path]:
         known = ((path, self.entries.get(self._name(path))) for path in paths)
@@ -205,6 +225,17 @@ class ImageCache:
         return Entry(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, digest, None, error), image
 
 
+def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    """Turn (B, H, W, C) uint8 into normalised float32 (B, C, H, W) on its device; the bits are the same on all.
+
+    Every divisor is a tensor on the device: by a plain number, CUDA multiplies by the reciprocal instead.
+    """
+    values = (torch.tensor(value, device=pixels.device) for value in (255.0, preprocess.mean, preprocess.std))
+    scale, mean, std = (value.view(-1, 1, 1) for value in values)
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return images.div_(scale).sub_(mean).div_(std)
+
+
 def decode(content: bytes, preprocess: Preprocess) -> np.ndarray:
     """Decode, orient, resize and crop an image file: (H, W, C) uint8; a UserError says why it cannot."""
     from torchvision.transforms import InterpolationMode
@@ -225,6 +256,11 @@ def decode(content: bytes, preprocess: Preprocess) -> np.ndarray:
     image = F.resize(image, [preprocess.resize], InterpolationMode(preprocess.interpolation), antialias=True)
     pixels = np.asarray(F.center_crop(image, [preprocess.size]))
     return pixels.reshape(preprocess.size, preprocess.size, preprocess.channels)
+
+
+def _hash(content: Any) -> str:
+    """Return the SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse_huge(width: int, height: int, resize: int) -> None:

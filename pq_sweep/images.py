@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pq_sweep.image_cache import ImageCache
+from pq_sweep.image_cache import ImageCache, normalise
 from pq_sweep.types import Split, UserError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
@@ -58,17 +59,20 @@ def first_readable(cache: ImageCache, images: Labelled, count: int, others: froz
 def split_of(cache: ImageCache, images: Labelled) -> Split:
     """Return a split of images that are prepared and can be used."""
     paths = [path for path, _ in images]
-    return Split(
+    return Split.of_raw(
         torch.tensor([label for _, label in images], dtype=torch.int64),
-        lambda indices: cache.inputs([paths[i] for i in indices]),
-        tuple(str(path.relative_to(cache.root)) for path in paths),
+        lambda indices: cache.pixels([paths[i] for i in indices]),
+        partial(normalise, preprocess=cache.preprocess),
+        names=tuple(str(path.relative_to(cache.root)) for path in paths),
+        marks=lambda indices: cache.marks(paths[i] for i in indices),
     )
 
 
 def lazy_split_of(cache: ImageCache, images: Labelled, others: frozenset[str]) -> Split:
     """Return a split that decodes its images when they are fetched, as training may need few of very many.
 
-    For an image that cannot be used the next one of its class stands in.
+    For an image that cannot be used the next one of its class stands in. The identity reads no image: the path below
+    the root, size and times of each file, of change too, stand for its bytes, and what stands in for it does not count.
     """
     members: dict[int, list[Path]] = {}
     for path, label in images:
@@ -77,14 +81,20 @@ def lazy_split_of(cache: ImageCache, images: Labelled, others: frozenset[str]) -
 
     def stand_in(path: Path, label: int) -> Path:
         paths = members[label]
-        turned = (paths[(place[path] + step) % len(paths)] for step in range(len(paths)))
+        turned = (paths[(place[path] + step) % len(paths)] for step in range(1, len(paths)))
         found = next((other for other in turned if readable(cache, [(other, label)], others)), None)
         if found is None:
             raise UserError(f"no training image in {path.parent} can be used, first {path.name}; see the warnings.")
         return found
 
-    def fetch(indices: list[int]) -> Tensor:
-        cache.prepare([images[i][0] for i in indices])
-        return cache.inputs([stand_in(*images[i]) for i in indices])
+    def raw(indices: list[int]) -> Tensor:
+        chosen = [images[i] for i in indices]
+        cache.prepare([path for path, _ in chosen])
+        return cache.pixels([path if cache.usable(path, others) else stand_in(path, label) for path, label in chosen])
 
-    return Split(torch.tensor([label for _, label in images], dtype=torch.int64), fetch)
+    return Split.of_raw(
+        torch.tensor([label for _, label in images], dtype=torch.int64),
+        raw,
+        partial(normalise, preprocess=cache.preprocess),
+        marks=lambda indices: cache.marks_unread((images[i][0] for i in indices), others),
+    )

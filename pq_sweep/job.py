@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from pq_sweep import measure
 from pq_sweep.baseline import Baseline, load_baseline
+from pq_sweep.cache import open_cache
 from pq_sweep.check import check, impossible, refuse
 from pq_sweep.environment import describe, device_name, resolve_device
 from pq_sweep.fingerprint import digest, file_hash, fingerprint, resolved
@@ -27,7 +28,7 @@ from pq_sweep.measure import Samples
 from pq_sweep.progress import Stages, write_json
 from pq_sweep.quantizers import none
 from pq_sweep.repeats import check_artifact, measure_apart, share_network
-from pq_sweep.resume import change_once
+from pq_sweep.resume import change_once, origin_of
 from pq_sweep.runtimes import precision_of
 from pq_sweep.sizes import compressed_size, storage_sizes
 from pq_sweep.timing import Protocol, Result
@@ -111,6 +112,7 @@ def prepare(cfg: DictConfig, stage: Stages) -> Plan:
     work = Workspace(stage.folder, device, threads, stage, protocol.paired, tuple(protocol.batch_sizes))
     quantizer = component(cfg.quantizer)
     runtime = possible_runtime(cfg, quantizer, device)
+    stage.cache = open_cache(cfg)
     # What an earlier try kept is of use on the same kind of device only.
     stage.resume(digest([key := fingerprint(cfg), device_name(device)]))
     return Plan(cfg, key, protocol, quantizer, runtime, work)
@@ -135,8 +137,13 @@ def load(cfg: DictConfig, device: str) -> tuple[Model, Data]:
 
 def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> Result | None:
     """Prune and recover the network in place, and return the pruner's record."""
-    pruning = change_once(stage, "prune", model, partial(component(plan.cfg.pruner), model, data))
-    change_once(stage, "recover", model, partial(component(plan.cfg.recovery), model, data))
+
+    def change(name: str, config: DictConfig) -> Any:
+        origin = origin_of(config, data, plan.work.device)
+        return change_once(stage, name, model, partial(component(config), model, data), origin)
+
+    pruning: Result | None = change("prune", plan.cfg.pruner)
+    change("recover", plan.cfg.recovery)
     if plan.protocol.repeats > 1:
         share_network(stage, model)
     return pruning
@@ -163,7 +170,7 @@ def dense_session(plan: Plan) -> Iterator[Session]:
     folder = plan.work.folder / "dense"
     folder.mkdir(exist_ok=True)
     model, data = load(plan.cfg, plan.work.device)
-    work = replace(plan.work, folder=folder, stage=Stages(folder, "uncompressed"))
+    work = replace(plan.work, folder=folder, stage=Stages(folder, "uncompressed", plan.work.stage.cache))
     session = plan.runtime.open(model, none, data, work)
     try:
         yield session

@@ -11,12 +11,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pq_sweep.environment import slurm
 from pq_sweep.rows import error_files, read_json
-from pq_sweep.types import Stopped
+from pq_sweep.types import About, Stopped
+
+if TYPE_CHECKING:
+    from pq_sweep.cache import Cache
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +50,10 @@ class Stages:
     # Set when the process ends only to be started again by SLURM: that is no failure.
     leaving: ClassVar[bool] = False
 
-    def __init__(self, folder: Path, label: str) -> None:
+    def __init__(self, folder: Path, label: str, cache: Cache | None = None) -> None:
         self.folder = folder
         self.label = label
+        self.cache = cache
         self.started = time.time()
         self.seconds: dict[str, float] = {}
         self.current = "start"
@@ -107,6 +112,28 @@ class Stages:
                 return make()
 
         return self.keep(name, timed, *files)
+
+    def share(self, name: str, about: About, make: Callable[[], Any], *files: Path) -> Any:
+        """Do as `keep`, but take what any job, also of another sweep, made from what `about` returns."""
+        return self.keep(name, partial(self.shared, name, about, make, *files), *files)
+
+    def shared(self, kind: str, about: About, make: Callable[[], Any], *files: Path) -> Any:
+        """Do as `share`, for what a continued job may make again; all files that are there lie in one folder."""
+        if self.cache is None:
+            return make()
+        folder, known = files[0].parent, about()
+        with self.cache.alone(kind, known):
+            if record := self.cache.take(kind, known, folder):
+                for stage, seconds in record["seconds"].items():
+                    self.cached(stage, seconds)
+                return record["value"]
+            before = dict(self.seconds)
+            value = make()
+            spent = {name: took - before.get(name, 0.0) for name, took in self.seconds.items()}
+            seconds = {name: took for name, took in spent.items() if took > 0}
+            there = [file.name for file in files if file.exists()]
+            self.cache.put(kind, known, folder, {"value": value, "seconds": seconds}, there)
+            return value
 
     def cached(self, name: str, seconds: float) -> None:
         """Count a stage whose outcome came out of a cache with the seconds that it took when it was made."""

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pq_sweep.check import CALIBRATIONS
+from pq_sweep.environment import device_name
+from pq_sweep.fingerprint import file_hash
 from pq_sweep.types import Data, Split, Stage, UserError, choose
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def calibrate(
     source: Path, data: Data, *, form: str, stage: Stage, method: str, images: int, percentile: float
 ) -> Calibrated:
     """Take the ranges of all activations of an FP32 graph on the first `images` calibration images."""
+    import torch
+
     choose("quantizer.calibration", method, CALIBRATIONS)
     split = _calibration_images(data, images)
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
@@ -70,8 +74,19 @@ def calibrate(
         with stage("quantize"):
             model = prepare(source, prepared)
         options = _form_options(form, model)
-        with stage("calibrate"), contextlib.redirect_stdout(io.StringIO()):  # entropy calibration prints
-            ranges = _ranges(prepared, split, options["op_types_to_quantize"], method, percentile)
+        operators, kept = options["op_types_to_quantize"], Path(folder) / "ranges.npz"
+
+        def take_ranges() -> None:
+            with stage("calibrate"), contextlib.redirect_stdout(io.StringIO()):  # entropy calibration prints
+                _save_ranges(_ranges(prepared, split, operators, method, percentile), kept)
+
+        def about() -> Record:
+            where = {"cpu": device_name("cpu"), "threads": torch.get_num_threads()}
+            how = {"operators": operators, "method": method, "percentile": percentile}
+            return {"graph": file_hash(source), "images": split.identity()} | how | where
+
+        stage.shared("ranges", about, take_ranges, kept)
+        ranges = _load_ranges(kept, method)
     return Calibrated(model, ranges, options, len(split))
 
 
@@ -146,20 +161,14 @@ def _calibration_images(data: Data, images: int) -> Split:
 
 def _ranges(graph: Path, split: Split, operators: list[str], method: str, percentile: float) -> Any:
     """Run the calibration images through onnxruntime's calibrator, a few at a time."""
-    from onnxruntime.quantization import CalibrationMethod
     from onnxruntime.quantization.calibrate import create_calibrator
     from tqdm import tqdm
 
-    methods = {
-        "minmax": CalibrationMethod.MinMax,
-        "entropy": CalibrationMethod.Entropy,
-        "percentile": CalibrationMethod.Percentile,
-    }
     calibrator = create_calibrator(
         graph,
         operators,
         str(graph.with_name("augmented.onnx")),
-        calibrate_method=methods[method],
+        calibrate_method=_methods()[method],
         extra_options={"percentile": percentile},
     )
     with tqdm(total=len(split), desc="calibration", disable=None, leave=False) as bar:
@@ -168,6 +177,41 @@ def _ranges(graph: Path, split: Split, operators: list[str], method: str, percen
             calibrator.collect_data(_Reader(part))
             bar.update(len(part))
     return calibrator.compute_data()
+
+
+def _save_ranges(ranges: Any, path: Path) -> None:
+    """Write what a calibrator found of each tensor as plain arrays."""
+    import numpy as np
+
+    found = {f"{tensor}|{name}": value for tensor, data in ranges.items() for name, value in _figures(data).items()}
+    np.savez(path, **found)
+
+
+def _figures(data: Any) -> dict[str, Any]:
+    return {name: value for name, value in data.to_dict().items() if name != "CLS"}
+
+
+def _load_ranges(path: Path, method: str) -> Any:
+    """Return what `_save_ranges` wrote as onnxruntime's quantizer takes it."""
+    import numpy as np
+    from onnxruntime.quantization.calibrate import TensorData, TensorsData
+
+    found: dict[str, dict[str, Any]] = {}
+    with np.load(path) as arrays:
+        for key in arrays.files:
+            tensor, _, name = key.rpartition("|")
+            found.setdefault(tensor, {})[name] = arrays[key]
+    return TensorsData(_methods()[method], {tensor: TensorData(**figures) for tensor, figures in found.items()})
+
+
+def _methods() -> dict[str, Any]:
+    from onnxruntime.quantization import CalibrationMethod
+
+    return {
+        "minmax": CalibrationMethod.MinMax,
+        "entropy": CalibrationMethod.Entropy,
+        "percentile": CalibrationMethod.Percentile,
+    }
 
 
 class _Reader:

@@ -26,24 +26,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 Record = dict[str, Any]
 
 
-def quantizer(precision: str) -> Callable[[F], F]:
-    """Mark a function as a quantizer to `precision`."""
+def quantizer(precision: str, *, calibrated: bool = True) -> Callable[[F], F]:
+    """Mark a function as a quantizer to `precision`; unless `calibrated`, it looks at no images."""
 
     def mark(function: F) -> F:
         function.precision = precision  # type: ignore[attr-defined]
+        function.calibrated = calibrated  # type: ignore[attr-defined]
         return function
 
     return mark
 
 
-@quantizer("fp32")
+@quantizer("fp32", calibrated=False)
 def none(source: Path, target: Path, data: Data, *, form: str, stage: Stage) -> Record:
     """Keep the FP32 graph."""
     shutil.copyfile(source, target)
     return {}
 
 
-@quantizer("fp16")
+@quantizer("fp16", calibrated=False)
 def fp16(source: Path, target: Path, data: Data, *, form: str, stage: Stage, exclude: list[str]) -> Record:
     """Convert weights and activations to half precision; inputs and logits stay FP32."""
     import onnx
@@ -56,7 +57,7 @@ def fp16(source: Path, target: Path, data: Data, *, form: str, stage: Stage, exc
     return {"excluded_nodes": excluded}
 
 
-@quantizer("bf16")
+@quantizer("bf16", calibrated=False)
 def bf16(source: Path, target: Path, data: Data, *, form: str, stage: Stage) -> Record:
     """Keep the FP32 graph, for which TensorRT may choose bfloat16; the torch runtime converts the network."""
     if form != "tensorrt":

@@ -1,30 +1,88 @@
-"""Steps that change the network, which a job that is continued takes from disk instead of doing them again."""
+"""Steps that change the network, which a job takes from disk where it or another did them before."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 
+from pq_sweep.cache import Cache, network_state
+from pq_sweep.environment import device_name
 from pq_sweep.measure import structure
 from pq_sweep.progress import Stages
-from pq_sweep.types import Model
+from pq_sweep.types import Data, Model
 
 # What takes less is repeated from the seed: that is quicker than writing the weights of a large network.
 WORTH_KEEPING_S = 1.0
 
 
-def change_once(stage: Stages, name: str, model: Model, step: Callable[[], Any]) -> Any:
-    """Run a step that changes the network in place and return its record, or restore what an earlier try kept."""
+@dataclass(frozen=True)
+class Origin:
+    """What a step's outcome depends on, beside the network: plain values, and the images, which take time to tell."""
+
+    about: dict[str, Any]
+    images: Callable[[], Any]
+
+
+def origin_of(component: DictConfig, data: Data, device: str) -> Origin:
+    """Return what a component's outcome depends on; the random numbers are those at this moment."""
+
+    def images() -> Any:
+        return [part and part.identity() for part in (data.calibration, data.train)]
+
+    options = OmegaConf.to_container(component, resolve=True)
+    random = [hashlib.sha256(state.numpy().tobytes()).hexdigest() for state in _random_states().values()]
+    where = {"device": device_name(device), "threads": torch.get_num_threads()}
+    return Origin({"component": options, "random": random} | where, images)
+
+
+def change_once(stage: Stages, name: str, model: Model, step: Callable[[], Any], origin: Origin | None = None) -> Any:
+    """Run a step that changes the network in place and return its record, or restore what was kept of an earlier time.
+
+    An earlier try of the job keeps it, and with an `origin` any other job that took long for the same.
+    """
     path = stage.folder / f"{name}.kept.pt"
     if stage.has(name):
         record = stage.keep(name, step)
         _restore(model, path, record)
         return record
-    before = structure(model)
+    if origin and stage.cache:
+        return _share(stage, stage.cache, name, model, step, origin)
+    return _change(stage, name, model, step)
+
+
+def _share(stage: Stages, cache: Cache, name: str, model: Model, step: Callable[[], Any], origin: Origin) -> Any:
+    """Change the network or take over what another job made of it.
+
+    Most steps are quicker than telling their images apart, so those are looked at only where a step was slow before.
+    """
+    path = stage.folder / f"{name}.kept.pt"
+    about = {"network": network_state(model), **origin.about}
+    with cache.alone(name, about):
+        slow = cache.take("slow", {"step": name, **about}, stage.folder)
+        whole = about | {"images": origin.images()} if slow else about
+        if slow and (found := cache.take(name, whole, stage.folder)):
+            stage.cached(name, found["seconds"])
+            stage.keep(name, lambda: found["value"], path)
+            _restore(model, path, found["value"])
+            return found["value"]
+        record = _change(stage, name, model, step)
+        if stage.has(name):  # it was slow
+            whole = about | {"images": origin.images()}
+            cache.put(name, whole, stage.folder, {"value": record, "seconds": stage.seconds[name]}, [path.name])
+            cache.put("slow", {"step": name, **about}, stage.folder, {}, [])
+        return record
+
+
+def _change(stage: Stages, name: str, model: Model, step: Callable[[], Any]) -> Any:
+    """Run a step and keep what it made of the network if that took long and can be restored."""
+    path, before = stage.folder / f"{name}.kept.pt", structure(model)
     with stage(name):
         record = step()
     restorable = "history" in (record or {}) or structure(model) == before
@@ -35,11 +93,13 @@ def change_once(stage: Stages, name: str, model: Model, step: Callable[[], Any])
 
 def _save(model: Model, path: Path, record: Any) -> Any:
     """Save weights and the state of the random numbers, so that a continued job goes on as this one would have."""
-    state = {"network": model.module.state_dict(), "random": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["random_cuda"] = torch.cuda.get_rng_state()
-    torch.save(state, path)
+    torch.save({"network": model.module.state_dict(), **_random_states()}, path)
     return record
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    states = {"random": torch.get_rng_state()}
+    return states | ({"random_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def _restore(model: Model, path: Path, record: Any) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import Dataset
+
+    from pq_sweep.cache import Cache
+
+T = TypeVar("T")
+# Tells what something depends on, in plain values; called only where that is looked up.
+About = Callable[[], dict[str, Any]]
 
 
 class UserError(ValueError):
@@ -62,16 +70,40 @@ class Model:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
+# Images in memory at a time when they are hashed.
+HASHED_AT_ONCE = 32
+# To start a thread and wait for it takes a few tenths of a millisecond, in which a core copies about as much.
+BYTES_WORTH_A_THREAD = 2_000_000
+
+
 @dataclass(frozen=True)
 class Split:
     """Labelled images fetched by index: labels (N,) int64; `fetch` maps indices to (B, C, H, W) normalised float32.
 
-    `names` say which images they are, such as their files.
+    `names` say which images they are, such as their files; `marks` hash each image and how it is prepared, where that
+    is cheaper than to fetch it. Where images are cheaper to move before they are normalised, `raw` fetches them so, as
+    uint8 (B, H, W, C) say, from any thread, and `finish` makes of them what `fetch` returns, on whatever device.
     """
 
     labels: Tensor
     fetch: Callable[[list[int]], Tensor]
     names: tuple[str, ...] | None = None
+    marks: Callable[[list[int]], Iterable[str]] | None = None
+    raw: Callable[[list[int]], Tensor] | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of_raw(
+        cls,
+        labels: Tensor,
+        raw: Callable[[list[int]], Tensor],
+        finish: Callable[[Tensor], Tensor],
+        *,
+        names: tuple[str, ...] | None = None,
+        marks: Callable[[list[int]], Iterable[str]] | None = None,
+    ) -> Split:
+        """Make a split of images that are normalised on the device where they are used."""
+        return cls(labels, lambda indices: finish(raw(indices)), names, marks, raw, finish)
 
     @classmethod
     def of_tensors(cls, images: Tensor, labels: Tensor) -> Split:
@@ -100,16 +132,81 @@ class Split:
     def subset(self, indices: list[int]) -> Split:
         """Return the images at `indices`, in that order."""
         names = self.names and tuple(self.names[i] for i in indices)
-        return Split(self.labels[indices], lambda inner: self.fetch([indices[i] for i in inner]), names)
+        marks, raw = self.marks and _at(indices, self.marks), self.raw and _at(indices, self.raw)
+        return Split(self.labels[indices], _at(indices, self.fetch), names, marks, raw, self.finish)
+
+    def identity(self) -> str:
+        """Return a SHA-256 (hex) of what each image shows to a network, of the images' order and of their labels.
+
+        It is the same in every process, and that of a subset depends on nothing but what is in it.
+        """
+        indices = list(range(len(self)))
+        marks = self.marks(indices) if self.marks else hash_each(self.fetch, indices)
+        whole = hashlib.sha256()
+        for label, mark in zip(self.labels.tolist(), marks, strict=True):
+            whole.update(f"{label} {mark}\n".encode())
+        return whole.hexdigest()
 
     def batches(
         self, size: int, device: Any = "cpu", order: list[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels) on `device` in batches of `size`, the last one possibly smaller."""
+        """Yield (images, labels) on `device` in batches of `size`, the last one possibly smaller.
+
+        Raw images are fetched while the batch before is in use; what is computed with them belongs to the device's
+        current stream.
+        """
         order = list(range(len(self))) if order is None else order
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            yield self.fetch(chosen).to(device), self.labels[chosen].to(device)
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        fetched = _ahead(_pinning(self.raw, device), parts) if self.raw else map(self.fetch, parts)
+        for part, images in zip(parts, fetched, strict=True):
+            there = images.to(device, non_blocking=self.raw is not None)
+            yield self.finish(there) if self.finish else there, self.labels[part].to(device)
+
+
+def _ahead(fetch: Callable[[list[int]], Tensor], parts: list[list[int]]) -> Iterator[Tensor]:
+    """Yield the images of each part; where they are many bytes, a thread fetches the next ones meanwhile.
+
+    The thread ends with its batch, so that none is left whatever becomes of the one who asked, and it is waited for.
+    """
+    if not parts:
+        return
+    images = fetch(parts[0])
+    for part in parts[1:]:
+        if images.nbytes < BYTES_WORTH_A_THREAD:
+            yield images
+            images = fetch(part)
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                following = pool.submit(fetch, part)
+                pool.shutdown(wait=False)
+                yield images
+            images = following.result()
+    yield images
+
+
+def _pinning(fetch: Callable[[list[int]], Tensor], device: Any) -> Callable[[list[int]], Tensor]:
+    """Have images that are for CUDA fetched to page-locked memory, from which the GPU copies them by itself."""
+    import torch
+
+    def fetch_pinned(indices: list[int]) -> Tensor:
+        images = fetch(indices)
+        pinned = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+        pinned.numpy()[...] = images.numpy()  # torch would start threads for it, which spin while they wait for more
+        return pinned
+
+    return fetch_pinned if torch.device(device).type == "cuda" else fetch
+
+
+def _at(indices: list[int], call: Callable[[list[int]], T]) -> Callable[[list[int]], T]:
+    """Return a call that counts within `indices`."""
+    return lambda inner: call([indices[i] for i in inner])
+
+
+def hash_each(fetch: Callable[[list[int]], Tensor], indices: list[int], about: str = "") -> Iterator[str]:
+    """Yield for each image a SHA-256 of its values, its shape and `about`; few of them are in memory at a time."""
+    for start in range(0, len(indices), HASHED_AT_ONCE):
+        for image in fetch(indices[start : start + HASHED_AT_ONCE]).detach().cpu().contiguous().numpy():
+            yield hashlib.sha256(f"{about} {image.dtype} {image.shape}\n".encode() + image.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -144,13 +241,21 @@ class Data:
 
 
 class Stage(Protocol):
-    """Times a named part of a job, `with stage("export"): ...`, and keeps what a continued job need not do again."""
+    """Times a named part of a job, `with stage("export"): ...`, and keeps what is not to be done again.
+
+    `keep` is for a continued job, `share` for every job.
+    """
 
     folder: Path
+    cache: Cache | None
 
     def __call__(self, name: str) -> AbstractContextManager[None]: ...
 
     def keep(self, name: str, make: Callable[[], Any], *files: Path) -> Any: ...
+
+    def share(self, name: str, about: About, make: Callable[[], Any], *files: Path) -> Any: ...
+
+    def shared(self, kind: str, about: About, make: Callable[[], Any], *files: Path) -> Any: ...
 
     def cached(self, name: str, seconds: float) -> None: ...
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import shutil
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from threading import Event, Thread, active_count, current_thread
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import refused
+from conftest import python, refused
 from image_folders import (
     IMAGENETTE,
     TINY,
@@ -31,8 +35,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pq_sweep import datasets, download
+from pq_sweep import datasets, download, types
 from pq_sweep.datasets import (
+    _pixels_split,
     cifar10,
     digits,
     fake,
@@ -43,7 +48,7 @@ from pq_sweep.datasets import (
     imagewoof,
 )
 from pq_sweep.models import digits_cnn, torchvision_model
-from pq_sweep.types import Data, Model, Preprocess, Split
+from pq_sweep.types import Data, Model, Preprocess, Split, UserError
 
 both_layouts = pytest.mark.parametrize("layout", ["flat", "train_and_val"])
 each_layout = pytest.mark.parametrize("layout", ["flat", "val", "train_and_val"])
@@ -650,6 +655,242 @@ class TestSplit:
     def test_batches_in_another_order(self, split: Split) -> None:
         labels = [labels.tolist() for _, labels in split.batches(2, order=[4, 0, 3])]
         assert labels == [[14, 10], [13]]
+
+
+class Source:
+    """Images in two steps, of which is noted when and in which thread they are fetched: image i is (i, 2, 3, 4)."""
+
+    def __init__(self, count: int = 8, error: int | None = None) -> None:
+        self.error, self.asked, self.done = error, [0] * count, [Event() for _ in range(count)]
+        self.threads: list[Thread] = []
+        self.finishing: list[Thread] = []
+        self.alive: list[weakref.ref[Tensor]] = []
+
+    @property
+    def split(self) -> Split:
+        return Split.of_raw(torch.arange(len(self.asked)), self.raw, self.finish)
+
+    def raw(self, indices: list[int]) -> Tensor:
+        self.threads.append(current_thread())
+        for index in indices:
+            self.asked[index] += 1
+            if index == self.error:
+                raise UserError("image is damaged.")
+        images = torch.stack([torch.tensor([[[index, 2, 3, 4]]], dtype=torch.uint8) for index in indices])
+        self.alive.append(weakref.ref(images))
+        for index in indices:
+            self.done[index].set()
+        return images
+
+    def finish(self, images: Tensor) -> Tensor:
+        self.finishing.append(current_thread())
+        return images.permute(0, 3, 1, 2).float()
+
+    def await_end(self) -> None:
+        """Wait until no thread that fetches is left."""
+        for thread in self.threads:
+            if thread is not current_thread():
+                thread.join(10)
+                assert not thread.is_alive()
+
+
+class TestAhead:
+    """Images that are fetched by a thread while the batch before is in use."""
+
+    @pytest.fixture(autouse=True)
+    def every_batch_is_worth_a_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(types, "BYTES_WORTH_A_THREAD", 0)
+
+    @pytest.mark.parametrize("order", [None, [5, 0, 5, 3, 1], [2], []])
+    @pytest.mark.parametrize("size", [1, 2, 3, 8, 9])
+    def test_batches_are_those_of_fetch(self, order: list[int] | None, size: int) -> None:
+        split = Source().split
+        found = [(images, labels.tolist()) for images, labels in split.batches(size, order=order)]
+        order = list(range(8)) if order is None else order
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        assert [labels for _, labels in found] == parts
+        for (images, _), part in zip(found, parts, strict=True):
+            assert torch.equal(images, split.fetch(part))
+
+    def test_subset_of_a_subset(self) -> None:
+        part = Source().split.subset([7, 6, 5, 4, 3]).take(3, 1)
+        found = [(images[:, 0, 0, 0].tolist(), labels.tolist()) for images, labels in part.batches(2, order=[2, 0, 1])]
+        assert found == [([4, 6], [4, 6]), ([5], [5])]
+
+    def test_next_batch_is_fetched_meanwhile_and_no_more(self) -> None:
+        source = Source()
+        for number, _ in enumerate(source.split.batches(2)):
+            following = 2 * number + 2
+            if following < 8:
+                assert source.done[following].wait(10)
+            source.await_end()  # nothing runs on while a batch is in use
+            assert source.asked == [1] * min(8, following + 2) + [0] * (8 - min(8, following + 2))
+            assert sum(image() is not None for image in source.alive) <= 2
+        assert source.asked == [1] * 8
+
+    def test_images_are_finished_by_who_uses_them(self) -> None:
+        """They belong to the CUDA stream and the gradient mode of that thread."""
+        source = Source()
+        list(source.split.batches(2))
+        assert set(source.finishing) == {current_thread()}
+        assert current_thread() not in source.threads[1:]
+
+    @pytest.mark.parametrize("after", [0, 1, 2])
+    def test_stopped_early(self, after: int) -> None:
+        source = Source()
+        batches = source.split.batches(2)
+        for _ in range(after):
+            next(batches)
+        before = active_count()
+        del batches
+        assert active_count() <= before
+        assert not any(thread.is_alive() for thread in source.threads if thread is not current_thread())
+        assert source.asked[2 * after + 2 :] == [0] * len(source.asked[2 * after + 2 :])
+
+    def test_error_of_who_uses_them(self) -> None:
+        source = Source()
+
+        def use() -> None:
+            for _ in source.split.batches(2):
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError) as caught:
+            use()
+        source.await_end()  # although the traceback still holds the generator
+        assert caught.tb is not None
+        assert source.asked == [1, 1, 1, 1, 0, 0, 0, 0]
+
+    @pytest.mark.parametrize("error", range(8))
+    def test_error_in_fetching_comes_in_its_turn(self, error: int) -> None:
+        source = Source(error=error)
+        batches = source.split.batches(2)
+        assert [len(next(batches)[0]) for _ in range(error // 2)] == [2] * (error // 2)
+        assert refused(lambda: next(batches)) == "image is damaged."
+        source.await_end()
+
+    def test_nobody_asks(self) -> None:
+        source, before = Source(), active_count()
+        batches = source.split.batches(2)
+        assert source.asked == [0] * 8
+        assert active_count() == before
+        del batches
+
+    def test_small_batches_start_no_thread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = Source()
+        monkeypatch.setattr(types, "BYTES_WORTH_A_THREAD", 9)
+        assert len(list(source.split.batches(2))) == 4
+        assert set(source.threads) == {current_thread()}
+
+    def test_what_others_fetch_stays_in_their_thread(self) -> None:
+        """It may draw random numbers, or hold what belongs to one thread."""
+        source = Source()
+        alone = Split(source.split.labels, lambda indices: source.raw(indices).float())
+        assert len(list(alone.batches(2))) == 4
+        assert set(source.threads) == {current_thread()}
+
+    @pytest.mark.gpu
+    def test_on_cuda(self) -> None:
+        pixels = torch.randint(256, (50, 9, 9, 3), dtype=torch.uint8)
+        split = _pixels_split(pixels, [0] * 50, PHOTO)
+        found = torch.cat([images.cpu() for images, _ in split.batches(8, "cuda")])
+        assert torch.equal(found, split.fetch(list(range(50))))
+
+
+PHOTO = Preprocess(size=9, resize=9)
+
+
+@pytest.mark.parametrize("size", [9, 18])
+def test_pixels_in_memory_are_normalised_as_by_torchvision(size: int) -> None:
+    pixels = torch.randint(256, (20, 9, 9, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = _pixels_split(pixels, [0] * 20, replace(PHOTO, size=size))
+    enlarged = pixels.permute(0, 3, 1, 2) / 255
+    if size != 9:
+        enlarged = nn.functional.interpolate(enlarged, size=size, mode="bilinear")
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PHOTO.mean, PHOTO.std))
+    expected = (enlarged - mean) / std
+    assert torch.equal(split.fetch(list(range(20))), expected)
+    assert torch.equal(torch.cat([images for images, _ in split.batches(7)]), expected)
+
+
+class TestIdentity:
+    images = torch.rand(70, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(70) % 7
+
+    @pytest.fixture
+    def split(self) -> Split:
+        return Split.of_tensors(self.images, self.labels)
+
+    def changed(self, index: int) -> Split:
+        """Return the split with another label for one image."""
+        labels = self.labels.clone()
+        labels[index] += 1
+        return Split.of_tensors(self.images, labels)
+
+    def test_same_images_are_the_same(self, split: Split) -> None:
+        again = Split.of_tensors(self.images.clone(), self.labels.clone())
+        assert split.identity() == again.identity()
+        assert re.fullmatch("[0-9a-f]{64}", split.identity())
+
+    @pytest.mark.parametrize("index", [0, 31, 32, 69])
+    def test_a_pixel_or_a_label_changes_it(self, split: Split, index: int) -> None:
+        images = self.images.clone()
+        images[index, 1, 2, 3] += 1e-6
+        found = {other.identity() for other in (split, Split.of_tensors(images, self.labels), self.changed(index))}
+        assert len(found) == 3
+
+    def test_order_and_number_change_it(self, split: Split) -> None:
+        turned = split.subset([1, 0, *range(2, 70)])
+        images_alone = Split.of_tensors(turned.fetch(list(range(70))), self.labels)
+        parts = [split, turned, images_alone, split.take(69), split.take(69, 1), split.take(0), split.subset([0, 0])]
+        assert len({part.identity() for part in parts}) == len(parts)
+
+    def test_shape_changes_it(self, split: Split) -> None:
+        assert split.identity() != Split.of_tensors(self.images.view(70, 3, 2, 8), self.labels).identity()
+
+    def test_a_subset_is_what_it_contains(self, split: Split) -> None:
+        chosen = [40, 3, 3, 69]
+        alone = Split.of_tensors(self.images[chosen], self.labels[chosen])
+        assert split.subset(chosen).identity() == alone.identity()
+        assert split.take(67, 3).subset([37, 0, 0, 66]).identity() == alone.identity()
+        assert split.subset([5, *chosen, 6]).take(4, 1).identity() == alone.identity()
+        assert self.changed(7).subset(chosen).identity() == alone.identity()
+        assert split.take(70).identity() == split.identity()
+
+    def test_few_images_are_in_memory_at_a_time(self, split: Split) -> None:
+        asked: list[int] = []
+        watched = Split(split.labels, lambda indices: asked.append(len(indices)) or split.fetch(indices))
+        assert watched.identity() == split.identity()
+        assert sum(asked) == 70
+        assert max(asked) < 40
+
+    def test_of_a_dataset(self) -> None:
+        pairs = Split.of_dataset(Pairs())
+        assert pairs.identity() == Split.of_tensors(TestSplit.images, TestSplit.labels).identity()
+
+    @pytest.mark.parametrize("option", [{"size": 16}, {"mean": (0.1,)}, {"std": (0.1,)}, {"channels": 3}])
+    def test_preprocessing_of_digits_changes_it(self, data: Data, option: dict[str, Any]) -> None:
+        model = digits_cnn(weights=None)
+        values = {"mean": model.preprocess.mean * 3, "std": model.preprocess.std * 3} if "channels" in option else {}
+        other = digits(replace(model, preprocess=replace(model.preprocess, **option | values)))
+        assert digits(model).evaluation.identity() == data.evaluation.identity()
+        assert other.evaluation.identity() != data.evaluation.identity()
+
+    def test_parts_of_digits(self, data: Data) -> None:
+        parts = (data.evaluation, data.calibration, data.training())
+        assert len({part.identity() for part in parts}) == 3
+        less = digits(digits_cnn(weights=None), calibration=8)
+        assert less.calibration.identity() == data.calibration.take(8).identity()
+
+    def test_another_process_finds_the_same(self, data: Data, environment: dict[str, str], tmp_path: Path) -> None:
+        code = """
+from pq_sweep.datasets import digits, fake
+from pq_sweep.models import digits_cnn
+model = digits_cnn(weights=None)
+print(digits(model).training().identity(), fake(model, images=9, calibration=2, seed=1).evaluation.identity())
+"""
+        done = python(["-c", code], tmp_path, environment)
+        noise = fake(digits_cnn(weights=None), images=9, calibration=2, seed=1)
+        assert done.stdout.split() == [data.training().identity(), noise.evaluation.identity()], done.stderr
 
 
 def plain_predictions(weights: Path, root: Path) -> dict[bytes, int]:

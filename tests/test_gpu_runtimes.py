@@ -25,7 +25,8 @@ import onnxruntime
 import pytest
 import torch
 from gpu_stand_in import Gpu
-from independent import relative_error, runtime, snr_db, torch_logits, workspace
+from independent import relative_error, runtime, snr_db, torch_logits
+from independent import workspace as uncached_workspace
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from provider_options import DOCUMENTED
@@ -33,13 +34,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from pq_sweep import quantizers
+from pq_sweep.cache import Cache
 from pq_sweep.datasets import digits
 from pq_sweep.environment import cache_home
 from pq_sweep.models import digits_cnn
 from pq_sweep.runtimes import RuntimeMismatch, cuda, engines, library_error, make_graph, ort, ort_session, precision_of
 from pq_sweep.runtimes.cuda import TF32_OVERRIDE, record_graph
 from pq_sweep.shipping import render
-from pq_sweep.types import Data, Session, UserError
+from pq_sweep.types import Data, Session, UserError, Workspace
 
 fp16 = functools.partial(quantizers.fp16, exclude=[])
 int8 = functools.partial(quantizers.int8, calibration="minmax", images=16, exclude=[], percentile=99.9)
@@ -147,6 +149,13 @@ def doubling(tmp_path: Path) -> Path:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, tmp_path / "doubling.onnx")
     return tmp_path / "doubling.onnx"
+
+
+def workspace(folder: Path, threads: int = 1) -> Workspace:
+    """Return what a job hands to a runtime, with a cache."""
+    work = uncached_workspace(folder, threads)
+    work.stage.cache = Cache({})
+    return work
 
 
 def opened(name: str, folder: Path, data: Data, what: Any = quantizers.none, **options: Any) -> Any:
@@ -357,7 +366,7 @@ def test_tensorrt_has_to_build_one_engine(
 
     with pytest.raises(RuntimeMismatch, match=f"TensorRT built {engines} engines where one"):
         opened("tensorrt", tmp_path, data)
-    assert not list(cache_home().glob("engines/*"))  # a mended machine is not to fail for it again
+    assert not list(cache_home().glob("stages/engines/*"))  # a mended machine is not to fail for it again
 
 
 def test_a_precision_that_tensorrt_left_out_is_a_mismatch(
@@ -617,14 +626,14 @@ def test_the_same_engine_is_built_once(data: Data, images: Tensor, tmp_path: Pat
 
 
 def first_build(folder: Path) -> float:
-    (record,) = cache_home().glob("engines/*/record.json")
+    (record,) = cache_home().glob("stages/engines/*/record.json")
     return float(json.loads(record.read_text())["seconds"])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_engine_out_of_the_cache_counts_as_what_it_cost(data: Data, tmp_path: Path, name: str) -> None:
     opened(name, tmp_path / "0", data)
-    (record,) = cache_home().glob("engines/*/record.json")
+    (record,) = cache_home().glob("stages/engines/*/record.json")
     record.write_text(record.read_text().replace(f'"seconds": {first_build(tmp_path)}', '"seconds": 1234.5'))
     work = replace(workspace(tmp_path / "1"), batch_sizes=SIZES)
     runtime(name).open(digits_cnn(), quantizers.none, data, work)
@@ -663,19 +672,19 @@ def test_an_engine_is_shared_only_by_what_is_the_same(
     runtime(name, **{key: value for key, value in options.items() if key == change}).open(model, what, data, work)
 
     assert builds() > before
-    assert len(list(cache_home().glob("engines/*/record.json"))) == 2
+    assert len(list(cache_home().glob("stages/engines/*/record.json"))) == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_damaged_cache_is_not_trusted(data: Data, tmp_path: Path, name: str) -> None:
     opened(name, tmp_path / "0", data)
     before = builds()
-    for engine in cache_home().glob("engines/**/*.engine"):
+    for engine in cache_home().glob("stages/engines/**/*.engine"):
         engine.write_bytes(b"half an eng")
     opened(name, tmp_path / "1", data)
 
     assert builds() == 2 * before
-    assert len(list(cache_home().glob("engines/*"))) == 1
+    assert len(list(cache_home().glob("stages/engines/*/record.json"))) == 1
 
 
 @pytest.mark.parametrize("name", NAMES)

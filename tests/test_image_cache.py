@@ -28,9 +28,10 @@ from image_folders import TINY, UNUSABLE, black_png, draw, files, jpeg, photo, t
 from PIL import Image
 from torch import Tensor
 
-from pq_sweep import image_cache
+from pq_sweep import image_cache, types
 from pq_sweep.environment import cache_home
-from pq_sweep.image_cache import ImageCache, decode
+from pq_sweep.image_cache import ImageCache, decode, normalise
+from pq_sweep.images import split_of
 from pq_sweep.models import _preprocess
 from pq_sweep.types import Preprocess, UserError
 
@@ -202,6 +203,52 @@ class TestPixels:
         expected = [transforms(Image.open(path).convert("RGB")) for path in paths]
         assert len(paths) >= 7
         assert torch.equal(cache.inputs(paths), torch.stack(expected))
+
+
+def shades(channels: int) -> Tensor:
+    """Return images (2, 16, 16, C) that show every shade in every channel."""
+    grey = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    return torch.stack([torch.stack([grey.roll(turn + 3 * c) for c in range(channels)], -1) for turn in (0, 1)])
+
+
+def as_torchvision_does(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    """Normalise by a plain number on the CPU, one step at a time."""
+    images = pixels.permute(0, 3, 1, 2).to(torch.float32).div(255)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
+    return ((images - mean) / std).contiguous()
+
+
+class TestNormalise:
+    @pytest.mark.parametrize("preprocess", [PHOTO, TINY, GREY], ids=["ImageNet", "none", "grey"])
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    def test_every_shade_is_the_same_to_the_bit(self, preprocess: Preprocess, device: str) -> None:
+        pixels = shades(preprocess.channels)
+        found = normalise(pixels.to(device), preprocess)
+        assert found.device.type == device
+        assert found.dtype == torch.float32
+        assert found.is_contiguous()
+        assert torch.equal(found.cpu().view(torch.int32), as_torchvision_does(pixels, preprocess).view(torch.int32))
+
+    def test_any_mean_and_deviation(self) -> None:
+        for seed in range(200):
+            mean, std = torch.rand(2, 3, generator=torch.Generator().manual_seed(seed)).add(0.01).tolist()
+            preprocess = replace(PHOTO, mean=tuple(mean), std=tuple(std))
+            assert torch.equal(normalise(shades(3), preprocess), as_torchvision_does(shades(3), preprocess))
+
+    @pytest.mark.parametrize("size", [1, 3, 64])
+    def test_batches_of_a_split(self, root: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(types, "BYTES_WORTH_A_THREAD", 0)
+        split = split_of(use(root), [(path, 0) for path in files(root)])
+        found = torch.cat([images for images, _ in split.batches(size, order=list(range(9, -1, -1)))])
+        expected = torch.stack([torchvisions(upright(path), TINY) for path in files(root)[::-1]])
+        assert torch.equal(found, expected)
+        assert torch.equal(found, split.fetch(list(range(9, -1, -1))))
+
+    def test_pixels_are_kept_as_they_are(self, root: Path) -> None:
+        pixels = use(root).pixels(files(root)[:3])
+        assert pixels.dtype == torch.uint8
+        expected = [torchvisions(upright(path), TINY) for path in files(root)[:3]]
+        assert torch.equal(pixels.permute(0, 3, 1, 2) / 255, torch.stack(expected))
 
 
 class TestDecode:

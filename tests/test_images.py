@@ -5,14 +5,18 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import shutil
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from commands import SHORT
-from conftest import Launch, refused, results
+from conftest import Launch, python, refused, results
 from image_folders import (
     TINY,
     UNUSABLE,
@@ -26,11 +30,13 @@ from image_folders import (
     torchvisions,
     upright,
 )
+from PIL import Image
 
+from pq_sweep import image_cache
 from pq_sweep.image_cache import ImageCache
-from pq_sweep.images import find_flat_images, find_images, first_readable, lazy_split_of, readable, split_of
+from pq_sweep.images import Labelled, find_flat_images, find_images, first_readable, lazy_split_of, readable, split_of
 from pq_sweep.models import digits_cnn
-from pq_sweep.types import Split
+from pq_sweep.types import Preprocess, Split
 
 COUNTS = {"cat": 6, "dog": 6}
 
@@ -173,6 +179,117 @@ class TestStandIns:
         _, split = self.split(root)
         assert len(split.fetch([0])) == 1
         assert str(root / "dog") in refused(lambda: split.fetch([0, 7]))
+
+
+def touch(path: Path) -> None:
+    """Give a file another time of modification."""
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+
+
+class TestIdentity:
+    """Of splits of files that are decoded, and of those that are not until they are fetched."""
+
+    @pytest.fixture
+    def root(self, tmp_path: Path) -> Path:
+        return fill(tmp_path / "root", COUNTS)
+
+    def split(self, root: Path, preprocess: Preprocess = TINY, images: Labelled | None = None) -> Split:
+        cache = ImageCache(root, preprocess)
+        return split_of(cache, readable(cache, images or find_images(root)[0]))
+
+    def lazy(self, root: Path, preprocess: Preprocess = TINY, others: frozenset[str] = frozenset()) -> Split:
+        return lazy_split_of(ImageCache(root, preprocess), find_images(root)[0], others)
+
+    def test_no_image_is_fetched(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        split, cache = self.split(root), ImageCache(root, TINY)
+        monkeypatch.delattr(ImageCache, "pixels")
+        assert len(split.identity()) == 64
+        assert len(lazy_split_of(cache, find_images(root)[0], frozenset()).identity()) == 64
+        assert not cache.decoded
+
+    def test_same_images_elsewhere_are_the_same(self, root: Path, tmp_path: Path) -> None:
+        shutil.copytree(root, tmp_path / "copy")
+        assert self.split(root).identity() == self.split(root).identity() == self.split(tmp_path / "copy").identity()
+
+    def test_content_changes_it(self, root: Path) -> None:
+        before = self.split(root)
+        image = np.asarray(Image.open(files(root)[1])).copy()
+        image[0, 0, 0] ^= 1
+        Image.fromarray(image).save(files(root)[1])
+        after = self.split(root)
+        assert before.identity() != after.identity()
+        assert before.subset([0, 2, 11]).identity() == after.subset([0, 2, 11]).identity()
+
+    def test_order_and_labels_change_it(self, root: Path) -> None:
+        images = find_images(root)[0]
+        others = [images[::-1], images[:-1], [(path, 1 - label) for path, label in images]]
+        found = {self.split(root, images=chosen).identity() for chosen in (images, *others)}
+        assert len(found) == 4
+
+    @pytest.mark.parametrize("make", ["split", "lazy"])
+    @pytest.mark.parametrize(
+        "option",
+        [
+            {"size": 6},
+            {"resize": 9},
+            {"channels": 1, "mean": (0.0,), "std": (1.0,)},
+            {"interpolation": "bicubic"},
+            {"mean": (0.0, 0.0, 0.1)},
+            {"std": (1.0, 1.0, 0.9)},
+        ],
+        ids=lambda option: next(iter(option)),
+    )
+    def test_preprocessing_changes_it(self, root: Path, make: str, option: dict[str, Any]) -> None:
+        of = getattr(self, make)
+        assert of(root).identity() != of(root, replace(TINY, **option)).identity()
+
+    @pytest.mark.parametrize("make", ["split", "lazy"])
+    def test_another_pillow_changes_it(self, root: Path, make: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        before = getattr(self, make)(root).identity()
+        monkeypatch.setattr(image_cache.PIL, "__version__", "0.1")
+        assert getattr(self, make)(root).identity() != before
+
+    @pytest.mark.parametrize("make", ["split", "lazy"])
+    def test_a_subset_is_what_it_contains(self, root: Path, make: str) -> None:
+        whole = getattr(self, make)(root)
+        part = whole.subset([7, 2, 5, 2])
+        assert part.identity() == whole.take(9, 1).subset([6, 1, 4, 1]).identity()
+        assert part.identity() != whole.subset([2, 7, 5, 2]).identity()
+        assert whole.take(12).identity() == whole.identity()
+
+    def test_subset_of_files_is_that_of_the_same_files_alone(self, root: Path) -> None:
+        images = find_images(root)[0]
+        assert self.split(root).take(4, 2).identity() == self.split(root, images=images[2:6]).identity()
+
+    @pytest.mark.parametrize(
+        "change",
+        [lambda path: draw(path, 99), touch, lambda path: path.rename(path.with_name("other.png"))],
+        ids=["content", "time", "name"],
+    )
+    def test_files_that_are_not_decoded(self, root: Path, change: Callable[[Path], object]) -> None:
+        before = self.lazy(root).identity()
+        assert self.lazy(root).identity() == before
+        change(files(root)[3])
+        assert self.lazy(root).identity() != before
+
+    def test_decoding_and_fetching_change_nothing(self, root: Path) -> None:
+        split = self.lazy(root)
+        before = split.identity()
+        split.fetch(list(range(12)))
+        assert split.identity() == before == self.lazy(root).identity()
+
+    def test_images_not_to_be_trained_on_change_it(self, root: Path) -> None:
+        assert self.lazy(root).identity() != self.lazy(root, TINY, frozenset({"a"})).identity()
+
+    def test_another_process_finds_the_same(self, root: Path, environment: dict[str, str]) -> None:
+        code = f"""
+from pathlib import Path
+from image_folders import TINY
+from test_images import TestIdentity
+print(TestIdentity().split(Path({str(root)!r})).identity(), TestIdentity().lazy(Path({str(root)!r})).identity())
+"""
+        done = python(["-c", code], Path(__file__).parent, environment)
+        assert done.stdout.split() == [self.split(root).identity(), self.lazy(root).identity()], done.stderr
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

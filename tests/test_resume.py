@@ -89,7 +89,7 @@ def read(path: Path) -> Any:
 
 
 def command(*overrides: str) -> tuple[str, ...]:
-    return ("hydra.sweep.dir=s", "tracking=none", *SHORT, *overrides)
+    return ("hydra.sweep.dir=s", "tracking=none", "cache=off", *SHORT, *overrides)
 
 
 def wait_for_stage(folder: Path, stage: str, process: subprocess.Popen[str], seconds: float = 240) -> None:
@@ -157,7 +157,7 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     """Run a job in this process and return its result."""
     folder.mkdir(parents=True, exist_ok=True)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", overrides=["tracking=none", *SHORT, *overrides])
+        config = compose("config", overrides=["tracking=none", "cache=off", *SHORT, *overrides])
     job.run(config, folder)
     return read(folder / "result.json")
 

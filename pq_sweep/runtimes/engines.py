@@ -6,7 +6,6 @@ Precision is in the graph wherever TensorRT can read it there: the same graph th
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -15,14 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pq_sweep.environment import cache_home, device_name
-from pq_sweep.fingerprint import digest, file_hash
+from pq_sweep.environment import device_name
+from pq_sweep.fingerprint import file_hash
 from pq_sweep.hardware import GPU, Gpu
 from pq_sweep.progress import write_json
 from pq_sweep.rows import read_json
 from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch
 from pq_sweep.runtimes.ort import ENVIRONMENTS
-from pq_sweep.types import Model, Runtime, UserError, Workspace, choose
+from pq_sweep.types import Model, Runtime, Stage, UserError, Workspace, choose
 
 T = TypeVar("T")
 Shape = tuple[int, int, int, int]
@@ -30,7 +29,7 @@ Shape = tuple[int, int, int, int]
 log = logging.getLogger(__name__)
 
 PROFILES = ("each", "range")
-RECORD = "record.json"
+RECORD = "built.json"
 WITHOUT_EFFECT = ("cuda_graph",)  # on the engine: it is recorded from it
 
 
@@ -126,56 +125,43 @@ def shape_of(model: Model, size: int) -> Shape:
 def built(folder: Path, about: dict[str, Any], work: Workspace, build: Callable[[], T]) -> T:
     """Return what `build` makes with the engine files that it leaves in `folder`, or finds there from an earlier build.
 
-    Engines lie in the cache folder under all that they depend on, and no two graphs share anything. The seconds of an
-    earlier build count as preparation as if they had been spent now, and are marked as cached.
+    The cache has engines under all that they depend on, and no two graphs share anything. The seconds of an earlier
+    build count as preparation as if they had been spent now, and are marked as cached.
     """
-    entry = cache_home() / "engines" / digest(about)
-    record = _taken(entry, folder, about)
-    if record:
+    seconds = _taken(folder, about, work.stage)
+    if seconds is not None:
         before = _engines(folder)
         with work.stage("load_engine"):
             made = build()
         if _engines(folder) != before:
-            raise RuntimeMismatch(f"TensorRT does not take the engine in {entry} that it built itself; delete it.")
-        work.stage.cached("build", record["seconds"])
+            raise RuntimeMismatch("TensorRT does not take the engine in the cache that it built itself; use cache=off.")
+        work.stage.cached("build", seconds)
         return made
     start = time.perf_counter()
     with work.stage("build"):
         made = build()
     record = {"about": about, "seconds": time.perf_counter() - start, "bytes": _bytes(folder)}
     write_json(folder / RECORD, record)
-    _keep(entry, folder)
+    if work.stage.cache:
+        names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+        work.stage.cache.put("engines", about, folder, {"seconds": record["seconds"]}, names)
     return made
 
 
-def _taken(entry: Path, folder: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the record of a whole engine in a job's folder, be it a copy from the cache; else empty the folder."""
+def _taken(folder: Path, about: dict[str, Any], stage: Stage) -> float | None:
+    """Return how long a whole engine in a job's folder took, be it a copy from the cache; else empty the folder."""
     if record := _whole(folder, about):
-        return record
+        return float(record["seconds"])
     shutil.rmtree(folder, ignore_errors=True)
-    if record := _whole(entry, about):
-        shutil.copytree(entry, folder)
-    else:
-        folder.mkdir(parents=True)
-    return record
+    folder.mkdir(parents=True)
+    found = stage.cache and stage.cache.take("engines", about, folder)
+    return float(found["seconds"]) if found else None
 
 
 def _whole(folder: Path, about: dict[str, Any]) -> dict[str, Any] | None:
     """Return the record of a folder with just the engine that is wanted, as large as it was built."""
     record: dict[str, Any] | None = read_json(folder / RECORD)
     return record if record and record["about"] == about and record["bytes"] == _bytes(folder) else None
-
-
-def _keep(entry: Path, folder: Path) -> None:
-    """Put an engine into the cache in one step; without room for it a job goes on."""
-    aside = entry.with_name(f".{entry.name}.{os.getpid()}")
-    try:
-        shutil.copytree(folder, aside)
-        shutil.rmtree(entry, ignore_errors=True)
-        aside.rename(entry)
-    except OSError as error:  # the disk is full, or another job was first
-        log.warning("the engine is not kept in %s: %s", entry, error)
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _bytes(folder: Path) -> dict[str, int]:

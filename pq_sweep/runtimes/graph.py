@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ def precision_of(quantizer: Callable[..., Any]) -> str:
 
 
 def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, form: str) -> tuple[Path, dict[str, Any]]:
-    """Export the network, prove the export, and let the quantizer write `model.onnx`."""
+    """Export the network, prove the export, and let the quantizer write `model.onnx`, once for all jobs."""
+    from pq_sweep.cache import network_state
     from pq_sweep.export import check_export, export_onnx
 
     source, target = work.folder / "export.onnx", work.folder / "model.onnx"
+    network = cache(partial(network_state, model))
 
     def export() -> dict[str, Any]:
         with work.stage("export"):
@@ -40,9 +43,30 @@ def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, for
         return {"export_error": error, "exported_bytes": source.stat().st_size}
 
     def quantize() -> dict[str, Any]:
-        exported = work.stage.keep("exported", export, source)
+        exported = work.stage.share("exported", network, export, source)
         record = quantizer(source, target, data, form=form, stage=work.stage)
         source.unlink()
         return exported | {"quantizer": record or {}}
 
-    return target, work.stage.keep("quantized", quantize, target)
+    def about() -> dict[str, Any]:
+        return network() | graph_options(quantizer, data, form)
+
+    return target, work.stage.share("quantized", about, quantize, target, target.with_name("precisions.svg"))
+
+
+def graph_options(quantizer: Any, data: Data, form: str) -> dict[str, Any]:
+    """Return what a graph depends on beside its network; calibration runs on a CPU, whose sums follow its threads."""
+    import torch
+
+    from pq_sweep.environment import device_name
+
+    function = getattr(quantizer, "func", quantizer)
+    about = {
+        "quantizer": f"{function.__module__}.{function.__qualname__}",
+        "options": getattr(quantizer, "keywords", {}),
+        "form": form,
+    }
+    if not function.calibrated:
+        return about
+    where = {"cpu": device_name("cpu"), "threads": torch.get_num_threads()}
+    return about | where | {"calibration": data.calibration.identity()}
