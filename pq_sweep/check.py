@@ -37,6 +37,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(FROM_ZERO, (0, math.inf, False)),
     "calibration": (0, math.inf, True),
     "warmup_iterations": (0, math.inf, True),
+    "retries": (0, math.inf, True),
     "dim": (0, 1, True),
     "percentile": (50, 100, False),
 }

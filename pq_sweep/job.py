@@ -32,6 +32,7 @@ from pq_sweep.resume import change_once, origin_of
 from pq_sweep.runtimes import precision_of
 from pq_sweep.sizes import compressed_size, storage_sizes
 from pq_sweep.timing import Protocol, Result
+from pq_sweep.turns import Turns
 from pq_sweep.types import Data, Model, Runtime, Session, Workspace
 
 component = partial(instantiate, _partial_=True, _convert_="all")
@@ -112,7 +113,7 @@ def prepare(cfg: DictConfig, stage: Stages) -> Plan:
     work = Workspace(stage.folder, device, threads, stage, protocol.paired, tuple(protocol.batch_sizes))
     quantizer = component(cfg.quantizer)
     runtime = possible_runtime(cfg, quantizer, device)
-    stage.cache = open_cache(cfg)
+    stage.cache, stage.turns = open_cache(cfg), Turns(device)
     # What an earlier try kept is of use on the same kind of device only.
     stage.resume(digest([key := fingerprint(cfg), device_name(device)]))
     return Plan(cfg, key, protocol, quantizer, runtime, work)

@@ -10,7 +10,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -21,6 +21,7 @@ from pq_sweep.types import About, Stopped
 
 if TYPE_CHECKING:
     from pq_sweep.cache import Cache
+    from pq_sweep.turns import Turns
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Stages:
         self.folder = folder
         self.label = label
         self.cache = cache
+        self.turns: Turns | None = None
         self.started = time.time()
         self.seconds: dict[str, float] = {}
         self.current = "start"
@@ -64,17 +66,19 @@ class Stages:
         self.from_cache: list[str] = []
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str, *, alone: bool = False) -> Iterator[None]:
+        """Time what is inside, `alone` on the device or among other jobs; to wait for them takes no time of a stage."""
         log.info("%s | %s", self.label, name)
         self.current = name
         where = {"pid": os.getpid(), "host": os.uname().nodename, "slurm": slurm()}
         write_json(self.folder / "status.json", {"stage": name, "since": time.time(), **where})
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if name not in self.timed_before:  # what an earlier try took counts, not what is left of it to do
-                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        with self.turns.take(alone) if self.turns else nullcontext():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                if name not in self.timed_before:  # what an earlier try took counts, not what is left of it to do
+                    self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def resume(self, key: str) -> None:
         """Take over what an earlier try of the same job finished, or clear away what another job left."""

@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -161,10 +161,11 @@ class KeptStages(Stages):
         self.tell = tell
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: str, *, alone: bool = False) -> Iterator[None]:
         self.tell({"stage": name})
         self.seconds[name] = 0.0  # nothing that is done here is worth keeping
-        yield
+        with self.turns.take(alone) if self.turns else nullcontext():
+            yield
 
     def resume(self, key: str) -> None:
         """Take over what the job has kept; raise RepeatFailed if it was with other code, files or devices."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -63,12 +64,17 @@ def read_sweep(folder: Path, states: dict[str, Row] | None = None) -> Sweep:
     }
     extra = sorted(found - announced.keys(), key=_natural)
     rows = [
-        read_row(folder / name, job) | {"given": _options(job)}
+        _since(manifest, read_row(folder / name, job)) | {"given": _options(job)}
         for name in [*announced, *extra]
         for job in [announced.get(name, {})]
     ]
     rows = [row if row["status"] == "finished" else row | (states or {}).get(row["job"], {}) for row in rows]
     return gather(folder, rows)
+
+
+def _since(manifest: Row, row: Row) -> Row:
+    """Mark a job that was finished before the sweep was last started, and did not run again."""
+    return row | ({"reused": "yes"} if row.get("started", math.inf) < manifest.get("started", -math.inf) else {})
 
 
 def gather(folder: Path, rows: list[Row]) -> Sweep:

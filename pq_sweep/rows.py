@@ -11,6 +11,8 @@ Row = dict[str, Any]
 
 # Which job of SLURM it was, where it ran, and how it ended if SLURM ended it.
 SLURM_COLUMNS = ("slurm_job", "node", "partition", "gpus_allotted", "slurm_state", "exit_code")
+# Cores kept busy by other processes from which on latency is called disturbed.
+NOISY_LOAD = 0.2
 GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime")
 
 
@@ -123,6 +125,7 @@ def read_row(folder: Path, announced: Row) -> Row:
             "protocol": result["config"]["measure"]["name"],
             "smallest_format": result["size_bytes"]["smallest_format"],
             "tries": len(result["tries"]),
+            "started": result["started"],
             "unstable": _unstable(result),
             "hardware": result.get("hardware", []),
             "gpu_uuid": (environment["gpu"] or {}).get("uuid") or "",

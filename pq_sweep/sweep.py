@@ -75,6 +75,7 @@ class Sweep(Callback):
         manifest = {
             "id": earlier.get("id", uuid.uuid4().hex),
             "created": earlier.get("created", time.time()),
+            "started": time.time(),
             "command": command_line(),
             "arguments": [without_password(argument) for argument in sys.argv],
             "working_folder": str(Path.cwd()),
@@ -134,7 +135,7 @@ def run_job(cfg: DictConfig) -> None:
     if not cfg.resume and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
         (folder / PROGRESS).unlink(missing_ok=True)
     elif finished(folder, fingerprint(cfg)):
-        log.info("%s | finished earlier", label)
+        log.info("%s | reused: finished earlier", label)
         return
     try:
         with quick_imports("torch"):

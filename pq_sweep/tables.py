@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING
 from pq_sweep.comparison import comparable, reference, speedup
 from pq_sweep.decision import OBJECTIVES, on_front
 from pq_sweep.results import Sweep, write_csv
-from pq_sweep.rows import Row, batch_sizes
+from pq_sweep.rows import NOISY_LOAD, Row, batch_sizes
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 TEXTS = ("job", "model", "dataset", "pruner", "quantizer", "runtime", "device", "node")
-
-# Cores kept busy by other processes from which on latency is called disturbed.
-NOISY_LOAD = 0.2
 
 
 def tables(sweep: Sweep, width: int) -> list[Table]:
@@ -29,11 +26,13 @@ def tables(sweep: Sweep, width: int) -> list[Table]:
     sizes = batch_sizes(sweep.rows)
     faster = speedups(sweep)
     heading = f"speed-up\nb{sizes[0]}" if faster else ""
+    reused = any("reused" in row for row in sweep.rows)
     best = on_front(sweep, OBJECTIVES, sizes[0]) if sizes else set()
     rows = [
         _cells(row, sizes, sweep.options)
         | ({heading: faster.get(row["job"], "-")} if faster else {})
         | ({"Pareto\nfront": "yes" if row["job"] in best else ""} if best else {})
+        | ({"reused": row.get("reused", "")} if reused else {})
         for row in sweep.rows
     ]
     columns = {

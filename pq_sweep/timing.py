@@ -91,6 +91,7 @@ class Protocol:
     `min_s` once the 95 % interval of the median reaches no further than `interval` of it to either side, or at `max_s`
     but then not before `min_iterations`. With `paired`, the uncompressed model is timed as well, in turn with the
     compressed one in the same runtime. With `repeats` above 1, all is done so often, each time in a fresh process.
+    Latency of a CPU that other processes kept busy is taken again up to `retries` times.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Protocol:
     interval: float
     paired: bool
     repeats: int
+    retries: int
 
     def done(self, count: int, seconds: float, half_width: float = 0.0) -> bool:
         """Say whether `count` samples in `seconds` are enough, if the median is known to this share of it."""

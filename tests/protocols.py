@@ -20,5 +20,6 @@ def protocol(**options: Any) -> Protocol:
         "interval": math.inf,
         "paired": False,
         "repeats": 1,
+        "retries": 0,
     }
     return Protocol(**still | warmup | sampling | options)

@@ -186,6 +186,22 @@ def test_latency_is_derived_from_its_samples() -> None:
     assert result["load_of_others"] >= 0
 
 
+@pytest.mark.parametrize(("loads", "kept"), [([0.0], 0), ([0.9, 0.1], 1), ([0.9, 0.3, 0.5], 1), ([0.9, 0.9, 0.8], 2)])
+def test_latency_is_taken_again_while_others_are_busy_and_the_quietest_counts(
+    monkeypatch: pytest.MonkeyPatch, loads: list[float], kept: int
+) -> None:
+    session, left = Fake(lambda images: images), list(loads)
+
+    def loaded(*_: Any) -> Any:
+        return {"load_of_others": left.pop(0), "number": len(loads) - len(left) - 1}, {}
+
+    monkeypatch.setattr(measure, "_loaded", loaded)
+    result, _ = measure.latency(session, torch.zeros(1, 1, 8, 8), protocol(retries=2))
+
+    assert not left
+    assert (result["number"], result["loads"], result["load_of_others"]) == (kept, loads, min(loads))
+
+
 def test_the_state_of_the_device_comes_with_the_latency() -> None:
     state = measure.latency(Fake(torch.clone), torch.zeros(1, 1, 8, 8), protocol(iterations=10))[0]["device_state"]
     assert state["device"] == "cpu"

@@ -316,7 +316,7 @@ def test_what_is_finished_is_not_run_again(stories: dict[str, Story]) -> None:
     assert ": 1 done" in done.stdout
     assert result_of(story) == before
     (line,) = log_lines(story.job)[lines:]
-    assert line.endswith("job 1 of 1: digits_cnn l1_global 0.5 int8 onnxruntime | finished earlier")
+    assert line.endswith("job 1 of 1: digits_cnn l1_global 0.5 int8 onnxruntime | reused: finished earlier")
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -316,6 +317,34 @@ def test_killed_sweep_keeps_what_it_has(tmp_path: Path) -> None:
     parent, (child,) = logged(store_in(tmp_path))
     assert parent.data.tags["pq_sweep.missing"] == "2"
     assert (child.data.tags["pq_sweep.job"], child.info.status) == ("0", "FINISHED")
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_ten_times_ends_with_every_job_run_once(tmp_path: Path) -> None:
+    amounts = ",".join(f"0.{number:02}" for number in range(5, 65, 5))
+    command = [sys.executable, LAUNCH, "-m", "pruner=l1_global", f"pruner.amount={amounts}", "hydra.sweep.dir=sweep"]
+    command += [*SHORT, "tracking=none", "runtime=torch"]
+    source, first = random.Random(0), dict[str, bytes]()
+    for _ in range(10):
+        known = set(first)
+        process = subprocess.Popen(command, cwd=tmp_path, env=new_user(), start_new_session=True)
+        end = time.monotonic() + source.uniform(4, 12)
+        while time.monotonic() < end and process.poll() is None:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        process.wait()
+        for path in (tmp_path / "sweep").glob("*/result.json"):
+            assert path.read_bytes() == first.setdefault(path.parent.name, path.read_bytes())
+        assert known <= set(first)
+    done = python(command[1:], tmp_path, new_user())
+    rows = rows_of(tmp_path / "sweep")
+
+    assert done.returncode == 0, done.stderr
+    assert [row["status"] for row in rows] == ["finished"] * 12
+    assert sorted(row["pruner.amount"] for row in rows) == sorted(f"0.{number:02}" for number in range(5, 65, 5))
+    for name, content in first.items():
+        assert (tmp_path / "sweep" / name / "result.json").read_bytes() == content
+    assert {row["job"] for row in rows if row["reused"] == "yes"} == set(first)
 
 
 def test_interrupted_sweep_shows_what_it_has(tmp_path: Path) -> None:
