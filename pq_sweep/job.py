@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,18 @@ def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> Result | No
 
     def change(name: str, config: DictConfig) -> Any:
         origin = origin_of(config, data, plan.work.device)
-        return change_once(stage, name, model, partial(component(config), model, data), origin)
+        return change_once(stage, name, model, partial(with_stage(component(config), stage), model, data), origin)
 
     pruning: Result | None = change("prune", plan.cfg.pruner)
     change("recover", plan.cfg.recovery)
     if plan.protocol.repeats > 1:
         share_network(stage, model)
     return pruning
+
+
+def with_stage(call: partial[Any], stage: Stages) -> Callable[..., Any]:
+    """Hand a component the stage if it takes one, to share with other jobs what it works out on the way."""
+    return partial(call, stage=stage) if "stage" in signature(call.func).parameters else call
 
 
 def measure_speed(plan: Plan, session: Session, data: Data, stage: Stages, artifact: str) -> Result:

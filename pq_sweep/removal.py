@@ -6,6 +6,7 @@ it does not know.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pq_sweep.blocks import Score, refresh, rounding, shrinkers, stays, traceable
+from pq_sweep.cache import network_state
 from pq_sweep.check import IMPORTANCES
+from pq_sweep.environment import device_name
 from pq_sweep.pruners import LAYERS
-from pq_sweep.types import Data, Model, UserError, choose
+from pq_sweep.types import About, Data, Model, Stage, UserError, choose
 
 
 def remove(
@@ -32,18 +35,19 @@ def remove(
     p: int,
     global_ranking: bool,
     round_to: int | None,
+    stage: Stage | None = None,
 ) -> dict[str, Any]:
     """Take the `amount` least important channels out of the network, with all that depends on them.
 
     The classifier keeps its classes. `p` is the norm of `importance=magnitude`; taylor and sensitivity take gradients
-    on the calibration images. `round_to` keeps channel counts multiples of it. Returns the history from which `replay`
-    repeats the removal.
+    on the calibration images, which jobs share by their `stage`. `round_to` keeps channel counts multiples of it.
+    Returns the history from which `replay` repeats the removal.
     """
     module = model.module
     before = _parameters(module)
     multiple = rounding(module, round_to)
     with _trainable(module):
-        score = _importance(model, data, importance, p)
+        score = _importance(model, data, importance, p, stage)
         with _explained(model):
             options = {"pruning_ratio": float(amount), "global_pruning": global_ranking, "round_to": multiple}
             pruner = _pruner(model, score, **options)
@@ -144,7 +148,7 @@ def _graph(module: nn.Module, images: Tensor, run: Callable[..., Any] | None = N
 # --- importance ------------------------------------------------------------------------------------------------------
 
 
-def _importance(model: Model, data: Data, name: str, p: int) -> Score:
+def _importance(model: Model, data: Data, name: str, p: int, stage: Stage | None) -> Score:
     """Return torch-pruning's importance of that name, with the gradients it needs in place.
 
     taylor is |sum w dL/dw| of a channel (Molchanov et al. 2019) with the gradient of the mean loss; sensitivity is
@@ -158,7 +162,7 @@ def _importance(model: Model, data: Data, name: str, p: int) -> Score:
             "pruner.importance=bn_scale needs BatchNorm and this model has none; use magnitude, taylor or lamp."
         )
     if name in ("taylor", "sensitivity"):
-        _gradients(model, data, absolute=name == "sensitivity")
+        _set_gradients(model, data, stage, absolute=name == "sensitivity")
     makers: dict[str, Callable[[], Score]] = {
         "random": tp.importance.RandomImportance,
         "magnitude": partial(tp.importance.GroupMagnitudeImportance, p=p),
@@ -170,8 +174,44 @@ def _importance(model: Model, data: Data, name: str, p: int) -> Score:
     return makers[name]()
 
 
-def _gradients(model: Model, data: Data, *, absolute: bool) -> None:
-    """Leave in `.grad` the mean over the calibration images of dL/dw, or of |dL/dw| (then image by image)."""
+def _set_gradients(model: Model, data: Data, stage: Stage | None, *, absolute: bool) -> None:
+    """Leave in `.grad` what `_gradients` finds, or found for another job with the same network and images."""
+    make = partial(_gradients, model, data, absolute=absolute)
+    found = make() if stage is None else _share_gradients(model, make, partial(_origin, model, data, absolute), stage)
+    for parameter, gradient in zip(model.module.parameters(), found, strict=True):
+        parameter.grad = gradient
+
+
+def _share_gradients(model: Model, make: Callable[[], list[Tensor]], origin: About, stage: Stage) -> list[Tensor]:
+    """Return gradients that one job made for all; what they took counts as pruning for each of them."""
+    path, made = stage.folder / "gradients.pt", list[float]()
+
+    def save() -> float:
+        start = time.perf_counter()
+        torch.save(make(), path)
+        made.append(time.perf_counter() - start)
+        return made[0]
+
+    seconds = stage.shared("gradients", origin, save, path)
+    if not made:
+        stage.cached("prune", seconds)
+    device = next(model.module.parameters()).device
+    found: list[Tensor] = torch.load(path, map_location=device, weights_only=True)
+    path.unlink()
+    return found
+
+
+def _origin(model: Model, data: Data, absolute: bool) -> dict[str, Any]:
+    """Return what gradients depend on."""
+    device = str(next(model.module.parameters()).device)
+    where = {"device": device_name(device), "threads": torch.get_num_threads()}
+    columns = None if data.columns is None else data.columns.tolist()
+    images = {"images": data.calibrating().identity(), "columns": columns}
+    return network_state(model) | images | where | {"absolute": absolute}
+
+
+def _gradients(model: Model, data: Data, *, absolute: bool) -> list[Tensor]:
+    """Return of each parameter the mean over the calibration images of dL/dw, or of |dL/dw| (then image by image)."""
     parameters = list(model.module.parameters())
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     images = data.calibrating().batches(1 if absolute else 64, parameters[0].device)
@@ -180,8 +220,7 @@ def _gradients(model: Model, data: Data, *, absolute: bool) -> None:
         for total, grad in zip(totals, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if grad is not None:
                 total += grad.abs() if absolute else grad
-    for parameter, total in zip(parameters, totals, strict=True):
-        parameter.grad = total / len(data.calibration)
+    return [total / len(data.calibration) for total in totals]
 
 
 # --- around a removal ------------------------------------------------------------------------------------------------

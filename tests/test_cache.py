@@ -23,7 +23,7 @@ from hydra import compose, initialize_config_dir
 from image_folders import fill as fill_images
 from safetensors.torch import load_file, save_file
 
-from pq_sweep import cache, fingerprint, job, resume
+from pq_sweep import cache, fingerprint, job, removal, resume
 from pq_sweep.cache import Cache
 from pq_sweep.environment import cache_home
 
@@ -111,6 +111,23 @@ def test_jobs_that_differ_later_share_what_is_before(tmp_path: Path) -> None:
     assert set(mixed["from_cache"]) == {"export", "check_export", "calibrate"}
     assert len(records("exported")) == len(records("ranges")) == len(records("baseline")) == 1
     assert len(records("quantized")) == 3
+
+
+@pytest.mark.parametrize("importance", ["taylor", "sensitivity"])
+def test_gradients_are_taken_once_for_all_amounts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, importance: str
+) -> None:
+    taken: list[bool] = []
+    real = removal._gradients
+    monkeypatch.setattr(removal, "_gradients", lambda *a, **k: (taken.append(True), real(*a, **k))[1])
+    chosen = ("pruner=remove", f"pruner.importance={importance}", "dataset.calibration=20")
+    found = {way: run(tmp_path / way, *chosen, "pruner.amount=0.25", f"cache={way}") for way in ("on", "off")}
+    again = run(tmp_path / "other", *chosen, "pruner.amount=0.5")
+
+    assert len(taken) == 2
+    assert artifact(tmp_path / "on", found["on"]) == artifact(tmp_path / "off", found["off"])
+    assert "prune" in again["from_cache"]
+    assert all(path.is_relative_to(cache_home()) for path in tmp_path.rglob("gradients.pt"))
 
 
 # What misses
