@@ -788,6 +788,18 @@ class TestAhead:
         assert len(list(alone.batches(2))) == 4
         assert set(source.threads) == {current_thread()}
 
+    def test_page_locked_images_are_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What pages are locked for is a GPU, so that here they are not."""
+        locked, empty = [], torch.empty
+        monkeypatch.setattr(
+            torch, "empty", lambda *size, pin_memory, **kw: locked.append(pin_memory) or empty(*size, **kw)
+        )
+        source = Source()
+        images = types._pinning(source.raw, "cuda:1")([3, 1])
+        assert locked == [True]
+        assert torch.equal(images, source.raw([3, 1]))
+        assert types._pinning(source.raw, "cpu") == source.raw
+
     @pytest.mark.gpu
     def test_on_cuda(self) -> None:
         pixels = torch.randint(256, (50, 9, 9, 3), dtype=torch.uint8)
