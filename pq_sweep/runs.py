@@ -10,12 +10,15 @@ import json
 import logging
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from pq_sweep.results import Sweep, read_job
-from pq_sweep.rows import GROUPS, SLURM_COLUMNS, batch_sizes, error_files, metrics, read_error, read_json
+import yaml
+
+from pq_sweep.results import Sweep
+from pq_sweep.rows import GROUPS, SLURM_COLUMNS, Row, batch_sizes, error_files, metrics, read_error, read_json, read_row
 from pq_sweep.stores import Store, held
 
 if TYPE_CHECKING:
@@ -24,10 +27,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOCK = ".mlflow.lock"  # in the folder of what is logged: the sweep, or a job
+BEGUN = ".mlflow"  # in the sweep's folder since its first parent run, with a file for each job begun to be logged
+RENEWED_S = 60.0  # until a view is opened anew: the parent run may be deleted, or a server have another database
 VIEW = "mlflow.sharedViewState.pq_sweep"  # a tag of the experiment: ...runs?viewStateShareKey=pq_sweep
 ONNX = ("onnx", "onnxruntime", "onnxruntime-gpu")
 TABLE = "comparison.json"  # in the form of MLflow's tables
+FILES = ("result.json", "layers.json", "samples.npz")
 MAX_VALUE = 6000  # MLflow's limit for the length of a parameter
+# Those of libyaml where it is there: ten times as fast.
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class View:
@@ -36,9 +45,18 @@ class View:
     def __init__(self, store: Store, experiment: str, sweep: Path, log_model: bool = False) -> None:
         self.sweep, self.log_model = sweep, log_model
         self.manifest = read_manifest(sweep)
+        self.announced = {job["folder"]: job for job in self.manifest.get("jobs") or ()}
         self.client, self.experiment = store.open(experiment)
-        self.logged: dict[str, Run] = {}
+        # None for a job that has several runs.
+        self.logged: dict[str, Run | None] = {}
         self.parent = self._find_or_make_parent()
+        self.seen = sight(store, sweep)
+
+    def close(self) -> None:
+        """Give back the connections that MLflow keeps: jobs share those of a database, and a file may be replaced."""
+        engine = getattr(self.client._tracking_client.store, "engine", None)
+        if engine is not None:
+            engine.dispose()
 
     def begin(self) -> None:
         """Show that the sweep runs, be it again."""
@@ -55,17 +73,26 @@ class View:
         if _is_complete(self.logged.get(job.name), status, started):
             return False
         with held(job / LOCK):  # the job, its launcher and a sync can be here at the same time
-            run = self._only(self._find({"pq_sweep.job": job.name}), started)
+            run = None if self._is_new(job) else self._only(self._find({"pq_sweep.job": job.name}), started)
             if _is_complete(run, status, started):
                 return False
-            row, notes = read_job(job), self._notes(job, started)
+            row = read_row(job, self.announced.get(job.name, {}))
+            tags = self._tags(job, row, result, started)
             if run is None:
-                tags = {"pq_sweep.sweep": self.manifest["id"], "pq_sweep.job": job.name} | notes
                 run = self.client.create_run(self.experiment, int(record["started"] * 1000), tags, row["name"])
-            self._fill(run.info.run_id, job, row, notes)
+                tags = {}
+            self._fill(run, job, row, result, tags)
             ended = int((record["started"] + record["seconds"]) * 1000) if result else None
             self.client.set_terminated(run.info.run_id, status, ended)
         return True
+
+    def _is_new(self, job: Path) -> bool:
+        """Say whether nobody has ever begun to log a job: looking for its run takes the longer, the more there are."""
+        try:
+            (self.sweep / BEGUN / job.name).touch(exist_ok=False)
+        except OSError:  # somebody has, or it is not known
+            return False
+        return job.name not in self.logged
 
     def survey(self) -> None:
         """Learn which jobs are logged, and put right what processes made twice that could not lock each other out."""
@@ -78,7 +105,7 @@ class View:
             if run.info.run_id != parent:
                 self.client.delete_run(run.info.run_id)
         names = Counter(run.data.tags["pq_sweep.job"] for run in jobs)
-        self.logged = {name: run for run in jobs if names[name := run.data.tags["pq_sweep.job"]] == 1}
+        self.logged = {(name := run.data.tags["pq_sweep.job"]): run if names[name] == 1 else None for run in jobs}
 
     def summarize(self, done: Sweep) -> None:
         """Log how many jobs ended how, and end the parent run unless some are still to come."""
@@ -157,42 +184,46 @@ class View:
         about |= {"mlflow.source.git.commit": commit} if commit else {}
         start = int(self.manifest.get("created", 0) * 1000) or None
         name = "/".join(self.sweep.absolute().parts[-2:])
+        with suppress(OSError):
+            (self.sweep / BEGUN).mkdir(exist_ok=True)
         return self.client.create_run(self.experiment, start_time=start, tags=tags | about, run_name=name)
 
-    def _notes(self, job: Path, started: str) -> dict[str, str]:
-        return {
+    def _tags(self, job: Path, row: Row, result: Row | None, started: str) -> dict[str, str]:
+        """Return what tells of a job which it is, how it ended and where it ran."""
+        tags = {
+            "pq_sweep.sweep": self.manifest["id"],
+            "pq_sweep.job": job.name,
             "mlflow.parentRunId": self.parent.info.run_id,
             "pq_sweep.started": started,
             "pq_sweep.folder": str(job.absolute()),
         }
+        tags |= _result_tags(result) if result else {"pq_sweep.error": row["error"], "pq_sweep.stage": row["stage"]}
+        tags |= {f"pq_sweep.{key}": row[key] for key in ("status", *SLURM_COLUMNS) if key in row}
+        return {key: str(value)[:MAX_VALUE] for key, value in tags.items()}
 
-    def _fill(self, run: str, job: Path, row: dict[str, Any], notes: dict[str, str]) -> None:
+    def _fill(self, run: Run, job: Path, row: Row, result: Row | None, tags: dict[str, str]) -> None:
         """Log parameters, metrics, tags and files of one job, in one batch each."""
         from mlflow.entities import Metric, Param, RunTag
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        result = read_json(job / "result.json")
-        if result:
-            when = int((result["started"] + result["seconds"]) * 1000)
-            values = [Metric(key, float(value), when, 0) for key, value in metrics(result).items()]
-            tags = _result_tags(result)
-        else:
-            values, tags = [], {"pq_sweep.error": row["error"], "pq_sweep.stage": row["stage"]}
-        tags |= {f"pq_sweep.{key}": row[key] for key in ("status", *SLURM_COLUMNS) if key in row}
-        params = [Param(key, value[:MAX_VALUE]) for key, value in parameters(job, row).items()]
-        labels = [RunTag(key, str(value)[:MAX_VALUE]) for key, value in (notes | tags).items()]
-        self.client.log_batch(run, values, params, labels)
-        self.client.log_dict(run, job_config(job), "config.yaml")
-        for path in (
-            job / "result.json",
-            job / "layers.json",
-            job / "samples.npz",
-            *error_files(job),
-            *job.glob("*.svg"),
-        ):
-            if path.exists():
-                self.client.log_artifact(run, str(path))
+        when = int((result["started"] + result["seconds"]) * 1000) if result else 0
+        figures = metrics(result) if result else {}
+        self.client.log_batch(
+            run.info.run_id,
+            [Metric(key, float(value), when, 0) for key, value in figures.items()],
+            [Param(key, value[:MAX_VALUE]) for key, value in parameters(job, row).items()],
+            [RunTag(key, value) for key, value in tags.items()],
+        )
+        # The client would ask the store for the run that is at hand.
+        repository = get_artifact_repository(run.info.artifact_uri, self.client.tracking_uri)
+        with TemporaryDirectory() as folder:
+            for path in (*(job / name for name in FILES), *error_files(job), *job.glob("*.svg")):
+                if path.exists():
+                    (Path(folder) / path.name).symlink_to(path.absolute())
+            (Path(folder) / "config.yaml").write_text(yaml.dump(job_config(job), Dumper=DUMPER))
+            repository.log_artifacts(folder)
         if self.log_model and result:
-            self._log_model(run, job, result)
+            self._log_model(run.info.run_id, job, result)
 
     def _log_model(self, run: str, job: Path, result: dict[str, Any]) -> None:
         """Log the graph that ran so that mlflow.pyfunc and mlflow.onnx load it, with what it takes and gives."""
@@ -227,6 +258,16 @@ def _columns(sizes: list[int]) -> str:
     return json.dumps({"selectedColumns": [*(f"metrics.`{name}`" for name in metrics), *columns]})
 
 
+def sight(store: Store, sweep: Path) -> tuple[object, ...]:
+    """Return what is another when jobs were announced, the store's file was replaced, or a view has served its time."""
+    jobs, file = (path and path.exists() and path.stat() for path in (sweep / "sweep.json", store.file))
+    return (
+        jobs and (jobs.st_ino, jobs.st_mtime_ns),
+        file and (file.st_dev, file.st_ino),
+        time.monotonic() // RENEWED_S,
+    )
+
+
 def _is_complete(run: Run | None, status: str, started: str) -> bool:
     return run is not None and run.info.status == status and run.data.tags.get("pq_sweep.started") == started
 
@@ -239,10 +280,8 @@ def read_manifest(sweep: Path) -> dict[str, Any]:
 
 def job_config(job: Path) -> dict[str, Any]:
     """Return the composed config of a job without where it was logged, which may hold a password."""
-    from omegaconf import OmegaConf
-
     path = job / ".hydra" / "config.yaml"
-    config: Any = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else {}
+    config = yaml.load(path.read_text(), LOADER) if path.exists() else {}
     return {str(group): values for group, values in config.items() if group != "tracking"}
 
 

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import ClassVar, Protocol, TypeVar
 
 from pq_sweep.environment import without_password
 from pq_sweep.results import find_sweeps
-from pq_sweep.runs import View
+from pq_sweep.runs import View, sight
 from pq_sweep.stores import SETTINGS, Store, bounded, import_mlflow, persistent, reason, shared_file_system
 from pq_sweep.types import UserError
 from pq_sweep.watch import Watch
@@ -75,6 +76,8 @@ class Mlflow:
     log_model: bool = False
     # Stores that failed in this process, and when; the user is told once.
     down: ClassVar[dict[str, float]] = {}
+    # What the last job was logged in, by store and sweep, for the next one.
+    views: ClassVar[dict[tuple[Mlflow, str, Path], View]] = {}
 
     def begin(self, sweep: Path) -> bool:
         """Create or migrate the store and make the parent run, before jobs could do so at the same time.
@@ -85,13 +88,13 @@ class Mlflow:
         if file and (kind := shared_file_system(file)):
             advice = "run an MLflow server, see docs/cluster.md"
             log.warning("%s lies on %s, where SQLite breaks when several nodes write to it; %s", file, kind, advice)
-        return self._attempt(sweep, lambda: self._within(lambda: self._view(sweep).begin()))
+        return self._attempt(sweep, lambda: self._within(lambda: self._begin(sweep)))
 
     def log(self, job: Path) -> bool:
         """Log one job, finished or failed; say whether the store has it."""
         if time.monotonic() - self.down.get(self.store, -math.inf) < AGAIN_S:
             return False
-        return self._attempt(job.parent, lambda: self._within(lambda: self._view(job.parent).upload(job)))
+        return self._attempt(job.parent, lambda: self._within(lambda: self._upload(job)))
 
     def finish(self, sweep: Path) -> str:
         """Log what is still missing, end the parent run, and say how to look at it."""
@@ -142,14 +145,28 @@ class Mlflow:
     def _view(self, sweep: Path) -> View:
         return View(Store(self.store), self.experiment, sweep, self.log_model)
 
+    def _begin(self, sweep: Path) -> None:
+        with closing(self._view(sweep)) as view:
+            view.begin()
+
+    def _upload(self, job: Path) -> None:
+        """Log a job in the view that the last job left if it is still good; one that fails or hangs is not left."""
+        key = (self, self.store, job.parent.absolute())
+        view = self.views.pop(key, None)
+        if view is None or view.seen != sight(Store(self.store), job.parent):
+            view = self._view(job.parent)
+        with closing(view):
+            view.upload(job)
+        self.views[key] = view
+
     def _upload_sweep(self, sweep: Path) -> int:
         """Log every job that is not yet, then the summary."""
         done = Watch(sweep).look()
-        view = self._within(lambda: self._view(sweep))
-        self._within(view.survey)
-        jobs = [sweep / row["job"] for row in done.rows if row["status"] in ("finished", "failed")]
-        logged = sum(self._within(partial(view.upload, job)) for job in jobs)
-        self._within(lambda: view.summarize(done))
+        with closing(self._within(lambda: self._view(sweep))) as view:
+            self._within(view.survey)
+            jobs = [sweep / row["job"] for row in done.rows if row["status"] in ("finished", "failed")]
+            logged = sum(self._within(partial(view.upload, job)) for job in jobs)
+            self._within(lambda: view.summarize(done))
         return logged
 
 

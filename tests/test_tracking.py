@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import socket
@@ -22,6 +23,7 @@ from cluster.services import mlflow_server
 from commands import LAUNCH, SHORT, Done
 from conftest import Launch, only_sweep, python, refused, results
 from mlflow import MlflowClient
+from omegaconf import OmegaConf
 from stored_runs import EXPERIMENT, all_runs, artifact, artifacts, parent_and_jobs
 from sweep_folders import announced, real_result, write_error, write_manifest, write_result, write_status
 
@@ -51,8 +53,10 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a process starts with: no store is known to be down, and no variable names one."""
+    """What a process starts with: no store is known to be down or open, and no variable names one."""
     monkeypatch.setattr(Mlflow, "down", {})
+    monkeypatch.setattr(Mlflow, "views", {})
+    monkeypatch.setattr(runs, "RENEWED_S", math.inf)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
@@ -416,6 +420,141 @@ def test_two_sweeps_are_two_parents(uri: str, tracker: Mlflow, tmp_path: Path) -
         tracker.sync(tmp_path / name)
     kinds = [run.data.tags.get("pq_sweep.kind") for run in all_runs(uri)]
     assert sorted(kinds, key=str) == [None, None, "sweep", "sweep"]
+
+
+# Jobs that one process logs, one after another
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The experiments that were looked up, which is done for each view."""
+    found, look = list[str](), Store.open
+    monkeypatch.setattr(Store, "open", lambda store, name: found.append(name) or look(store, name))
+    return found
+
+
+def test_jobs_share_a_view_that_keeps_no_connection(uri: str, tracker: Mlflow, sweep: Path, opened: list[str]) -> None:
+    store = uri.removeprefix("sqlite:///")
+    tracker.begin(sweep)
+    opened.clear()
+    for name in ("0", "1"):
+        assert Mlflow(uri, EXPERIMENT).log(sweep / name)  # each job has a tracker of its own
+        assert not any(os.path.realpath(file) == store for file in Path("/proc/self/fd").iterdir())
+    assert opened == [EXPERIMENT]
+    assert set(parent_and_jobs(uri)[1]) == {"0", "1"}
+
+
+def test_sweeps_and_experiments_in_turn(uri: str, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_manifest(tmp_path / name, announced("0"), announced("1"))
+        write_result(tmp_path / name, "0")
+        write_result(tmp_path / name, "1")
+    for job in ("0", "1"):
+        for name, experiment in (("a", "first"), ("b", "first"), ("a", "second")):
+            assert Mlflow(uri, experiment).log(tmp_path / name / job)
+    found = {
+        experiment: sorted(run.data.tags["pq_sweep.sweep"] for run in all_runs(uri, experiment))
+        for experiment in ("first", "second")
+    }
+    assert found == {"first": ["id of a"] * 3 + ["id of b"] * 3, "second": ["id of a"] * 3}
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_job_that_ran_again_in_the_same_process_replaces_its_run(
+    uri: str, tracker: Mlflow, sweep: Path, signed: bool
+) -> None:
+    tracker.log(sweep / "1")
+    if not signed:  # as in a folder that an earlier version logged, or that was copied without hidden files
+        shutil.rmtree(sweep / runs.BEGUN)
+    (sweep / "1" / "error.json").unlink()
+    write_result(sweep, "1")
+    tracker.log(sweep / "1")
+    assert parent_and_jobs(uri)[1]["1"].info.status == "FINISHED"
+
+
+def test_sync_finds_a_run_that_no_sign_tells_of(uri: str, tracker: Mlflow, sweep: Path) -> None:
+    """As of a copy of the folder from before the job was logged."""
+    tracker.log(sweep / "1")
+    (sweep / runs.BEGUN / "1").unlink()
+    (sweep / "1" / "error.json").unlink()
+    write_result(sweep, "1")
+    assert tracker.sync(sweep) == 2
+    assert parent_and_jobs(uri)[1]["1"].info.status == "FINISHED"
+
+
+def test_jobs_announced_meanwhile_are_known(uri: str, tracker: Mlflow, sweep: Path) -> None:
+    tracker.log(sweep / "0")
+    write_manifest(sweep, announced("0"), announced("1"), announced("2", model="mine"))
+    write_result(sweep, "2")
+    tracker.log(sweep / "2")
+    assert parent_and_jobs(uri)[1]["2"].data.params["model"] == "mine"
+
+
+def test_store_file_that_is_replaced_between_jobs(
+    uri: str, tracker: Mlflow, sweep: Path, empty_store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker.begin(sweep)
+    tracker.log(sweep / "0")
+    shutil.copy(empty_store, tmp_path / "new.db")
+    (tmp_path / "new.db").rename(uri.removeprefix("sqlite:///"))
+    tracker.log(sweep / "1")
+    assert set(parent_and_jobs(uri)[1]) == {"1"}
+    tracker.finish(sweep)
+    assert set(parent_and_jobs(uri)[1]) == {"0", "1"}
+    assert warned(caplog) == []
+
+
+def test_store_file_that_is_deleted_between_jobs_is_given_up(
+    tmp_path: Path, uri: str, tracker: Mlflow, sweep: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracker.begin(sweep)
+    tracker.log(sweep / "0")
+    Path(uri.removeprefix("sqlite:///")).unlink()
+    assert not tracker.log(sweep / "1")
+    assert len(warned(caplog)) == 1
+    assert "2 of 2 jobs logged now" in sync(tmp_path, "multirun", "--uri", uri).stdout
+    assert set(parent_and_jobs(uri)[1]) == {"0", "1"}
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_parent_that_is_deleted_between_jobs_is_made_again(
+    uri: str, tracker: Mlflow, sweep: Path, monkeypatch: pytest.MonkeyPatch, noticed: bool
+) -> None:
+    tracker.log(sweep / "0")
+    MlflowClient(uri).delete_run(parent_and_jobs(uri)[0].info.run_id)
+    if noticed:  # some time later
+        monkeypatch.setattr(runs, "RENEWED_S", 1e-6)
+    tracker.log(sweep / "1")
+    assert len(all_runs(uri)) == (3 if noticed else 2)
+    tracker.finish(sweep)
+    assert set(parent_and_jobs(uri)[1]) == {"0", "1"}
+
+
+def test_view_that_failed_is_not_used_again(
+    uri: str, tracker: Mlflow, sweep: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker.log(sweep / "0")
+    fill, errors = runs.View._fill, [ConnectionError("lost")]
+
+    def interrupted(*arguments: object) -> None:
+        if errors:
+            raise errors.pop()
+        fill(*arguments)
+
+    monkeypatch.setattr(runs.View, "_fill", interrupted)
+    assert tracker.log(sweep / "1")
+    assert len(opened) == 2
+    assert parent_and_jobs(uri)[1]["1"].info.status == "FAILED"
+
+
+def test_config_is_read_as_it_was_composed(tmp_path: Path) -> None:
+    odd = {"small": 1e-05, "tiny": 1e-7, "large": 1e22, "infinite": float("inf"), "number": "1e-3", "word": "on"}
+    odd |= {"day": "2026-01-02", "time": "1:30", "octal": "010", "null": None, "empty": "", "text": "größe\n: #"}
+    config = OmegaConf.create({"group": odd | {"list": [1, "2", [3.0]], "later": "${seed}"}, "seed": 0})
+    path = tmp_path / ".hydra" / "config.yaml"
+    path.parent.mkdir()
+    OmegaConf.save(config, path)
+    assert runs.job_config(tmp_path) == OmegaConf.to_container(config)
 
 
 def test_long_values_are_shortened(uri: str, tracker: Mlflow, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def _note(whole: Report, frame: pd.DataFrame) -> str:
     """Return the recommendation of each device, and the table as far as there is room."""
     text = "\n\n".join(_recommended(one) for one in whole.recommendations())
     names = [name for name in frame.columns if name not in DETAILS and not name.startswith("p99 ")]
-    table: str = frame[names].fillna("").to_markdown(index=False, disable_numparse=True, tablefmt="pipe")
+    table: str = frame[names].astype(object).fillna("").to_markdown(index=False, disable_numparse=True, tablefmt="pipe")
     return text if len(text) + len(table) > LONGEST_NOTE else f"{text}\n\n{table}"
 
 
