@@ -1,4 +1,4 @@
-"""What does a job more cost? `python -m benchmarks.growth` prints a table of sweeps of 10, 100 and 1,000 jobs as Markdown.
+"""What does a job more cost? `python -m benchmarks.growth` prints a table of sweeps of 10, 100 and 1,000 jobs.
 
 Each is a `python launch.py -m` of its own in an empty folder: the embedded network pruned by as many different amounts,
 measured as shortly as can be, MLflow on SQLite beside it. Seconds per job are those from the first result to the last,

@@ -35,7 +35,6 @@ SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # two lines for each job, with the password of the address
-    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool",  # jobs share the connections of a database, keeping none
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
