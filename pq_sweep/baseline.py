@@ -72,7 +72,7 @@ def _take_or_measure(
 
     def whole() -> dict[str, Any]:
         how = {"threads": work.threads, "batch_size": protocol.eval_batch_size}
-        return about | network_state(model) | {"images": data.evaluation.identity()} | how
+        return about | network_state(model) | {"images": data.identity(data.evaluation)} | how
 
     files = [folder / name for name in ("model.pt", "predictions.npy", "layers.json")]
     found = work.stage.shared("baseline", whole, lambda: _measure(model, data, work.device, protocol, folder), *files)

@@ -113,7 +113,8 @@ class Cache:
 
     def _whole(self, about: dict[str, Any]) -> dict[str, Any]:
         """Return all that an entry depends on, as it is read from a record again."""
-        whole: dict[str, Any] = json.loads(json.dumps(self.common | about))
+        # An object without plain values is told by its address, so that it never finds anything.
+        whole: dict[str, Any] = json.loads(json.dumps(self.common | about, default=repr))
         return whole
 
     def _place(self, kind: str, about: dict[str, Any]) -> Path:

@@ -205,8 +205,7 @@ def _origin(model: Model, data: Data, absolute: bool) -> dict[str, Any]:
     """Return what gradients depend on."""
     device = str(next(model.module.parameters()).device)
     where = {"device": device_name(device), "threads": torch.get_num_threads()}
-    columns = None if data.columns is None else data.columns.tolist()
-    images = {"images": data.calibrating().identity(), "columns": columns}
+    images = {"images": data.identity(data.calibrating())}
     return network_state(model) | images | where | {"absolute": absolute}
 
 

@@ -32,14 +32,10 @@ class Origin:
 
 def origin_of(component: DictConfig, data: Data, device: str) -> Origin:
     """Return what a component's outcome depends on; the random numbers are those at this moment."""
-
-    def images() -> Any:
-        return [part and part.identity() for part in (data.calibration, data.train)]
-
     options = OmegaConf.to_container(component, resolve=True)
     random = [hashlib.sha256(state.numpy().tobytes()).hexdigest() for state in _random_states().values()]
     where = {"device": device_name(device), "threads": torch.get_num_threads()}
-    return Origin({"component": options, "random": random} | where, images)
+    return Origin({"component": options, "random": random} | where, lambda: data.identity(data.calibration, data.train))
 
 
 def change_once(stage: Stages, name: str, model: Model, step: Callable[[], Any], origin: Origin | None = None) -> Any:

@@ -227,6 +227,11 @@ class Data:
         """Keep the columns of (B, model classes) that belong to the classes of the data: (B, data classes)."""
         return output if self.columns is None else output[:, self.columns.to(output.device)]
 
+    def identity(self, *parts: Split | None) -> list[Any]:
+        """Return what of the data an outcome depends on that saw these parts: the images, and which logits compete."""
+        columns = None if self.columns is None else self.columns.tolist()
+        return [columns, *(part and part.identity() for part in parts)]
+
     def calibrating(self) -> Split:
         """Return the calibration images, or a UserError if none were set aside."""
         if not len(self.calibration):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,26 @@ def test_training_is_shared_only_by_what_is_the_same(
     found = run(tmp_path / "b", *JOBS["random"], change)
 
     assert "recover" not in found["from_cache"]
+
+
+def test_which_logits_compete_tells_data_apart() -> None:
+    from pq_sweep.datasets import digits
+    from pq_sweep.models import digits_cnn
+
+    data = digits(digits_cnn())
+    other = replace(data, columns=torch.tensor([1, 0, *range(2, 10)]))
+
+    assert data.identity(data.evaluation) == digits(digits_cnn()).identity(data.evaluation)
+    assert data.identity(data.evaluation) != other.identity(other.evaluation)
+    assert data.identity(data.evaluation) != data.identity(data.calibration)
+
+
+def test_an_option_without_plain_values_finds_nothing(tmp_path: Path) -> None:
+    kept, about = Cache({}), {"option": object()}
+    kept.put("kind", about, tmp_path, {"value": 1, "seconds": {}}, [])
+
+    assert kept.take("kind", about, tmp_path)
+    assert kept.take("kind", {"option": object()}, tmp_path) is None
 
 
 def test_a_quick_step_asks_for_no_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -69,4 +69,4 @@ def graph_options(quantizer: Any, data: Data, form: str) -> dict[str, Any]:
     if not function.calibrated:
         return about
     where = {"cpu": device_name("cpu"), "threads": torch.get_num_threads()}
-    return about | where | {"calibration": data.calibration.identity()}
+    return about | where | {"calibration": data.identity(data.calibration)}
