@@ -42,8 +42,8 @@ from pq_sweep.progress import Stages
 enter = Stages.__call__
 
 @contextmanager
-def pausing(self, name):
-    with enter(self, name):
+def pausing(self, name, **how):
+    with enter(self, name, **how):
         if name == os.environ["PAUSE_IN"]:
             time.sleep(600)
         yield
@@ -187,8 +187,8 @@ def gone_in(stage: str, times: int = 1) -> Iterator[None]:
     enter, left = Stages.__call__, [times]
 
     @contextmanager
-    def leaving(self: Stages, name: str) -> Iterator[None]:
-        with enter(self, name):
+    def leaving(self: Stages, name: str, **how: Any) -> Iterator[None]:
+        with enter(self, name, **how):
             if name == stage and left[0]:
                 left[0] -= 1
                 raise Gone
@@ -206,9 +206,9 @@ def stages_of() -> Iterator[list[str]]:
     enter, names = Stages.__call__, list[str]()
 
     @contextmanager
-    def noting(self: Stages, name: str) -> Iterator[None]:
+    def noting(self: Stages, name: str, **how: Any) -> Iterator[None]:
         names.append(name)
-        with enter(self, name):
+        with enter(self, name, **how):
             yield
 
     with pytest.MonkeyPatch.context() as patch:
