@@ -163,7 +163,8 @@ def measure_speed(plan: Plan, session: Session, data: Data, stage: Stages, artif
     """
     if plan.protocol.repeats > 1:
         session.close()
-        result, samples = measure_apart(stage, resolved(plan.cfg), artifact, plan.protocol.repeats)
+        config = resolved(plan.cfg) | {"cache": plan.cfg.cache}
+        result, samples = measure_apart(stage, config, artifact, plan.protocol.repeats)
     else:
         result, samples = measure.speed(session, data, plan.protocol, stage, partial(dense_session, plan))
         session.close()

@@ -63,6 +63,7 @@ def measure_apart(stage: Stages, config: Result, artifact: str, count: int) -> t
     from pq_sweep.measure import release_memory
 
     release_memory()  # a GPU's memory too: each process is to find it as this one did
+    stage.turns = None  # they take turns on the device themselves, and would wait for this process for ever
     found: list[Result] = []
     samples: Samples = {}
     for number in range(1, count + 1):
