@@ -2,19 +2,18 @@
 
 Each is a `python launch.py -m` of its own in an empty folder: the embedded network pruned by as many different amounts,
 measured as shortly as can be, MLflow on SQLite beside it. Seconds per job are those from the first result to the last,
-of the clock and of the process's CPU; what comes before is the start, what comes after the end. Memory is what is
-resident. MLflow's milliseconds are of logging the finished jobs into an empty store, one after another, the first one
-apart. `results` is the command as a whole, and the table alone.
+of the clock and of the CPU; the start is what comes before, composing all jobs among it, the end what comes after. MB
+are what the process has in memory. MLflow's milliseconds are of logging the finished jobs into an empty store, one by
+one; the first one, which opens it, does not count. `results` is the command as a whole, and its table alone.
 
-Per job it should be the same within 10 % from 100 jobs to 1,000, with less than 50 MB more, and the table of 1,000 jobs
-in less than a second.
+From 100 jobs to 1,000 it should be the same per job within 10 %, with less than 50 MB more, and the table of 1,000 jobs
+there in less than a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -23,8 +22,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tabulate import tabulate
 
@@ -48,16 +47,12 @@ WIDTH = 200
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A sweep that ran: seconds of its parts, seconds of the CPU per job, and MB resident after jobs and at the end."""
+class Seen:
+    """A process at some moment: when, the seconds of the CPU that it took until then, and what it has in memory."""
 
-    start_s: float
-    job_s: float
-    end_s: float
+    time_s: float
     cpu_s: float
-    settled_mb: float
-    last_mb: float
-    end_mb: float
+    mb: float
 
 
 def main() -> None:
@@ -74,68 +69,63 @@ def main() -> None:
 
 def measure(folder: Path, jobs: int) -> dict[str, str]:
     """Run a sweep and return a row of the table."""
-    ran, sweep = run(folder, jobs), folder / "sweep"
-    command = seconds(lambda: subprocess.run([sys.executable, "-m", "pq_sweep.results", sweep], stdout=-3, check=True))
-    drawn = statistics.median(seconds(lambda: tables(read_sweep(sweep), WIDTH)) for _ in range(5))
-    more = ran.last_mb - ran.settled_mb
+    start_s, (first, settled, last, end) = run(folder, jobs)
+    sweep, more = folder / "sweep", max(1, jobs - 1)
+    command = [sys.executable, "-m", "pq_sweep.results", str(sweep)]
     return {
         "jobs": f"{jobs:,}",
-        "start s": f"{ran.start_s:.1f}",
-        "s/job": f"{ran.job_s:.3f}",
-        "CPU s/job": f"{ran.cpu_s:.3f}",
-        "end s": f"{ran.end_s:.1f}",
-        f"MB after job {SETTLED}": f"{ran.settled_mb:.0f}",
-        "after the last": f"{ran.last_mb:.0f}",
-        "at the end": f"{ran.end_mb:.0f}",
-        "more kB/job": f"{more * 1e3 / (jobs - SETTLED):.0f}" if jobs > SETTLED else "-",
+        "start s": f"{start_s:.1f}",
+        "s/job": f"{(last.time_s - first.time_s) / more:.3f}",
+        "CPU s/job": f"{(last.cpu_s - first.cpu_s) / more:.3f}",
+        "end s": f"{end.time_s - last.time_s:.1f}",
+        f"MB after job {min(SETTLED, jobs)}": f"{settled.mb:.0f}",
+        "after the last": f"{last.mb:.0f}",
+        "kB/job between": f"{(last.mb - settled.mb) * 1e3 / (jobs - SETTLED):.0f}" if jobs > SETTLED else "-",
+        "MB at the end": f"{end.mb:.0f}",
         "MLflow ms/job": f"{1e3 * logged_s(sweep, folder):.0f}",
-        "results s": f"{command:.1f}",
-        "its table s": f"{drawn:.2f}",
+        "results s": f"{seconds(lambda: subprocess.run(command, stdout=subprocess.DEVNULL, check=True)):.1f}",
+        "its table s": f"{statistics.median(seconds(lambda: tables(read_sweep(sweep), WIDTH)) for _ in range(5)):.2f}",
     }
 
 
-def run(folder: Path, jobs: int) -> Ran:
-    """Run a sweep of some jobs and watch its process."""
+def run(folder: Path, jobs: int) -> tuple[float, list[Seen]]:
+    """Run a sweep; return the seconds to its first result, and how it was then, at the tenth, the last and its end."""
     amounts = ",".join(f"{(number + 1) / (jobs + 1):.6f}" for number in range(jobs))
     chosen = ["pruner=l1_global", f"pruner.amount={amounts}", "hydra.sweep.dir=sweep", *SHORT]
     env = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     env["PQ_SWEEP_CACHE"] = str(folder / "cache")
-    began, before = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    results = [folder / "sweep" / str(number - 1) / "result.json" for number in (1, min(SETTLED, jobs), jobs)]
+    began = time.monotonic()
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, LAUNCH, "-m", *chosen], cwd=folder, env=env, stdout=log, stderr=log)
-        sizes = watched(process, [result(folder, min(SETTLED, jobs)), result(folder, jobs)])
-    ended, after = time.time(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        seen = watched(process, results)
     if process.returncode != 0:
         sys.exit((folder / "log").read_text()[-5000:])
-    first, last = (result(folder, number).stat().st_mtime for number in (1, jobs))
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Ran(first - began, (last - first) / max(1, jobs - 1), ended - last, cpu_s / jobs, *sizes)
+    return seen[0].time_s - began, seen
 
 
-def result(folder: Path, number: int) -> Path:
-    """Return what a job leaves when it is finished; the first one has number 1."""
-    return folder / "sweep" / str(number - 1) / "result.json"
-
-
-def watched(process: subprocess.Popen[Any], files: list[Path]) -> list[float]:
-    """Wait for a process to end, and return its MB when each of the files was there, and at the end."""
-    sizes: list[float] = []
-    size = 0.0
+def watched(process: subprocess.Popen[bytes], files: list[Path]) -> list[Seen]:
+    """Wait for a process to end; return how it was when each of the files was there, and at its end."""
+    seen: list[Seen] = []
+    now = look(process.pid)
     while process.poll() is None:
-        size = resident_mb(process.pid) or size
-        if len(sizes) < len(files) and files[len(sizes)].exists():
-            sizes.append(size)
-        time.sleep(0.1)
-    return [*sizes, *[size] * (len(files) - len(sizes)), size]
+        now = look(process.pid) or now
+        while now and len(seen) < len(files) and files[len(seen)].exists():
+            seen.append(now)
+        time.sleep(0.05)
+    return [*seen, *[now] * (len(files) + 1 - len(seen))] if now else []
 
 
-def resident_mb(pid: int) -> float:
-    """Return the MB of a process that are in memory, or 0 if it has ended."""
+def look(pid: int) -> Seen | None:
+    """Look at a process, or return None if it has ended."""
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0.0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+        numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    user, system, pages = (int(numbers[place]) for place in (11, 12, 21))
+    if pages == 0:
+        return None
+    return Seen(time.monotonic(), (user + system) / os.sysconf("SC_CLK_TCK"), pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
 
 
 def logged_s(sweep: Path, folder: Path) -> float:
@@ -144,7 +134,7 @@ def logged_s(sweep: Path, folder: Path) -> float:
     tracker = Mlflow(f"sqlite:///{folder}/empty.db", "growth")
     tracker.begin(sweep)
     jobs = [sweep / row["job"] for row in read_sweep(sweep).rows]
-    return statistics.median([seconds(lambda job=job: tracker.log(job)) for job in jobs][1:])
+    return statistics.median([seconds(partial(tracker.log, job)) for job in jobs][1:])
 
 
 def seconds(step: Callable[[], object]) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import median
+from typing import Any
 
 from pq_sweep.results import REPEATING, Sweep
 from pq_sweep.rows import Row
@@ -45,19 +47,27 @@ def reference(row: Row, sweep: Sweep) -> Row | None:
     """
     if row["status"] != "finished" or is_uncompressed(row):
         return None
-    same = ["model", "dataset", "runtime", "protocol", *filter(_is_of_both, sweep.options)]
-    found = [
-        other
-        for other in sweep.rows
-        if other["status"] == "finished"
-        and is_uncompressed(other)
-        and all(row.get(key) == other.get(key) for key in same)
-    ]
+    found = _references(sweep).get(_shared(row, sweep), [])
 
     def distance(other: Row) -> tuple[bool, ...]:
         return comparable(row, other) is not None, *(row.get(key) != other.get(key) for key in REPEATING)
 
     return min(found, key=distance, default=None)
+
+
+@lru_cache(maxsize=4)
+def _references(sweep: Sweep) -> dict[tuple[Any, ...], list[Row]]:
+    """Return the finished jobs that compressed nothing, by what others have to share with them."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in sweep.rows:
+        if row["status"] == "finished" and is_uncompressed(row):
+            found.setdefault(_shared(row, sweep), []).append(row)
+    return found
+
+
+def _shared(row: Row, sweep: Sweep) -> tuple[Any, ...]:
+    same = ("model", "dataset", "runtime", "protocol", *filter(_is_of_both, sweep.options))
+    return tuple(row.get(key) for key in same)
 
 
 def _is_of_both(option: str) -> bool:

@@ -138,11 +138,13 @@ def front(rows: list[Row], names: list[str], batch: int) -> list[bool]:
 
     A job without one of the figures is not on it. Equal jobs are on it together.
     """
+    import numpy as np
+
     goal = Goal(names[0], dict.fromkeys(names[1:], math.inf), batch)
-    known = [row if not refusal(row, goal) else None for row in rows]
-    points = [tuple(_figure(row, goal, name) for name in names) if row else None for row in known]
+    unknown = [math.nan] * len(names)
+    points = np.array([unknown if refusal(row, goal) else [_figure(row, goal, name) for name in names] for row in rows])
     return [
-        point is not None and not any(other and other != point and _no_worse(other, point) for other in points)
+        not np.isnan(point).any() and not ((points <= point).all(axis=1) & (points < point).any(axis=1)).any()
         for point in points
     ]
 
@@ -164,10 +166,6 @@ def by_place(sweep: Sweep) -> dict[tuple[str, str], list[Row]]:
         if row["status"] == "finished":
             groups.setdefault((str(row.get("dataset")), row["device_name"]), []).append(row)
     return groups
-
-
-def _no_worse(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return all(mine <= its for mine, its in zip(one, other, strict=True))
 
 
 def _doubts(goal: Goal, winner: Row, runner_up: Row | None) -> list[str]:

@@ -29,9 +29,12 @@ PQ_BENCH = (
 REPEATING = ("seed", "repeat")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sweep:
-    """One sweep folder, the rows of its jobs, and the options besides `amount` in which they differ."""
+    """One sweep folder, the rows of its jobs, and the options besides `amount` in which they differ.
+
+    Each is equal to itself alone, so that what is known of one can be looked up.
+    """
 
     folder: Path
     rows: list[Row]
@@ -109,19 +112,25 @@ def finished(folder: Path, fingerprint: str) -> bool:
 
 
 def find_sweeps(folders: list[Path]) -> list[Sweep]:
-    """Find the sweeps at, above (a job folder was given) or below the folders."""
-    found: dict[Path, Sweep] = {}
+    """Read the sweeps at, above (a job folder was given) or below the folders."""
+    return [read_sweep(folder) for folder in find_folders(folders)]
+
+
+def find_folders(folders: list[Path]) -> list[Path]:
+    """Find the folders of the sweeps at, above or below the given ones."""
+    found: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give a sweep folder such as multirun/<date>/<time>.")
         given = folder.parent if (folder / "result.json").exists() or (folder / "error.json").exists() else folder
-        inside = {path.parent for path in given.rglob("sweep.json")}
-        inside |= {path.parent.parent for path in given.rglob("result.json")}
+        names = {Path(path): files for path, _, files in os.walk(given)}
+        inside = {path for path, files in names.items() if "sweep.json" in files}
+        inside |= {path.parent for path, files in names.items() if "result.json" in files}
         if not inside:
             raise UserError(
                 f"{folder} holds no sweep and no result.json; give a sweep folder such as multirun/<date>/<time>."
             )
-        found |= {path.resolve(): read_sweep(path) for path in sorted(inside)}
+        found |= {path.resolve(): path for path in sorted(inside)}
     return list(found.values())
 
 
@@ -181,7 +190,7 @@ def main() -> None:
     from pq_sweep.sweep import show_sweep, start_again
 
     try:
-        sweeps = [sweep.folder for sweep in find_sweeps(arguments.folders)]
+        sweeps = find_folders(arguments.folders)
         if arguments.resubmit_failed:
             done = [start_again(folder) == 0 for folder in sweeps]
         else:

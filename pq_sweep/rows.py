@@ -106,7 +106,9 @@ def job_name(choices: dict[str, Any]) -> str:
 
 def read_row(folder: Path, announced: Row) -> Row:
     """Return a job as one flat row, whatever state it is in."""
-    result, status, error = read_json(folder / "result.json"), read_json(folder / "status.json"), read_error(folder)
+    result = read_json(folder / "result.json")
+    error = None if result else read_error(folder)
+    status = None if result or error else read_json(folder / "status.json")
     row = {
         "job": folder.name,
         "folder": str(folder),
