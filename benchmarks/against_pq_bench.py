@@ -174,7 +174,7 @@ def run_theirs(options: argparse.Namespace, scratch: Path) -> Outcome:
     """Run the grid by PQ Bench's procedure."""
     folder = scratch / "pq_bench"
     given = ["--images", options.images, "--weights", options.weights, "--workers", options.workers]
-    given += ["--models", *options.models, "--amounts", *options.amounts]
+    given += ["--models", *options.models, "--amounts", *options.amounts, "--iterations", options.iterations]
     given += ["--evaluation", options.evaluation] if options.evaluation else []
     cost = timed(["-m", "benchmarks.pq_bench", folder, *given], scratch)
     found = json.loads((folder / "results.json").read_text())
@@ -186,7 +186,7 @@ def run_theirs(options: argparse.Namespace, scratch: Path) -> Outcome:
 
 
 def their_job(passes: list[dict[str, Any]], folder: Path) -> Job:
-    """Return a combination as PQ Bench's procedure measured it, with a pass for each batch size."""
+    """Return a combination as PQ Bench's procedure measured it, with a run for each batch size and iteration."""
     return Job(
         correct=[one["correct"] for one in passes],
         answers=[one["predictions"] for one in passes],

@@ -1,9 +1,10 @@
 """The procedure of PQ Bench, written anew from the thesis behind it: `python -m benchmarks.pq_bench --help`.
 
 Schulze, *Benchmarking Pruning and Quantization Techniques*, master's thesis, 2024; Schulze et al., DEEM 2025. It is
-here to be compared with, see `benchmarks.against_pq_bench`. Section 4.1: one combination runs after the other, each
-loads, compresses, exports and calibrates for itself, and is evaluated on all images once more for each batch size, from
-their files by a DataLoader, with PyTorch's profiler around each batch. Section 5: ten batches of warm-up come first.
+here to be compared with, see `benchmarks.against_pq_bench`. Section 4.1: one combination of model, pruner, quantizer
+and batch size runs after the other, as many times as there are iterations; each loads, compresses, exports and
+calibrates for itself, has a preparation time of its own, and is evaluated on all images, from their files by a
+DataLoader, with PyTorch's profiler around each batch. Section 5: ten batches of warm-up come first.
 
 ONNX Runtime on the CPU stands for TensorRT. The images and the layers to prune are chosen as pq_sweep does, so that
 both can come to the same answers. Where the thesis leaves open what is done again, what takes less time is taken.
@@ -81,13 +82,14 @@ class Job:
     model: str
     amount: float
     quantizer: str
+    batch_size: int
     options: argparse.Namespace
     tally: Tally
 
     @property
     def folder(self) -> Path:
         """Return the folder for the combination's graph."""
-        folder: Path = self.options.folder / f"{self.model}-{self.amount}-{self.quantizer}"
+        folder: Path = self.options.folder / f"{self.model}-{self.amount}-{self.quantizer}-{self.batch_size}"
         return folder
 
 
@@ -108,8 +110,9 @@ def main() -> None:
     options = parser.parse_args()
     tally = Tally()
     rows = []
-    for model, amount, quantizer in product(options.models, options.amounts, QUANTIZERS):
-        rows += run(Job(model, amount, quantizer, options, tally))
+    for _ in range(options.iterations):
+        for combination in product(options.models, options.amounts, QUANTIZERS, BATCH_SIZES):
+            rows.append(run(Job(*combination, options, tally)))
     tally.turn()
     found = {"images": image_names(options), "decoded": tally.decoded, "seconds": tally.seconds, "rows": rows}
     (options.folder / "results.json").write_text(json.dumps(found))
@@ -123,11 +126,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--amounts", nargs="+", type=float, default=AMOUNTS, help="of l1_global; 0 prunes nothing")
     parser.add_argument("--evaluation", type=int, help="number of images to evaluate on, instead of all")
     parser.add_argument("--workers", type=int, default=0, help="of PQ Bench's DataLoader; the default is PyTorch's")
+    parser.add_argument("--iterations", type=int, default=1, help="of PQ Bench; the thesis takes the median of three")
 
 
-def run(job: Job) -> list[Row]:
-    """Compress a model and evaluate it at each batch size: a row each."""
-    job.folder.mkdir(parents=True)
+def run(job: Job) -> Row:
+    """Compress a model and evaluate it at a batch size."""
+    job.folder.mkdir(parents=True, exist_ok=True)
     with job.tally("load"):
         network, transform = load_network(job)
         pictures = find_pictures(job.options, transform)
@@ -136,16 +140,17 @@ def run(job: Job) -> list[Row]:
     graph = compress(job, network, pictures)
     with job.tally("build"):
         session = open_session(graph)
-    known = {
+    return {
         "model": job.model,
         "amount": job.amount,
         "quantizer": job.quantizer,
+        "batch_size": job.batch_size,
         "graph": str(graph.relative_to(job.options.folder)),
         "original_mb": original,
         "compressed_mb": graph.stat().st_size / 1e6,
         "prep_s": time.perf_counter() - start,
+        **evaluate(job, session, pictures),
     }
-    return [known | {"batch_size": size} | evaluate(job, session, size, pictures) for size in BATCH_SIZES]
 
 
 def load_network(job: Job) -> tuple[nn.Module, Any]:
@@ -259,14 +264,14 @@ def open_session(graph: Path) -> Any:
     return onnxruntime.InferenceSession(graph, settings, providers=["CPUExecutionProvider"])
 
 
-def evaluate(job: Job, session: Any, batch_size: int, pictures: Pictures) -> Row:
+def evaluate(job: Job, session: Any, pictures: Pictures) -> Row:
     """Run all images from their files, each batch under the profiler, after a warm-up."""
     with job.tally("warm-up"):
-        images = random_images(batch_size).numpy()
+        images = random_images(job.batch_size).numpy()
         for _ in range(WARM_UP):
             session.run(None, {"input": images})
     answers, right, times = [], [], []
-    for batch, labels in batches(job, pictures.evaluation, batch_size):
+    for batch, labels in batches(job, pictures.evaluation):
         logits, seconds = profiled(session, batch, job.tally)
         answers.append(logits[:, pictures.columns].argmax(dim=1))
         right.append(answers[-1] == labels)
@@ -286,9 +291,9 @@ def random_images(count: int) -> Tensor:
     return torch.randn((count, 3, 224, 224), generator=torch.Generator().manual_seed(SEED))
 
 
-def batches(job: Job, images: Subset[Any], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(job: Job, images: Subset[Any]) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images and labels from a DataLoader, and count the wait for them."""
-    loader = DataLoader(images, size, num_workers=job.options.workers)
+    loader = DataLoader(images, job.batch_size, num_workers=job.options.workers)
     with job.tally("decode"):
         waiting = iter(loader)
     while True:

@@ -71,7 +71,7 @@ def _take_or_measure(
     """Take the figures that an earlier sweep measured on the same kind of device, or measure them."""
 
     def whole() -> dict[str, Any]:
-        how = {"threads": work.threads, "batch_size": protocol.eval_batch_size}
+        how = {"threads": work.threads, "batch_size": protocol.evaluation_batch(work.device)}
         return about | network_state(model) | {"images": data.identity(data.evaluation)} | how
 
     files = [folder / name for name in ("model.pt", "predictions.npy", "layers.json")]
@@ -87,7 +87,7 @@ def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: 
     use_tf32(False)
     network = inferring(converting(model.module, torch.float32, torch.preserve_format))
     session = CallSession(network, "torch", f"torch {torch.__version__} eager", device, artifact, {})
-    accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
+    accuracy, predictions = measure.accuracy(session, data, protocol.evaluation_batch(device))
     np.save(folder / "predictions.npy", predictions)
     write_json(folder / "layers.json", dense_layers(model))
     return accuracy | measure.network(model) | {"size_bytes": artifact.stat().st_size}

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,8 @@ from pq_sweep.types import UserError, choose
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+    from torch import Tensor
+    from torch.nn import Module
 
     from pq_sweep.types import Model
 
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 RECORD = "record.json"
 LIMIT_GB = 20.0  # PQ_SWEEP_CACHE_GB sets another
 CHECK_EVERY = 50  # entries after which a process looks again whether all are too large together
+PLAIN = (int, float, str, tuple, type(None))  # options of layers that their repr need not show, such as heads
 ABANDONED_S = 86400.0  # what a killed process left half written is removed after this time
 
 
@@ -132,15 +135,42 @@ def open_cache(cfg: DictConfig) -> Cache | None:
 
 def network_state(model: Model) -> dict[str, Any]:
     """Return what a network computes with, as hashes: weights and buffers, layers with their options, and its input."""
+    return network_structure(model) | {"weights": _values(model.module.state_dict())}
+
+
+def network_structure(model: Model) -> dict[str, Any]:
+    """Return what a network computes whatever its weights: their shapes, layers with their options, and its input."""
+    state = model.module.state_dict()
+    shapes = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in state.items()]
+    options: dict[str, dict[str, Any]] = {}
+    constants: dict[str, Tensor] = {}
+    for name, part in model.module.named_modules():
+        options[name] = {key: value for key, value in vars(part).items() if isinstance(value, PLAIN)}
+        constants |= {f"{name}.{key}".lstrip("."): value for key, value in _tensors(part)}
+    rest = {name: tensor for name, tensor in constants.items() if name not in state}
+    layers = digest([repr(model.module), shapes, options])
+    return {"layers": layers, "constants": _values(rest), "preprocess": repr(model.preprocess)}
+
+
+def _tensors(part: Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the buffers of a layer and the tensors among its attributes."""
     import torch
 
-    weights = hashlib.sha256()
-    for name, tensor in model.module.state_dict().items():
+    for name, value in [*part._buffers.items(), *vars(part).items()]:
+        if isinstance(value, torch.Tensor):
+            yield name, value
+
+
+def _values(tensors: Mapping[str, Tensor]) -> str:
+    """Return a hash of the names and values of tensors."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
         values = tensor.detach().cpu().contiguous()
-        weights.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-        weights.update(values.flatten().view(torch.uint8).numpy())
-    layers = digest([repr(model.module), model.module.training])
-    return {"weights": weights.hexdigest(), "layers": layers, "preprocess": repr(model.preprocess)}
+        found.update(f"{name} {values.dtype} {list(values.shape)}".encode())
+        found.update(values.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)

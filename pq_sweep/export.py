@@ -28,30 +28,57 @@ class ExportError(RuntimeError):
 
 def export_onnx(model: Model, path: Path) -> None:
     """Write the FP32 network with a dynamic batch, input `input` and output `logits`, in one file."""
+    traced = path.with_name(f"{path.stem}.traced.onnx")
+    trace(model, traced)
+    fill(model, traced, path)
+    traced.unlink()
+
+
+def trace(model: Model, path: Path) -> None:
+    """Write the graph of all operations without the values of the weights.
+
+    It takes seconds and follows from the network's structure alone, so networks that differ in weights can share it.
+    """
+    import onnx
+
     module = model.module.cpu().eval()
     with _quiet():
-        torch.onnx.export(
+        program = torch.onnx.export(
             module,
             (model.sample(2),),
-            path,
             dynamo=True,
+            optimize=False,
             input_names=["input"],
             output_names=["logits"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
-            external_data=False,
         )
-    _tidy(path)
+    assert program is not None  # only the former exporter returns nothing
+    graph, weights = program.model_proto, module.state_dict()
+    for item in graph.graph.initializer:
+        if item.name in weights:
+            item.ClearField("raw_data")
+    onnx.save(graph, path)
 
 
-def _tidy(path: Path) -> None:
+def fill(model: Model, traced: Path, path: Path) -> None:
+    """Give a traced graph the values of the network's weights, fold what is constant then, and write it."""
+    import onnx
+    import onnx_ir
+
+    program = torch.onnx.ONNXProgram(onnx_ir.load(traced), None)
+    weights = model.module.cpu().state_dict()
+    with _quiet():
+        program.apply_weights({name: weights[name] for name in program.model.graph.initializers if name in weights})
+        program.optimize()
+    onnx.save(_tidy(program.model_proto), path)
+
+
+def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
     """Name folded weights after their module, then drop where in the source each node comes from.
 
     A linear layer over tokens is exported as a product with its transposed weight, a nameless constant; a user who
     keeps a layer in FP32 knows it by the name of its module. The traces hold paths of this machine.
     """
-    import onnx
-
-    model = onnx.load(path)
     _name_weights(model.graph)
     weights = {item.name for item in model.graph.initializer}
     shapes = [item for item in model.graph.value_info if item.name not in weights]
@@ -60,7 +87,7 @@ def _tidy(path: Path) -> None:
     for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
-    onnx.save(model, path)
+    return model
 
 
 def _name_weights(graph: onnx.GraphProto) -> None:

@@ -87,13 +87,19 @@ def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
         return
     loader = GlobalHydra.instance().config_loader()
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*params, *config.hydra.overrides.task])
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*params, *as_given(config)])
     if any(override.key_or_group == "experiment" and override.is_sweep_override() for override in overrides):
         raise UserError(
             "experiment=a,b would run without the grids of both files; start one sweep for each experiment."
         )
     grid = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
     yield from (compose_job(config, list(overrides), number) for number, overrides in enumerate(grid))
+
+
+def as_given(config: DictConfig) -> list[str]:
+    """Return the overrides of a command line or a job, with `${...}` as it was written."""
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    return list(overrides)
 
 
 def compose_job(config: DictConfig, overrides: list[str], number: int) -> DictConfig:
@@ -172,5 +178,5 @@ def announce(job: DictConfig) -> dict[str, Any]:
         "choices": choices,
         "fingerprint": fingerprint(job),
         "loads": digest([OmegaConf.to_container(group) for group in (job.model, job.dataset)]),
-        "overrides": [without_password(override) for override in job.hydra.overrides.task],
+        "overrides": [without_password(override) for override in as_given(job)],
     }

@@ -192,7 +192,7 @@ def evaluate(session: Session, data: Data, protocol: Protocol, stage: Stages) ->
     path = stage.folder / "predictions.npy"
 
     def measured() -> Result:
-        accuracy, predictions = measure.accuracy(session, data, protocol.eval_batch_size)
+        accuracy, predictions = measure.accuracy(session, data, protocol.evaluation_batch(session.device))
         np.save(path, predictions)
         return accuracy
 

@@ -54,6 +54,7 @@ def accuracy(session: Session, data: Data, batch_size: int) -> tuple[Result, np.
     samples = len(data.evaluation)
     result = {
         "samples": samples,
+        "batch_size": batch_size,
         "top1": hits1 / samples,
         "top1_ci95": wilson(hits1, samples),
         # With five classes or fewer every answer is among the first five.

@@ -33,12 +33,13 @@ LEFT_BY_JOBS = (
     "predictions.npy",
     "precisions.svg",
     "samples.npz",
+    "traced.onnx",
     "export.onnx",
     "model.pt",
     "model.onnx",
 )
 PROGRESS = "progress.json"
-PREP = ("prune", "recover", "export", "calibrate", "sensitivity", "quantize", "build")
+PREP = ("prune", "recover", "trace", "export", "calibrate", "sensitivity", "quantize", "build")
 
 
 class Stages:

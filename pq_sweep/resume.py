@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.nn import Module
 
 from pq_sweep.cache import Cache, network_state
 from pq_sweep.environment import device_name
@@ -79,12 +80,21 @@ def _share(stage: Stages, cache: Cache, name: str, model: Model, step: Callable[
 def _change(stage: Stages, name: str, model: Model, step: Callable[[], Any]) -> Any:
     """Run a step and keep what it made of the network if that took long and can be restored."""
     path, before = stage.folder / f"{name}.kept.pt", structure(model)
+    order = {part: [*part._parameters] for part in model.module.modules()}
     with stage(name):
         record = step()
+    _reorder(order)
     restorable = "history" in (record or {}) or structure(model) == before
     if restorable and stage.seconds[name] >= WORTH_KEEPING_S:
         stage.keep(name, partial(_save, model, path, record), path)
     return record
+
+
+def _reorder(names: dict[Module, list[str]]) -> None:
+    """Put the parameters of layers back in their order, which torch's pruning changes: graphs list them in it."""
+    for part, order in names.items():
+        if part._parameters.keys() == set(order):
+            part._parameters.update({name: part._parameters.pop(name) for name in order})
 
 
 def _save(model: Model, path: Path, record: Any) -> Any:

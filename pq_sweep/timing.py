@@ -96,7 +96,7 @@ class Protocol:
 
     name: str
     batch_sizes: list[int]
-    eval_batch_size: int
+    eval_batch_size: int | None
     threads: int | None
     warmup_iterations: int
     warmup_s: float
@@ -111,6 +111,10 @@ class Protocol:
     paired: bool
     repeats: int
     retries: int
+
+    def evaluation_batch(self, device: str) -> int:
+        """Return how many images at once are evaluated: few on a CPU, whose caches and memory pages they fit into."""
+        return self.eval_batch_size or (8 if device == "cpu" else 64)
 
     def done(self, count: int, seconds: float, half_width: float = 0.0) -> bool:
         """Say whether `count` samples in `seconds` are enough, if the median is known to this share of it."""

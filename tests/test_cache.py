@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from pq_sweep import cache, fingerprint, job, removal, resume
 from pq_sweep.cache import Cache
 from pq_sweep.environment import cache_home
+from pq_sweep.types import Model, Preprocess
 
 WEIGHTS = ROOT / "pq_sweep" / "weights" / "digits_cnn.safetensors"
 INT8 = ("quantizer=int8", "runtime=onnxruntime", "quantizer.images=16")
@@ -108,10 +109,30 @@ def test_jobs_that_differ_later_share_what_is_before(tmp_path: Path) -> None:
     plain = run(tmp_path / "b", "runtime=onnxruntime")
     mixed = run(tmp_path / "c", *JOBS["mixed"])
 
-    assert plain["from_cache"] == ["export", "check_export"]
-    assert set(mixed["from_cache"]) == {"export", "check_export", "calibrate"}
-    assert len(records("exported")) == len(records("ranges")) == len(records("baseline")) == 1
+    assert plain["from_cache"] == ["trace", "export", "check_export"]
+    assert set(mixed["from_cache"]) == {"trace", "export", "check_export", "calibrate"}
+    assert len(records("traced")) == len(records("exported")) == len(records("ranges")) == len(records("baseline")) == 1
     assert len(records("quantized")) == 3
+
+
+def test_networks_that_differ_in_weights_share_the_graph_without_them(tmp_path: Path) -> None:
+    chosen = ("pruner=l1_global", "runtime=onnxruntime")
+    run(tmp_path / "a", *chosen, "pruner.amount=0.3")
+    found = {way: run(tmp_path / way, *chosen, "pruner.amount=0.6", f"cache={way}") for way in ("on", "off")}
+
+    assert found["on"]["from_cache"] == ["trace"]
+    assert artifact(tmp_path / "on", found["on"]) == artifact(tmp_path / "off", found["off"])
+    removed = run(tmp_path / "removed", "pruner=remove", "runtime=onnxruntime")
+    assert removed["from_cache"] == []
+
+
+def test_a_pruned_network_is_the_same_from_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Torch's pruning puts a layer's weight behind its bias."""
+    monkeypatch.setattr(resume, "WORTH_KEEPING_S", 0.0)
+    chosen = ("pruner=l1_global", "runtime=onnxruntime")
+    run(tmp_path / "a", *chosen)
+
+    assert run(tmp_path / "b", *chosen)["from_cache"] == ["prune", "recover", "trace", "export", "check_export"]
 
 
 @pytest.mark.parametrize("importance", ["taylor", "sensitivity"])
@@ -145,7 +166,8 @@ def changed_weight(folder: Path) -> tuple[str, ...]:
 def test_a_changed_weight_misses(tmp_path: Path) -> None:
     run(tmp_path / "a", *INT8)
 
-    assert run(tmp_path / "b", *INT8, *changed_weight(tmp_path))["from_cache"] == []
+    # The graph without its weights is that of any weights.
+    assert run(tmp_path / "b", *INT8, *changed_weight(tmp_path))["from_cache"] == ["trace"]
 
 
 @pytest.mark.parametrize("option", ["quantizer.images=17", "quantizer.calibration=entropy", "quantizer.exclude=[last]"])
@@ -427,3 +449,25 @@ def test_what_a_network_computes_with_tells_it_apart() -> None:
     half = digits_cnn()
     half.module.to(torch.bfloat16)
     assert cache.network_state(one)["weights"] != cache.network_state(half)["weights"]
+
+
+class Scaled(torch.nn.Module):
+    """A layer with options that its repr does not show: a number, a tensor and a buffer that is not saved."""
+
+    def __init__(self, number: float, tensor: float, buffer: float) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+        self.number = number
+        self.tensor = torch.tensor(tensor)
+        self.register_buffer("buffer", torch.tensor(buffer), persistent=False)
+
+
+@pytest.mark.parametrize("options", [(2.0, 1.0, 1.0), (1.0, 2.0, 1.0), (1.0, 1.0, 2.0)], ids=str)
+def test_what_a_repr_hides_tells_structures_apart(options: tuple[float, float, float]) -> None:
+    """Weights, which differ in all three, do not."""
+    one, same, other = (
+        cache.network_structure(Model(Scaled(*numbers), 2, Preprocess(size=1, resize=1, channels=2)))
+        for numbers in ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), options)
+    )
+    assert one == same
+    assert one != other

@@ -157,7 +157,7 @@ def test_a_result_has_every_part(jobs: Jobs, name: str) -> None:
     assert set(result) == set(PARTS) | on_gpu
     assert all(isinstance(result[key], kind) for key, kind in PARTS.items())
     assert result["status"] == "finished"
-    alone = {"samples", "top1", "top1_ci95", "top5"}
+    alone = {"samples", "batch_size", "top1", "top1_ci95", "top5"}
     assert set(result["accuracy"]) == alone | {
         "drop_points",
         "drop_ci95_points",
@@ -287,7 +287,7 @@ def test_parameters_are_those_of_the_artifact(jobs: Jobs, name: str) -> None:
 @each_job
 def test_prep_is_the_time_of_its_stages(jobs: Jobs, name: str) -> None:
     result = jobs(name).result
-    by_runtime = {"torch": {"quantize"}, "onnxruntime": {"export", "build"}}[result["session"]["runtime"]]
+    by_runtime = {"torch": {"quantize"}, "onnxruntime": {"trace", "export", "build"}}[result["session"]["runtime"]]
     by_precision = {"fp16": {"quantize"}, "int8": {"quantize", "calibrate"}}.get(result["session"]["precision"], set())
 
     assert set(result["prep_s"]) == {"prune", "recover"} | by_runtime | by_precision

@@ -62,7 +62,8 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 def half_failing(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """A sweep whose first job fails and whose second does not."""
     folder = tmp_path_factory.mktemp("half")
-    return folder, launch_in(folder, "-m", "dataset.calibration=5000,200", *SHORT)
+    chosen = ("pruner=l1_global", "pruner.amount=0.1", "measure.interval=${pruner.amount}")
+    return folder, launch_in(folder, "-m", "dataset.calibration=5000,200", *chosen, *SHORT)
 
 
 def rows_of(sweep: Path) -> list[dict[str, str]]:
@@ -203,6 +204,14 @@ def test_failing_job_does_not_stop_the_other(half_failing: Ran) -> None:
     error = json.loads((sweep / "0" / "error.json").read_text())
     assert (error["type"], error["stage"]) == ("UserError", "load")
     assert "Traceback (most recent call last)" in (sweep / "0" / "job.log").read_text()
+
+
+def test_an_override_may_take_what_only_its_job_has(half_failing: Ran) -> None:
+    """The defaults have no pruner.amount."""
+    sweep = only_sweep(half_failing[0])
+    given = json.loads((sweep / "sweep.json").read_text())["jobs"][1]["overrides"]
+    assert any(word.startswith("measure.interval=$") for word in given)
+    assert json.loads((sweep / "1" / "result.json").read_text())["config"]["measure"]["interval"] == 0.1
 
 
 def test_failing_job_is_marked_in_table_and_csv(half_failing: Ran) -> None:

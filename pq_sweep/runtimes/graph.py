@@ -29,15 +29,21 @@ def precision_of(quantizer: Callable[..., Any]) -> str:
 
 def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, form: str) -> tuple[Path, dict[str, Any]]:
     """Export the network, prove the export, and let the quantizer write `model.onnx`, once for all jobs."""
-    from pq_sweep.cache import network_state
-    from pq_sweep.export import check_export, export_onnx
+    from pq_sweep.cache import network_state, network_structure
+    from pq_sweep.export import check_export, fill, trace
 
-    source, target = work.folder / "export.onnx", work.folder / "model.onnx"
+    traced, source, target = (work.folder / f"{name}.onnx" for name in ("traced", "export", "model"))
     network = cache(partial(network_state, model))
 
+    def trace_once() -> None:
+        with work.stage("trace"):
+            trace(model, traced)
+
     def export() -> dict[str, Any]:
+        work.stage.shared("traced", partial(network_structure, model), trace_once, traced)
         with work.stage("export"):
-            export_onnx(model, source)
+            fill(model, traced, source)
+        traced.unlink()
         with work.stage("check_export"):
             error = check_export(model, source)
         return {"export_error": error, "exported_bytes": source.stat().st_size}
