@@ -17,7 +17,7 @@ sweep: install
 	$(BIN)/python launch.py -m pruner=l1_global pruner.amount=0.1,0.5,0.9
 
 test: install lint
-	$(BIN)/pytest
+	$(BIN)/pytest --durations 30 --durations-min 5
 
 lint: install
 	$(BIN)/ruff check .

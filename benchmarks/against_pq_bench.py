@@ -126,7 +126,7 @@ def spent(results: Iterable[dict[str, Any]]) -> dict[str, float]:
         for stage, taken in result["stage_s"].items():
             name = stage.partition(" ")[0]  # "latency b8"
             if stage not in result["from_cache"]:  # else another job has spent them
-                seconds[{"calibrate": "quantize"}.get(name, name)] += taken
+                seconds[{"calibrate": "quantize", "trace": "export"}.get(name, name)] += taken
     return seconds
 
 

@@ -63,9 +63,9 @@ def trace(model: Model, path: Path) -> None:
 def fill(model: Model, traced: Path, path: Path) -> None:
     """Give a traced graph the values of the network's weights, fold what is constant then, and write it."""
     import onnx
-    import onnx_ir
+    from onnxscript import ir
 
-    program = torch.onnx.ONNXProgram(onnx_ir.load(traced), None)
+    program = torch.onnx.ONNXProgram(ir.load(traced), None)
     weights = model.module.cpu().state_dict()
     with _quiet():
         program.apply_weights({name: weights[name] for name in program.model.graph.initializers if name in weights})

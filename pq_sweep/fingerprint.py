@@ -34,6 +34,7 @@ AROUND_JOBS = (
     "search",
     "shipping",
     "slurm",
+    "sqlite",
     "stores",
     "sweep",
     "tables",

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pq_sweep.environment import without_password
 from pq_sweep.imports import quick_imports
+from pq_sweep.sqlite import copy_tables, empty_tables
 from pq_sweep.types import UserError
 
 if TYPE_CHECKING:
@@ -111,7 +112,12 @@ class Store:
             client = MlflowClient(self.address)
             return client, self._experiment(client, experiment)
         with self._alone():
+            new = self.file if self.file and not self.file.exists() else None
+            if new and copy_tables(empty_tables(), new):
+                new = None
             client = MlflowClient(self.address)
+            if new:
+                copy_tables(new, empty_tables(), empty=True)
             return client, self._experiment(client, experiment)
 
     def _experiment(self, client: MlflowClient, name: str) -> str:

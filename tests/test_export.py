@@ -14,7 +14,7 @@ from independent import matrices, onnx_logits, relative_error, tensors, torch_lo
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from pq_sweep.export import TOLERANCE, ExportError, check_export, export_onnx
+from pq_sweep.export import TOLERANCE, ExportError, check_export, export_onnx, fill, trace
 from pq_sweep.models import digits_cnn
 from pq_sweep.types import Model, Preprocess
 
@@ -106,6 +106,29 @@ def test_exporting_twice_gives_the_same_bytes(graph: Path, tmp_path: Path) -> No
     export_onnx(digits_cnn(), tmp_path / "again.onnx")
 
     assert (tmp_path / "again.onnx").read_bytes() == graph.read_bytes()
+
+
+def test_a_traced_graph_takes_the_weights_of_any_network_of_its_structure(tmp_path: Path) -> None:
+    """Of an attention layer they are folded into constants that have no name of their own."""
+    one, other = attention(), attention()
+    with torch.no_grad():
+        for parameter in other.module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    trace(one, tmp_path / "traced.onnx")
+    fill(other, tmp_path / "traced.onnx", tmp_path / "filled.onnx")
+    export_onnx(other, tmp_path / "export.onnx")
+
+    assert (tmp_path / "filled.onnx").read_bytes() == (tmp_path / "export.onnx").read_bytes()
+    assert check_export(other, tmp_path / "filled.onnx") < 1e-5
+    with pytest.raises(ExportError):
+        check_export(one, tmp_path / "filled.onnx")
+
+
+def test_a_traced_graph_holds_no_weights(tmp_path: Path) -> None:
+    trace(attention(), tmp_path / "traced.onnx")
+
+    kept = {item.name for item in onnx.load(tmp_path / "traced.onnx").graph.initializer if item.raw_data}
+    assert not kept & attention().module.state_dict().keys()
 
 
 def test_the_export_names_no_folder_of_this_machine(graph: Path) -> None:

@@ -98,6 +98,11 @@ def test_sampling_stops_by_the_rules(options: dict[str, Any], count: int, second
     assert protocol(**options).done(count, seconds) is done
 
 
+@pytest.mark.parametrize(("given", "device", "size"), [(None, "cpu", 8), (None, "cuda:1", 64), (3, "cpu", 3)])
+def test_a_device_has_its_batch_for_accuracy(given: int | None, device: str, size: int) -> None:
+    assert protocol(eval_batch_size=given).evaluation_batch(device) == size
+
+
 @pytest.mark.parametrize("name", [path.stem for path in (ROOT / "conf" / "measure").glob("*.yaml")])
 def test_every_protocol_ends(name: str) -> None:
     """Its own stop rule holds after an hour of 100 ms calls, and not before its own minimum."""

@@ -27,7 +27,7 @@ from omegaconf import OmegaConf
 from stored_runs import EXPERIMENT, all_runs, artifact, artifacts, parent_and_jobs
 from sweep_folders import announced, real_result, write_error, write_manifest, write_result, write_status
 
-from pq_sweep import runs, stores, tracking
+from pq_sweep import runs, sqlite, stores, tracking
 from pq_sweep.environment import without_password
 from pq_sweep.results import read_sweep, write_csv
 from pq_sweep.rows import metrics
@@ -488,6 +488,38 @@ def test_jobs_announced_meanwhile_are_known(uri: str, tracker: Mlflow, sweep: Pa
     write_result(sweep, "2")
     tracker.log(sweep / "2")
     assert parent_and_jobs(uri)[1]["2"].data.params["model"] == "mine"
+
+
+def rows_of(store: Path, query: str) -> list[tuple[object, ...]]:
+    with closing(sqlite3.connect(store)) as connection:
+        return connection.execute(query).fetchall()
+
+
+@pytest.mark.parametrize("kept", ["whole", "damaged", "cut"])
+def test_a_new_store_takes_its_tables_from_an_earlier_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: str
+) -> None:
+    """And nothing else: where artifacts lie is its own."""
+    monkeypatch.setenv("PQ_SWEEP_CACHE", str(tmp_path / "cache"))
+    one, two = (tmp_path / name / "mlflow.db" for name in ("one", "two"))
+    one.parent.mkdir()
+    two.parent.mkdir()
+    Store(f"sqlite:///{one}").open("mine")
+    tables = sqlite.empty_tables()
+    assert rows_of(tables, "SELECT * FROM experiments") == []
+    if kept == "damaged":
+        tables.write_bytes(b"no database at all " * 100)
+    elif kept == "cut":
+        tables.write_bytes(tables.read_bytes()[: tables.stat().st_size // 2])
+    Store(f"sqlite:///{two}").open("mine")
+
+    for query in ("SELECT sql FROM sqlite_master ORDER BY name", "SELECT * FROM alembic_version"):
+        assert rows_of(one, query) == rows_of(two, query) == rows_of(tables, query)
+    for store in (one, two):
+        found = rows_of(store, "SELECT name, artifact_location FROM experiments ORDER BY name")
+        assert [name for name, _ in found] == ["Default", "mine"]
+        assert str(found[1][1]) == (store.parent / "mlartifacts").as_uri()
+    assert sorted(path.name for path in tables.parent.iterdir()) == [tables.name]
 
 
 def test_store_file_that_is_replaced_between_jobs(

@@ -1,0 +1,187 @@
+"""What does a sweep take beyond its work? `python -m benchmarks.overhead --images DIR --weights DIR`.
+
+It runs the grid of `benchmarks.against_pq_bench` by pq_sweep's command line with an empty cache, then, one by one and
+timed alone, all that cannot be left out of it: decoding each image once, and once per model the answers of the
+uncompressed one and the graph of its operations; for each amount pruning and its weights in that graph; for each job
+quantization with its calibration, a session, one pass over all images, and as many calls of each batch size as were
+measured. What the sweep took over the sum of that is its overhead: start and imports, checks, records, sizes, tables,
+MLflow. Each round is such a pair; the ratio is the median over them. It has to run alone on its machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnxruntime.quantization import CalibrationDataReader
+from tqdm import tqdm
+
+from benchmarks.against_pq_bench import row, run_ours, table
+from benchmarks.pq_bench import (
+    QUANTIZERS,
+    Job,
+    Tally,
+    add_arguments,
+    find_pictures,
+    load_network,
+    open_session,
+    prune,
+    quantize,
+)
+from pq_sweep.environment import device_name, versions
+from pq_sweep.export import fill, trace
+from pq_sweep.measure import use_threads
+from pq_sweep.types import Model, Preprocess
+
+AT_ONCE = 8  # images, as pq_sweep evaluates on a CPU
+LIMIT = 1.15
+PHOTOGRAPH = Preprocess(size=224, resize=256, channels=3)
+Calls = dict[tuple[str, float, str], dict[int, int]]
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """Decoded images (N, 3, 224, 224) to evaluate and to calibrate with."""
+
+    evaluation: torch.Tensor
+    calibration: torch.Tensor
+
+
+class Reader(CalibrationDataReader):
+    """Decoded calibration images one by one."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = iter(images)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """Return the next input, or None."""
+        image = next(self.images, None)
+        return None if image is None else {"input": image[None].numpy()}
+
+
+def main() -> None:
+    """Run the grid and its parts in turn and print what each took."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=main.__doc__)
+    add_arguments(parser)
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args()
+    options.images, options.weights = options.images.resolve(), options.weights.resolve()
+    rounds = []
+    for _ in tqdm(range(options.rounds), unit="round", disable=None, leave=False):
+        with tempfile.TemporaryDirectory() as scratch:
+            sweep = run_ours(options, Path(scratch))
+            options.folder = Path(scratch)
+            rounds.append((sweep.cost.wall_s, parts(options, counted(Path(scratch)))))
+    print("\n".join(report(rounds, len(sweep.jobs), len(sweep.images))))
+
+
+def counted(scratch: Path) -> Calls:
+    """Return how many calls of each batch size a sweep ran for the latency of each job, warm-up included."""
+    found: Calls = {}
+    for path in scratch.glob("sweep/*/result.json"):
+        result = json.loads(path.read_text())
+        config, precision = result["config"], result["session"]["precision"]
+        quantizer = {"fp32": "none"}.get(precision, precision)
+        found[config["model"]["name"], float(config["pruner"]["amount"]), quantizer] = {
+            int(size): (timed["warmup"]["iterations"] + timed["iterations"]) * len(timed["loads"])
+            for size, timed in result["latency"].items()
+        }
+    return found
+
+
+def parts(options: argparse.Namespace, calls: Calls) -> dict[str, float]:
+    """Do what cannot be left out, each part alone, and return its seconds."""
+    tally = Tally()
+    use_threads(None)
+    for number, name in enumerate(options.models):
+        with tally("load"):
+            network, transform = load_network(Job(name, 0.0, "none", 1, options, tally))
+        if number == 0:  # all models of the grid take their images in the same way
+            with tally("decode"):
+                images = decode(options, transform)
+        with tally("uncompressed"), torch.inference_mode():
+            evaluate(network, images.evaluation)
+        with tally("trace"):
+            trace(Model(network, 1000, PHOTOGRAPH), options.folder / "traced.onnx")
+        for amount in options.amounts:
+            compressed(options, network, (name, amount), images, calls, tally)
+    tally.turn()
+    return {step: seconds for step, seconds in tally.seconds.items() if step != "rest"}
+
+
+def decode(options: argparse.Namespace, transform: Any) -> Photographs:
+    """Decode all images, on all cores."""
+    pictures = find_pictures(options, transform)
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+
+        def taken(images: Any) -> torch.Tensor:
+            return torch.stack([image for image, _ in pool.map(images.__getitem__, range(len(images)))])
+
+        return Photographs(taken(pictures.evaluation), taken(pictures.calibration))
+
+
+def evaluate(network: Any, images: torch.Tensor) -> None:
+    """Run all images once."""
+    for batch in images.split(AT_ONCE):
+        network(batch)
+
+
+def compressed(
+    options: argparse.Namespace,
+    network: Any,
+    which: tuple[str, float],
+    images: Photographs,
+    calls: Calls,
+    tally: Tally,
+) -> None:
+    """Compress a network by an amount, and run each of its jobs."""
+    exported, quantized = options.folder / "export.onnx", options.folder / "model.onnx"
+    changed = copy.deepcopy(network)
+    with tally("prune"):
+        prune(changed, which[1])
+    with tally("export"):
+        fill(Model(changed, 1000, PHOTOGRAPH), options.folder / "traced.onnx", exported)
+    for quantizer in QUANTIZERS:
+        with tally("quantize"):
+            if quantizer == "int8":
+                quantize(exported, quantized, Reader(images.calibration))
+        with tally("build"):
+            session = open_session(quantized if quantizer == "int8" else exported)
+        with tally("accuracy"):
+            evaluate(lambda batch, run=session.run: run(None, {"input": batch.numpy()}), images.evaluation)
+        for size, count in calls[(*which, quantizer)].items():
+            batch = images.evaluation[torch.arange(size) % len(images.evaluation)].numpy()
+            with tally("latency"):
+                for _ in range(count):
+                    session.run(None, {"input": batch})
+
+
+def report(rounds: list[tuple[float, dict[str, float]]], jobs: int, images: int) -> Iterable[str]:
+    """Draw what was found."""
+    known, cores = versions(), len(os.sched_getaffinity(0))
+    where = f"{cores} cores of {device_name('cpu')}, torch {known['torch']}, onnxruntime {known['onnxruntime']}"
+    yield from (f"{jobs} jobs, {images} images, {len(rounds)} rounds; {where}.", "", *table("part", "seconds"))
+    for step in rounds[0][1]:
+        yield row(step, f"{statistics.median(seconds[step] for _, seconds in rounds):.1f}")
+    sums, walls = [sum(seconds.values()) for _, seconds in rounds], [wall for wall, _ in rounds]
+    ratios = [wall / whole for wall, whole in zip(walls, sums, strict=True)]
+    yield row("sum", f"{statistics.median(sums):.1f}")
+    yield row("the sweep", f"{statistics.median(walls):.1f}")
+    verdict = "within" if statistics.median(ratios) <= LIMIT else "**above**"
+    each = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    yield from ("", f"Ratio {statistics.median(ratios):.3f} ({each}), {verdict} the limit of {LIMIT}.")
+
+
+if __name__ == "__main__":
+    main()
