@@ -9,8 +9,8 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,14 @@ def accuracy(session: Session, data: Data, batch_size: int) -> tuple[Result, np.
     predictions = []
     total = math.ceil(len(data.evaluation) / batch_size)
     batches = data.evaluation.batches(batch_size, session.device)
-    for images, labels in tqdm(batches, total=total, desc="accuracy", unit="batch", disable=None, leave=False):
-        logits = data.logits(session(images))
-        places = rank(logits, labels)
-        hits1 += int((places < 1).sum())
-        hits5 += int((places < 5).sum())
-        predictions.append(logits.argmax(dim=1).cpu().numpy())
+    bar = tqdm(batches, total=total, desc="accuracy", unit="batch", disable=None, leave=False)
+    with nullcontext() if session.runtime == "torch" else one_thread():
+        for images, labels in bar:
+            logits = data.logits(session(images))
+            places = rank(logits, labels)
+            hits1 += int((places < 1).sum())
+            hits5 += int((places < 5).sum())
+            predictions.append(logits.argmax(dim=1).cpu().numpy())
     samples = len(data.evaluation)
     result = {
         "samples": samples,
@@ -303,6 +305,17 @@ def use_threads(threads: int | None) -> int:
     count = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(count)
     return count
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch leave the cores to another library, whose threads spin after a call: those of torch would wait."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def _other_load() -> float:

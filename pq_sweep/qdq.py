@@ -164,6 +164,8 @@ def _ranges(graph: Path, split: Split, operators: list[str], method: str, percen
     from onnxruntime.quantization.calibrate import create_calibrator
     from tqdm import tqdm
 
+    from pq_sweep.measure import one_thread
+
     calibrator = create_calibrator(
         graph,
         operators,
@@ -171,7 +173,7 @@ def _ranges(graph: Path, split: Split, operators: list[str], method: str, percen
         calibrate_method=_methods()[method],
         extra_options={"percentile": percentile},
     )
-    with tqdm(total=len(split), desc="calibration", disable=None, leave=False) as bar:
+    with one_thread(), tqdm(total=len(split), desc="calibration", disable=None, leave=False) as bar:
         for start in range(0, len(split), IMAGES_AT_ONCE):
             part = split.take(IMAGES_AT_ONCE, offset=start)
             calibrator.collect_data(_Reader(part))

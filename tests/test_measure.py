@@ -33,6 +33,7 @@ class Fake:
 
     answer: Callable[[Tensor], Tensor]
     device: str = "cpu"
+    runtime: str = "torch"
     calls: list[int] = field(default_factory=list)
     closed: bool = False
 
@@ -277,6 +278,20 @@ def test_pairs_are_timed_with_the_uncompressed_model(tmp_path: Path) -> None:
     assert set(samples) == {f"b{size}_{name}" for size in (1, 2) for name in ("host", "paired", "paired_dense")}
     ratio = np.median(samples["b1_paired_dense"] / samples["b1_paired"])
     assert result["paired"]["1"]["speedup"] == ratio > 1
+
+
+# Threads
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_torch_leaves_the_cores_to_who_runs_the_model(monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
+    monkeypatch.setattr(measure.torch, "get_num_threads", lambda: 5)
+    told: list[int] = []
+    monkeypatch.setattr(measure.torch, "set_num_threads", told.append)
+    session = Fake(lambda images: torch.zeros(len(images), 2), runtime=runtime)
+    measure.accuracy(session, data_of(torch.zeros(3, dtype=torch.long), 2), 2)
+
+    assert told == ([] if runtime == "torch" else [1, 5])
 
 
 # Memory
