@@ -222,11 +222,15 @@ def machine_cpu() -> float:
 
 def heading(options: argparse.Namespace, outcome: Outcome) -> list[str]:
     """Say what ran where."""
-    known, cores = versions(), len(os.sched_getaffinity(0))
     grid = f"{', '.join(options.models)}; l1_global {', '.join(map(str, options.amounts))}; {', '.join(QUANTIZERS)}"
     size = f"{len(outcome.jobs)} jobs at batch sizes {', '.join(map(str, BATCH_SIZES))}, {len(outcome.images)} images"
-    where = f"{cores} cores of {device_name('cpu')}, torch {known['torch']}, onnxruntime {known['onnxruntime']}"
-    return [f"{size} ({grid}); {where}; {options.workers} workers of the DataLoader.", ""]
+    return [f"{size} ({grid}); {machine()}; {options.workers} workers of the DataLoader.", ""]
+
+
+def machine() -> str:
+    """Name the machine and the versions that ran on it."""
+    known, cores = versions(), len(os.sched_getaffinity(0))
+    return f"{cores} cores of {device_name('cpu')}, torch {known['torch']}, onnxruntime {known['onnxruntime']}"
 
 
 def costs(theirs: Outcome, ours: Outcome) -> list[str]:

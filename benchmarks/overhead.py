@@ -27,7 +27,7 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader
 from tqdm import tqdm
 
-from benchmarks.against_pq_bench import row, run_ours, table
+from benchmarks.against_pq_bench import Key, key_of, machine, row, run_ours, table
 from benchmarks.pq_bench import (
     QUANTIZERS,
     Job,
@@ -39,7 +39,6 @@ from benchmarks.pq_bench import (
     prune,
     quantize,
 )
-from pq_sweep.environment import device_name, versions
 from pq_sweep.export import fill, trace
 from pq_sweep.measure import use_threads
 from pq_sweep.types import Model, Preprocess
@@ -47,7 +46,7 @@ from pq_sweep.types import Model, Preprocess
 AT_ONCE = 8  # images, as pq_sweep evaluates on a CPU
 LIMIT = 1.15
 PHOTOGRAPH = Preprocess(size=224, resize=256, channels=3)
-Calls = dict[tuple[str, float, str], dict[int, int]]
+Calls = dict[Key, dict[int, int]]
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,7 @@ def counted(scratch: Path) -> Calls:
     found: Calls = {}
     for path in scratch.glob("sweep/*/result.json"):
         result = json.loads(path.read_text())
-        config, precision = result["config"], result["session"]["precision"]
-        quantizer = {"fp32": "none"}.get(precision, precision)
-        found[config["model"]["name"], float(config["pruner"]["amount"]), quantizer] = {
+        found[key_of(result)] = {
             int(size): (timed["warmup"]["iterations"] + timed["iterations"]) * len(timed["loads"])
             for size, timed in result["latency"].items()
         }
@@ -169,9 +166,7 @@ def compressed(
 
 def report(rounds: list[tuple[float, dict[str, float]]], jobs: int, images: int) -> Iterable[str]:
     """Draw what was found."""
-    known, cores = versions(), len(os.sched_getaffinity(0))
-    where = f"{cores} cores of {device_name('cpu')}, torch {known['torch']}, onnxruntime {known['onnxruntime']}"
-    yield from (f"{jobs} jobs, {images} images, {len(rounds)} rounds; {where}.", "", *table("part", "seconds"))
+    yield from (f"{jobs} jobs, {images} images, {len(rounds)} rounds; {machine()}.", "", *table("part", "seconds"))
     for step in rounds[0][1]:
         yield row(step, f"{statistics.median(seconds[step] for _, seconds in rounds):.1f}")
     sums, walls = [sum(seconds.values()) for _, seconds in rounds], [wall for wall, _ in rounds]
