@@ -141,6 +141,7 @@ def overrides(options: argparse.Namespace) -> list[str]:
         "pruner=l1_global",
         f"pruner.amount={','.join(map(str, options.amounts))}",
         f"quantizer={','.join(QUANTIZERS)}",
+        f"measure={options.measure}",
         f"measure.batch_sizes={list(BATCH_SIZES)}",
         "runtime=onnxruntime",
         "device=cpu",

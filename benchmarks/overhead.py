@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,16 @@ from pq_sweep.export import fill, trace
 from pq_sweep.measure import use_threads
 from pq_sweep.types import Model, Preprocess
 
-AT_ONCE = 8  # images, as pq_sweep evaluates on a CPU
 LIMIT = 1.15
 PHOTOGRAPH = Preprocess(size=224, resize=256, channels=3)
-Calls = dict[Key, dict[int, int]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How a sweep ran its jobs: images at once for accuracy, and calls for latency by job and batch size."""
+
+    at_once: int
+    calls: dict[Key, dict[int, int]]
 
 
 @dataclass(frozen=True)
@@ -85,19 +92,21 @@ def main() -> None:
     print("\n".join(report(rounds, len(sweep.jobs), len(sweep.images))))
 
 
-def counted(scratch: Path) -> Calls:
-    """Return how many calls of each batch size a sweep ran for the latency of each job, warm-up included."""
-    found: Calls = {}
-    for path in scratch.glob("sweep/*/result.json"):
-        result = json.loads(path.read_text())
-        found[key_of(result)] = {
+def counted(scratch: Path) -> Measured:
+    """Return how a sweep ran its jobs; calls of warm-up count."""
+    results = [json.loads(path.read_text()) for path in scratch.glob("sweep/*/result.json")]
+    (at_once,) = {result["accuracy"]["batch_size"] for result in results}
+    calls = {
+        key_of(result): {
             int(size): (timed["warmup"]["iterations"] + timed["iterations"]) * len(timed["loads"])
             for size, timed in result["latency"].items()
         }
-    return found
+        for result in results
+    }
+    return Measured(at_once, calls)
 
 
-def parts(options: argparse.Namespace, calls: Calls) -> dict[str, float]:
+def parts(options: argparse.Namespace, measured: Measured) -> dict[str, float]:
     """Do what cannot be left out, each part alone, and return its seconds."""
     tally = Tally()
     use_threads(None)
@@ -108,11 +117,11 @@ def parts(options: argparse.Namespace, calls: Calls) -> dict[str, float]:
             with tally("decode"):
                 images = decode(options, transform)
         with tally("uncompressed"), torch.inference_mode():
-            evaluate(network, images.evaluation)
+            evaluate(network, images.evaluation, measured.at_once)
         with tally("trace"):
             trace(Model(network, 1000, PHOTOGRAPH), options.folder / "traced.onnx")
         for amount in options.amounts:
-            compressed(options, network, (name, amount), images, calls, tally)
+            compressed(options, network, (name, amount), images, measured, tally)
     tally.turn()
     return {step: seconds for step, seconds in tally.seconds.items() if step != "rest"}
 
@@ -128,9 +137,9 @@ def decode(options: argparse.Namespace, transform: Any) -> Photographs:
         return Photographs(taken(pictures.evaluation), taken(pictures.calibration))
 
 
-def evaluate(network: Any, images: torch.Tensor) -> None:
+def evaluate(network: Any, images: torch.Tensor, at_once: int) -> None:
     """Run all images once."""
-    for batch in images.split(AT_ONCE):
+    for batch in images.split(at_once):
         network(batch)
 
 
@@ -139,7 +148,7 @@ def compressed(
     network: Any,
     which: tuple[str, float],
     images: Photographs,
-    calls: Calls,
+    measured: Measured,
     tally: Tally,
 ) -> None:
     """Compress a network by an amount, and run each of its jobs."""
@@ -156,12 +165,17 @@ def compressed(
         with tally("build"):
             session = open_session(quantized if quantizer == "int8" else exported)
         with tally("accuracy"):
-            evaluate(lambda batch, run=session.run: run(None, {"input": batch.numpy()}), images.evaluation)
-        for size, count in calls[(*which, quantizer)].items():
-            batch = images.evaluation[torch.arange(size) % len(images.evaluation)].numpy()
+            evaluate(partial(answer, session), images.evaluation, measured.at_once)
+        for size, count in measured.calls[(*which, quantizer)].items():
+            batch = images.evaluation[torch.arange(size) % len(images.evaluation)]
             with tally("latency"):
                 for _ in range(count):
-                    session.run(None, {"input": batch})
+                    answer(session, batch)
+
+
+def answer(session: Any, images: torch.Tensor) -> None:
+    """Run a batch."""
+    session.run(None, {"input": images.numpy()})
 
 
 def report(rounds: list[tuple[float, dict[str, float]]], jobs: int, images: int) -> Iterable[str]:

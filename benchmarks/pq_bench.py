@@ -125,8 +125,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--amounts", nargs="+", type=float, default=AMOUNTS, help="of l1_global; 0 prunes nothing")
     parser.add_argument("--evaluation", type=int, help="number of images to evaluate on, instead of all")
+    parser.add_argument("--measure", default="quick", help="protocol by which pq_sweep times its jobs")
     parser.add_argument("--workers", type=int, default=0, help="of PQ Bench's DataLoader; the default is PyTorch's")
-    parser.add_argument("--iterations", type=int, default=1, help="of PQ Bench; the thesis takes the median of three")
+    parser.add_argument("--iterations", type=int, default=3, help="of PQ Bench; the thesis takes the median of three")
 
 
 def run(job: Job) -> Row:

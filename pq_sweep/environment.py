@@ -65,8 +65,9 @@ def without_password(text: str) -> str:
     return re.sub(r"\b((?:\w*passw(?:or)?d|\w*token|\w*secret)=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)
 
 
+@cache
 def git_state() -> dict[str, Any] | None:
-    """Return the commit of this package's checkout and whether it has changes, or None outside one."""
+    """Return the commit of this package's checkout and whether it has changes, or None outside one; asked once."""
     here = Path(__file__).resolve().parent
     try:
         commit = _git(here, "rev-parse", "HEAD")

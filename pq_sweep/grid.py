@@ -12,6 +12,8 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pq_sweep.check import problems
@@ -21,6 +23,10 @@ from pq_sweep.imports import quick_imports
 from pq_sweep.results import finished
 from pq_sweep.rows import GROUPS, job_name
 from pq_sweep.types import UserError
+
+# Options by the stage of a job that they first matter to; those of one's own come before all stages.
+STAGES = ("node", "device", "seed", "model", "dataset", "pruner", "recovery", "quantizer", "runtime", "measure",
+          "repeat")  # fmt: skip
 
 
 @dataclass
@@ -80,8 +86,6 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
 
 def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
     """Compose the jobs one by one as the sweeper will; none under a sweeper that chooses its jobs as it goes."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
     sweeper = config.hydra.sweeper
     if not sweeper._target_.endswith(("BasicSweeper", "CheckedSweeper")):
         return
@@ -92,8 +96,22 @@ def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
         raise UserError(
             "experiment=a,b would run without the grids of both files; start one sweep for each experiment."
         )
-    grid = BasicSweeper.split_arguments(overrides, max_batch_size=None)[0]
+    kind: Any = get_class(sweeper._target_)
+    grid = kind.split_arguments(overrides, max_batch_size=None)[0]
     yield from (compose_job(config, list(overrides), number) for number, overrides in enumerate(grid))
+
+
+def by_stage(overrides: list[Override]) -> list[Override]:
+    """Order the options of a grid so that its last ones, which change from job to job, matter to the last stages.
+
+    Jobs that share a stage then run next to each other, however the command line was written.
+    """
+
+    def stage(override: Override) -> int:
+        root = re.split(r"[./@]", override.key_or_group)[0]
+        return STAGES.index(root) + 1 if root in STAGES else 0
+
+    return sorted(overrides, key=stage)
 
 
 def as_given(config: DictConfig) -> list[str]:

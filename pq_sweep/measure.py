@@ -11,7 +11,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -256,9 +256,16 @@ def macs(model: Model) -> int:
 def release_memory() -> None:
     """Give freed memory back to the system and the device, so that the peak is not that of an earlier stage."""
     gc.collect()
+    _set_aside()
     torch.cuda.empty_cache()
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@cache
+def _set_aside() -> None:
+    """Have garbage collections leave out what there is at the first job: objects of libraries, which stay."""
+    gc.freeze()
 
 
 def allocated(device: str) -> Result:

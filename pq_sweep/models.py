@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pq_sweep.download import fetch, public
 from pq_sweep.types import Model, Preprocess, UserError, choose
@@ -22,7 +24,19 @@ INSTEAD = "or give model.weights=/path or model.weights=null"
 TORCHVISION_LICENCE = "https://github.com/pytorch/vision/blob/main/LICENSE"
 APACHE_LICENCE = "https://www.apache.org/licenses/LICENSE-2.0"  # this project's own
 SIMPLENET_LICENCE = "https://github.com/Coderx7/SimpleNet_Pytorch"
+DRAWING = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_)
 HOW_TO_SAVE = "save one by torch.save(model.state_dict(), path)."
+
+
+class Undrawn(TorchFunctionMode):
+    """Leaves out the random numbers of networks made within it, whose weights are loaded: they can take a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in DRAWING:
+            return args[0]
+        if getattr(func, "__module__", "") == nn.init.__name__:
+            return kwargs["tensor"]  # as its functions hand themselves over
+        return func(*args, **(kwargs or {}))
 
 
 def digits_cnn(*, weights: str | None = "DEFAULT") -> Model:
@@ -61,12 +75,13 @@ def torchvision_model(
         raise UserError(
             f"model.num_classes={num_classes} does not fit model.weights={weights}; give weights as a path, or null."
         )
-    if chosen is None:
-        module = get_model(name, weights=None, num_classes=num_classes, **(options or {}))
-        if weights:
-            load_weights(module, Path(weights))
-    else:
-        module = _published(name, chosen, options or {})
+    with Undrawn() if weights else nullcontext():
+        if chosen is None:
+            module = get_model(name, weights=None, num_classes=num_classes, **(options or {}))
+        else:
+            module = _published(name, chosen, options or {})
+    if weights and chosen is None:
+        load_weights(module, Path(weights))
     first = next(iter(published))
     names = tuple(first.meta["categories"]) if num_classes == 1000 else None
     source = chosen or first

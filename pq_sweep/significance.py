@@ -45,7 +45,6 @@ def _score(drop: float, only_before: int, only_after: int, samples: int) -> floa
 
 def mcnemar(only_before: int, only_after: int) -> float:
     """Return how likely a difference at least this large is if both models are equally good: McNemar's exact test."""
-    from scipy.stats import binomtest
+    from scipy.special import bdtr
 
-    total = only_before + only_after
-    return float(binomtest(only_before, total, 0.5).pvalue) if total else 1.0
+    return min(1.0, 2 * float(bdtr(min(only_before, only_after), only_before + only_after, 0.5)))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from hydra.utils import instantiate
@@ -56,6 +57,10 @@ class Sweep(Callback):
         with open_dict(config):
             config.hydra.job.num = 0
         _or_exit(lambda: self._begin(config, [config]))
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Forget the config of a job that is over: its launcher keeps what Hydra returns until the sweep ends."""
+        job_return.cfg = job_return.hydra_cfg = None
 
     def _begin(self, config: DictConfig, jobs: Iterable[DictConfig]) -> None:
         register_plugins()

@@ -158,10 +158,22 @@ def test_torchvision_weights_from_a_file(tmp_path: Path) -> None:
     torch.manual_seed(7)
     state = squeezenet1_1(num_classes=3).state_dict()
     torch.save(state, tmp_path / "weights.pt")
+    before = torch.get_rng_state()
     model = torchvision_model(name="squeezenet1_1", weights=str(tmp_path / "weights.pt"), num_classes=3)
     assert_same(model.module.state_dict(), state)
+    assert torch.equal(torch.get_rng_state(), before)  # nothing is drawn only to be replaced
     assert model.classes is None
     assert not model.module.training
+
+
+def test_random_weights_are_torchvisions() -> None:
+    from torchvision.models import squeezenet1_1
+
+    torch.manual_seed(7)
+    state = squeezenet1_1(num_classes=3).state_dict()
+    torch.manual_seed(7)
+    model = torchvision_model(name="squeezenet1_1", weights=None, num_classes=3)
+    assert_same(model.module.state_dict(), state)
 
 
 def test_imagenet_classes_are_named() -> None:

@@ -36,6 +36,14 @@ class CheckedSweeper(BasicSweeper):
 
     rounds: Any = None
 
+    @staticmethod
+    def split_arguments(overrides: list[Any], max_batch_size: int | None) -> list[list[list[str]]]:
+        """Return the overrides of each job of the grid, in batches."""
+        from pq_sweep.grid import by_stage
+
+        batches: list[list[list[str]]] = BasicSweeper.split_arguments(by_stage(overrides), max_batch_size)
+        return batches
+
     def is_done(self) -> bool:
         """Say whether no job is left."""
         assert self.config is not None
