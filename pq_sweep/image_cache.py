@@ -228,9 +228,11 @@ class ImageCache:
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     """Turn (B, H, W, C) uint8 into normalised float32 (B, C, H, W) on its device; the bits are the same on all.
 
-    Every divisor is a tensor on the device: by a plain number, CUDA multiplies by the reciprocal instead.
+    Every divisor is a tensor on the device: by a plain number, CUDA multiplies by the reciprocal instead. One for all
+    channels would be slower on a CPU.
     """
-    values = (torch.tensor(value, device=pixels.device) for value in (255.0, preprocess.mean, preprocess.std))
+    white = [255.0] * len(preprocess.mean)
+    values = (torch.tensor(value, device=pixels.device) for value in (white, preprocess.mean, preprocess.std))
     scale, mean, std = (value.view(-1, 1, 1) for value in values)
     images = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32)  # bytes are the quickest to put in order
     return images.div_(scale).sub_(mean).div_(std)

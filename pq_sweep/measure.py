@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -266,6 +267,7 @@ def release_memory() -> None:
 def _set_aside() -> None:
     """Have garbage collections leave out what there is at the first job: objects of libraries, which stay."""
     gc.freeze()
+    atexit.register(gc.unfreeze)  # some libraries complain of what is left over at the end
 
 
 def allocated(device: str) -> Result:

@@ -20,7 +20,7 @@ from pq_sweep.progress import Stages
 from pq_sweep.types import Data, Model
 
 # What takes less is repeated from the seed: that is quicker than writing the weights of a large network.
-WORTH_KEEPING_S = 1.0
+WORTH_KEEPING_S = 0.3
 
 
 @dataclass(frozen=True)
