@@ -406,12 +406,15 @@ def test_jobs_that_share_a_stage_run_next_to_each_other(words: tuple[str, ...]) 
     ran = [(job.seed, job.pruner.amount, job.hydra.runtime.choices.quantizer) for job in jobs]
     assert ran == [*product((1, 2), (0.1, 0.5), ("none", "int8"))]
     assert [job.hydra.job.num for job in jobs] == [*range(8)]
+    given = [word.partition("=")[0] for word in ("runtime=", *words, "pruner=")]
+    assert all([word.partition("=")[0] for word in job.hydra.overrides.task] == given for job in jobs)
 
 
 @pytest.mark.slow
 def test_jobs_run_in_the_order_of_their_numbers(tmp_path: Path, launch: Launch) -> None:
     """Those that share an export are neighbours, in the folders as in time."""
-    done = launch("-m", "quantizer=none,int8", "pruner=none,l1_global", "runtime=onnxruntime", "tracking=none", *SHORT)
+    grid = ["quantizer=none,int8", "pruner=none,l1_global", "runtime=onnxruntime", "tracking=none", *SHORT]
+    done = launch("-m", *grid, env={"PQ_SWEEP_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stdout + done.stderr
     ran = sorted(results(only_sweep(tmp_path)), key=lambda result: result["started"])
     choices = [(result["config"]["pruner"]["_target_"], result["session"]["precision"]) for result in ran]

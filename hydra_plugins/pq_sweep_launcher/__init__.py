@@ -38,11 +38,12 @@ class CheckedSweeper(BasicSweeper):
 
     @staticmethod
     def split_arguments(overrides: list[Any], max_batch_size: int | None) -> list[list[list[str]]]:
-        """Return the overrides of each job of the grid, in batches."""
+        """Return the overrides of each job as they were given, in batches; jobs that share a stage are neighbours."""
         from pq_sweep.grid import by_stage
 
-        batches: list[list[list[str]]] = BasicSweeper.split_arguments(by_stage(overrides), max_batch_size)
-        return batches
+        given = [override.get_key_element() for override in overrides]
+        batches = BasicSweeper.split_arguments(by_stage(overrides), max_batch_size)
+        return [[sorted(job, key=lambda word: given.index(word.partition("=")[0])) for job in jobs] for jobs in batches]
 
     def is_done(self) -> bool:
         """Say whether no job is left."""
