@@ -28,7 +28,7 @@ import torch
 from onnxruntime.quantization import CalibrationDataReader
 from tqdm import tqdm
 
-from benchmarks.against_pq_bench import Key, key_of, machine, row, run_ours, table
+from benchmarks.against_pq_bench import Key, Outcome, key_of, machine, row, run_ours, table
 from benchmarks.pq_bench import (
     QUANTIZERS,
     Job,
@@ -45,6 +45,20 @@ from pq_sweep.measure import use_threads
 from pq_sweep.types import Model, Preprocess
 
 LIMIT = 1.15
+# What takes time: first what cannot be left out, by its name in `benchmarks.against_pq_bench.STEPS`.
+PARTS = {
+    "load": "read weights, decode each image once",
+    "baseline": "answers of the uncompressed models",
+    "prune": "prune",
+    "export": "trace each model once, export",
+    "quantize": "calibrate and quantize",
+    "build": "open sessions",
+    "accuracy": "one pass of all images per job",
+    "latency": "calls for latency, as many as were measured",
+    "sizes": "sizes in every format",
+    "check_export": "proof of each export",
+    "rest": "start, imports, checks, records, tables, MLflow",
+}
 PHOTOGRAPH = Preprocess(size=224, resize=256, channels=3)
 
 
@@ -54,6 +68,19 @@ class Measured:
 
     at_once: int
     calls: dict[Key, dict[int, int]]
+
+
+@dataclass(frozen=True)
+class Round:
+    """A sweep, and the seconds of its parts alone."""
+
+    sweep: Outcome
+    alone: dict[str, float]
+
+    @property
+    def ratio(self) -> float:
+        """Return how often the parts would fit into the sweep."""
+        return self.sweep.cost.wall_s / sum(self.alone.values())
 
 
 @dataclass(frozen=True)
@@ -83,13 +110,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     options.images, options.weights = options.images.resolve(), options.weights.resolve()
-    rounds = []
+    rounds = list[Round]()
     for _ in tqdm(range(options.rounds), unit="round", disable=None, leave=False):
         with tempfile.TemporaryDirectory() as scratch:
             sweep = run_ours(options, Path(scratch))
             options.folder = Path(scratch)
-            rounds.append((sweep.cost.wall_s, parts(options, counted(Path(scratch)))))
-    print("\n".join(report(rounds, len(sweep.jobs), len(sweep.images))))
+            rounds.append(Round(sweep, parts(options, counted(Path(scratch)))))
+    print("\n".join(report(rounds)))
 
 
 def counted(scratch: Path) -> Measured:
@@ -114,11 +141,11 @@ def parts(options: argparse.Namespace, measured: Measured) -> dict[str, float]:
         with tally("load"):
             network, transform = load_network(Job(name, 0.0, "none", 1, options, tally))
         if number == 0:  # all models of the grid take their images in the same way
-            with tally("decode"):
+            with tally("load"):
                 images = decode(options, transform)
-        with tally("uncompressed"), torch.inference_mode():
+        with tally("baseline"), torch.inference_mode():
             evaluate(network, images.evaluation, measured.at_once)
-        with tally("trace"):
+        with tally("export"):
             trace(Model(network, 1000, PHOTOGRAPH), options.folder / "traced.onnx")
         for amount in options.amounts:
             compressed(options, network, (name, amount), images, measured, tally)
@@ -178,18 +205,25 @@ def answer(session: Any, images: torch.Tensor) -> None:
     session.run(None, {"input": images.numpy()})
 
 
-def report(rounds: list[tuple[float, dict[str, float]]], jobs: int, images: int) -> Iterable[str]:
+def report(rounds: list[Round]) -> Iterable[str]:
     """Draw what was found."""
-    yield from (f"{jobs} jobs, {images} images, {len(rounds)} rounds; {machine()}.", "", *table("part", "seconds"))
-    for step in rounds[0][1]:
-        yield row(step, f"{statistics.median(seconds[step] for _, seconds in rounds):.1f}")
-    sums, walls = [sum(seconds.values()) for _, seconds in rounds], [wall for wall, _ in rounds]
-    ratios = [wall / whole for wall, whole in zip(walls, sums, strict=True)]
-    yield row("sum", f"{statistics.median(sums):.1f}")
-    yield row("the sweep", f"{statistics.median(walls):.1f}")
-    verdict = "within" if statistics.median(ratios) <= LIMIT else "**above**"
-    each = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-    yield from ("", f"Ratio {statistics.median(ratios):.3f} ({each}), {verdict} the limit of {LIMIT}.")
+    sweep = rounds[0].sweep
+    size = f"{len(sweep.jobs)} jobs, {len(sweep.images)} images, {len(rounds)} rounds"
+    yield from (f"{size}; {machine()}.", "", *table("part", "alone, s", "in the sweep, s"))
+    for step, about in PARTS.items():
+        alone = [one.alone[step] for one in rounds if step in one.alone]
+        yield row(about, middle(alone) if alone else "-", middle([one.sweep.steps[step] for one in rounds]))
+    sums, walls = [sum(one.alone.values()) for one in rounds], [one.sweep.cost.wall_s for one in rounds]
+    yield row("sum", middle(sums), middle(walls))
+    ratio = statistics.median(one.ratio for one in rounds)
+    verdict = "within" if ratio <= LIMIT else "**above**"
+    each = ", ".join(f"{one.ratio:.3f}" for one in rounds)
+    yield from ("", f"Ratio {ratio:.3f} ({each}), {verdict} the limit of {LIMIT}.")
+
+
+def middle(seconds: list[float]) -> str:
+    """Return the median."""
+    return f"{statistics.median(seconds):.1f}"
 
 
 if __name__ == "__main__":

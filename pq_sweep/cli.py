@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
+import logging
 import os
 import re
 import sys
@@ -32,6 +34,8 @@ def main(launch: Callable[[], None], conf: Path) -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(help_text([*_config_dirs(sys.argv), conf]))
         return
+    codes = list[int]()
+    atexit.register(_leave, codes)  # who is the first to register is the last to be told
     sys.path.append(str(Path.cwd()))  # where a user's own components are
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors through to here
@@ -54,7 +58,17 @@ def main(launch: Callable[[], None], conf: Path) -> None:
     except OSError as error:
         print(f"the results cannot be written: {error}", file=sys.stderr)
         complete = False
-    sys.exit(code or (0 if complete else 1))
+    codes.append(code or (0 if complete else 1))
+    sys.exit(codes[0])
+
+
+def _leave(codes: list[int]) -> None:
+    """End the process where all else was told that it ends: to take apart what torch and MLflow hold takes seconds."""
+    if codes:
+        logging.shutdown()  # it registers before anyone can
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(codes[0])
 
 
 def explain(error: BaseException) -> str:

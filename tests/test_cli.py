@@ -176,3 +176,38 @@ def test_commands_in_help_name_real_choices(command: str) -> None:
     files = [CONF / group / f"{name}.yaml" for group, names in choices for name in names.split(",")]
     assert files
     assert all(path.is_file() for path in files)
+
+
+ENDING = """
+import atexit, logging, sys, threading, time
+from pathlib import Path
+from pq_sweep import cli
+from pq_sweep.types import UserError
+
+class Held:
+    def __del__(self):
+        print("taken apart")
+
+held = Held()
+
+def work():
+    time.sleep(0.2)
+    print("waited for")
+
+def launch():
+    logging.basicConfig(handlers=[logging.FileHandler("log", delay=True)])
+    logging.warning("logged")
+    atexit.register(print, "told")
+    threading.Thread(target=work).start()
+    raise UserError("It failed.")
+
+cli.main(launch, Path("conf"))
+"""
+
+
+def test_a_launch_ends_without_taking_memory_apart_once_all_are_told(tmp_path: Path) -> None:
+    """Threads end, handlers of others run, output is whole and the exit code is kept."""
+    (tmp_path / "own.py").write_text(ENDING)
+    done = python([str(tmp_path / "own.py")], tmp_path, {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr) == (1, "waited for\ntold\n", "It failed.\n")
+    assert (tmp_path / "log").read_text() == "WARNING:root:logged\n"
