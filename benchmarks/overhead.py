@@ -6,6 +6,9 @@ uncompressed one and the graph of its operations; for each amount pruning and it
 quantization with its calibration, a session, one pass over all images, and as many calls of each batch size as were
 measured. What the sweep took over the sum of that is its overhead: start and imports, checks, records, sizes, tables,
 MLflow. Each round is such a pair; the ratio is the median over them. It has to run alone on its machine.
+
+It measures by the `standard` protocol, as a sweep does whose latencies are to be relied on. What is beyond the work is the
+same with `--measure quick`, which looks at each batch size for under a second, and so is a larger share there.
 """
 
 from __future__ import annotations
@@ -107,6 +110,7 @@ def main() -> None:
     """Run the grid and its parts in turn and print what each took."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=main.__doc__)
     add_arguments(parser)
+    parser.set_defaults(measure="standard")
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()
     options.images, options.weights = options.images.resolve(), options.weights.resolve()
