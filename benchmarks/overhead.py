@@ -7,8 +7,8 @@ quantization with its calibration, a session, one pass over all images, and as m
 measured. What the sweep took over the sum of that is its overhead: start and imports, checks, records, sizes, tables,
 MLflow. Each round is such a pair; the ratio is the median over them. It has to run alone on its machine.
 
-It measures by the `standard` protocol, as a sweep does whose latencies are to be relied on. What is beyond the work is the
-same with `--measure quick`, which looks at each batch size for under a second, and so is a larger share there.
+It measures by the `standard` protocol, as a sweep does whose latencies are to be relied on. What is beyond the work is
+the same with `--measure quick`, which looks at each batch size for under a second, and so is a larger share there.
 """
 
 from __future__ import annotations
