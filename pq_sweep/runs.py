@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import time
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,10 +34,14 @@ VIEW = "mlflow.sharedViewState.pq_sweep"  # a tag of the experiment: ...runs?vie
 ONNX = ("onnx", "onnxruntime", "onnxruntime-gpu")
 TABLE = "comparison.json"  # in the form of MLflow's tables
 FILES = ("result.json", "layers.json", "samples.npz")
+PAGE = 100  # runs that are read at once: each is 0.2 MB in memory
 MAX_VALUE = 6000  # MLflow's limit for the length of a parameter
 # Those of libyaml where it is there: ten times as fast.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+# How a run ended, and when its job was started.
+State = tuple[str, str | None]
 
 
 class View:
@@ -48,7 +53,7 @@ class View:
         self.announced = {job["folder"]: job for job in self.manifest.get("jobs") or ()}
         self.client, self.experiment = store.open(experiment)
         # None for a job that has several runs.
-        self.logged: dict[str, Run | None] = {}
+        self.logged: dict[str, State | None] = {}
         self.parent = self._find_or_make_parent()
         self.seen = sight(store, sweep)
 
@@ -70,11 +75,11 @@ class View:
         if record is None:
             return False
         status, started = "FINISHED" if result else "FAILED", f"{record['started']:.6f}"
-        if _is_complete(self.logged.get(job.name), status, started):
+        if self.logged.get(job.name) == (status, started):
             return False
         with held(job / LOCK):  # the job, its launcher and a sync can be here at the same time
             run = None if self._is_new(job) else self._only(self._find({"pq_sweep.job": job.name}), started)
-            if _is_complete(run, status, started):
+            if run is not None and _state(run) == (status, started):
                 return False
             row = read_row(job, self.announced.get(job.name, {}))
             tags = self._tags(job, row, result, started)
@@ -97,15 +102,16 @@ class View:
     def survey(self) -> None:
         """Learn which jobs are logged, and put right what processes made twice that could not lock each other out."""
         parent = self.parent.info.run_id
-        jobs = [run for run in self._find({}) if "pq_sweep.job" in run.data.tags]
-        for run in jobs:
-            if run.data.tags.get("mlflow.parentRunId") != parent:
-                self.client.set_tag(run.info.run_id, "mlflow.parentRunId", parent)
+        found: dict[str, list[State]] = defaultdict(list)
+        for run in self._each({}):
+            if "pq_sweep.job" in run.data.tags:
+                found[run.data.tags["pq_sweep.job"]].append(_state(run))
+                if run.data.tags.get("mlflow.parentRunId") != parent:
+                    self.client.set_tag(run.info.run_id, "mlflow.parentRunId", parent)
         for run in self._find({"pq_sweep.kind": "sweep"}):
             if run.info.run_id != parent:
                 self.client.delete_run(run.info.run_id)
-        names = Counter(run.data.tags["pq_sweep.job"] for run in jobs)
-        self.logged = {(name := run.data.tags["pq_sweep.job"]): run if names[name] == 1 else None for run in jobs}
+        self.logged = {job: states[0] if len(states) == 1 else None for job, states in found.items()}
 
     def summarize(self, done: Sweep) -> None:
         """Log how many jobs ended how, and end the parent run unless some are still to come."""
@@ -147,16 +153,19 @@ class View:
 
     def _find(self, tags: dict[str, str]) -> list[Run]:
         """Return the runs of the sweep that have the tags; if there is one to keep, every process has it first."""
+        return sorted(self._each(tags), key=lambda run: (run.info.status == "RUNNING", run.info.run_id))
+
+    def _each(self, tags: dict[str, str]) -> Iterator[Run]:
+        """Yield the runs of the sweep that have the tags; only some at a time are in memory."""
         wanted = {"pq_sweep.sweep": self.manifest["id"]} | tags
         text = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
-        runs: list[Run] = []
         token: str | None = None
         while True:
-            page = self.client.search_runs([self.experiment], text, max_results=1000, page_token=token)
-            runs += page
+            page = self.client.search_runs([self.experiment], text, max_results=PAGE, page_token=token)
+            yield from page
             token = page.token
             if not token:
-                return sorted(runs, key=lambda run: (run.info.status == "RUNNING", run.info.run_id))
+                return
 
     def _only(self, runs: list[Run], started: str) -> Run | None:
         """Return the run to go on with; delete doubles, and those of an earlier try, whose values cannot change."""
@@ -268,8 +277,8 @@ def sight(store: Store, sweep: Path) -> tuple[object, ...]:
     )
 
 
-def _is_complete(run: Run | None, status: str, started: str) -> bool:
-    return run is not None and run.info.status == status and run.data.tags.get("pq_sweep.started") == started
+def _state(run: Run) -> State:
+    return run.info.status, run.data.tags.get("pq_sweep.started")
 
 
 def read_manifest(sweep: Path) -> dict[str, Any]:
