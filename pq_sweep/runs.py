@@ -34,7 +34,7 @@ VIEW = "mlflow.sharedViewState.pq_sweep"  # a tag of the experiment: ...runs?vie
 ONNX = ("onnx", "onnxruntime", "onnxruntime-gpu")
 TABLE = "comparison.json"  # in the form of MLflow's tables
 FILES = ("result.json", "layers.json", "samples.npz")
-PAGE = 100  # runs that are read at once: each is 0.2 MB in memory
+PAGE = 100  # runs that are read at once: each takes 0.1 MB
 MAX_VALUE = 6000  # MLflow's limit for the length of a parameter
 # Those of libyaml where it is there: ten times as fast.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -200,6 +200,21 @@ def test_second_sync_uploads_nothing(uri: str, tracker: Mlflow, sweep: Path) -> 
     parent_and_jobs(uri)
 
 
+def test_a_sweep_is_known_whole_however_many_pages_its_runs_are(
+    uri: str, tracker: Mlflow, sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pq_sweep.runs.PAGE", 2)
+    write_manifest(sweep, *(announced(str(number)) for number in range(5)))
+    for number in range(2, 5):
+        write_result(sweep, str(number))
+    assert tracker.sync(sweep) == 5
+    looked_up = []
+    monkeypatch.setattr("pq_sweep.runs.View._only", lambda *arguments: looked_up.append(arguments))
+    assert tracker.sync(sweep) == 0
+    assert not looked_up
+    assert set(parent_and_jobs(uri)[1]) == {"0", "1", "2", "3", "4"}
+
+
 def test_sync_after_a_whole_sweep_uploads_nothing(tracker: Mlflow, sweep: Path) -> None:
     track(tracker, sweep)
     assert tracker.sync(sweep) == 0
