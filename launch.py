@@ -5,13 +5,14 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from pq_sweep import cli, sweep
+from pq_sweep import cli
+from pq_sweep.worker import run_job
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def launch(cfg: DictConfig) -> None:
     """Run one job; what is heavy is imported here and not before."""
-    sweep.run_job(cfg)
+    run_job(cfg)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from benchmarks.pq_bench import (
     quantize,
 )
 from pq_sweep.export import fill, trace
-from pq_sweep.measure import use_threads
+from pq_sweep.threads import use_threads
 from pq_sweep.types import Model, Preprocess
 
 LIMIT = 1.15

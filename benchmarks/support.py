@@ -75,7 +75,7 @@ def try_model(name: str, weights: Path | None, images: Path | None) -> Cell:
     import torch
     from hydra.utils import instantiate
 
-    from pq_sweep.measure import use_threads
+    from pq_sweep.threads import use_threads
 
     use_threads(None)
     torch.manual_seed(0)

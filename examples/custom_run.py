@@ -20,9 +20,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pq_sweep import cli, sweep
+from pq_sweep import cli
 from pq_sweep.quantizers import quantizer
 from pq_sweep.types import Data, Model, Preprocess, Split, Stage
+from pq_sweep.worker import run_job
 
 SHAPES = ("circle", "square", "triangle")
 SWEEP = (
@@ -168,7 +169,7 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def launch(cfg: DictConfig) -> None:
     """Run one job."""
-    sweep.run_job(cfg)
+    run_job(cfg)
 
 
 if __name__ == "__main__":

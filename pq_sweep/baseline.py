@@ -14,15 +14,15 @@ from filelock import FileLock
 from omegaconf import DictConfig
 
 from pq_sweep import measure
-from pq_sweep.cache import network_state
 from pq_sweep.environment import device_name, versions
+from pq_sweep.files import write_json
 from pq_sweep.fingerprint import digest, files_state, resolved
 from pq_sweep.layers import Layers, dense_layers
-from pq_sweep.progress import write_json
 from pq_sweep.runtimes import CallSession, converting, inferring, use_tf32
 from pq_sweep.significance import drop_interval, mcnemar
 from pq_sweep.timing import Protocol, Result
 from pq_sweep.types import Data, Model, Workspace
+from pq_sweep.weights import network_state
 
 
 @dataclass(frozen=True)

@@ -8,38 +8,32 @@ is whole or not there, and what is taken out of it is hashed again, so what a di
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pq_sweep.environment import cache_home, versions
+from pq_sweep.files import read_json, write_json
 from pq_sweep.fingerprint import code, digest, file_hash, resolved
-from pq_sweep.progress import write_json
-from pq_sweep.rows import read_json
 from pq_sweep.types import UserError, choose
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
-    from torch import Tensor
-    from torch.nn import Module
 
-    from pq_sweep.types import Model
 
 log = logging.getLogger(__name__)
 
 RECORD = "record.json"
 LIMIT_GB = 20.0  # PQ_SWEEP_CACHE_GB sets another
 CHECK_EVERY = 50  # entries after which a process looks again whether all are too large together
-PLAIN = (int, float, str, tuple, type(None))  # options of layers that their repr need not show, such as heads
 ABANDONED_S = 86400.0  # what a killed process left half written is removed after this time
 
 
@@ -131,46 +125,6 @@ def open_cache(cfg: DictConfig) -> Cache | None:
     options = resolved(cfg)
     model = {name: value for name, value in options["model"].items() if name != "weights"}  # they are hashed
     return Cache({"code": code(options), "versions": versions(), "model": model})
-
-
-def network_state(model: Model) -> dict[str, Any]:
-    """Return what a network computes with, as hashes: weights and buffers, layers with their options, and its input."""
-    return network_structure(model) | {"weights": _values(model.module.state_dict())}
-
-
-def network_structure(model: Model) -> dict[str, Any]:
-    """Return what a network computes whatever its weights: their shapes, layers with their options, and its input."""
-    state = model.module.state_dict()
-    shapes = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in state.items()]
-    options: dict[str, dict[str, Any]] = {}
-    constants: dict[str, Tensor] = {}
-    for name, part in model.module.named_modules():
-        options[name] = {key: value for key, value in vars(part).items() if isinstance(value, PLAIN)}
-        constants |= {f"{name}.{key}".lstrip("."): value for key, value in _tensors(part)}
-    rest = {name: tensor for name, tensor in constants.items() if name not in state}
-    layers = digest([repr(model.module), shapes, options])
-    return {"layers": layers, "constants": _values(rest), "preprocess": repr(model.preprocess)}
-
-
-def _tensors(part: Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the buffers of a layer and the tensors among its attributes."""
-    import torch
-
-    for name, value in [*part._buffers.items(), *vars(part).items()]:
-        if isinstance(value, torch.Tensor):
-            yield name, value
-
-
-def _values(tensors: Mapping[str, Tensor]) -> str:
-    """Return a hash of the names and values of tensors."""
-    import torch
-
-    found = hashlib.sha256()
-    for name, tensor in tensors.items():
-        values = tensor.detach().cpu().contiguous()
-        found.update(f"{name} {values.dtype} {list(values.shape)}".encode())
-        found.update(values.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,12 @@ from typing import Any
 from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from pq_sweep.choices import CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS
 from pq_sweep.runtimes import precision_of
 from pq_sweep.types import UserError
 
-GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime", "measure", "tracking")
+COMPONENTS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime", "measure", "tracking")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-CALIBRATIONS = ("minmax", "entropy", "percentile")
-KEPT_PRECISIONS = ("fp32", "fp16")
-IMPORTANCES = ("random", "magnitude", "taylor", "sensitivity", "bn_scale", "lamp")
 CHOICES = {
     "dataset.size": ("160", "320", "full"),
     "quantizer.calibration": CALIBRATIONS,
@@ -59,7 +57,7 @@ def problems(cfg: DictConfig) -> list[str]:
     found = [f"{key} has no value; give {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
     found += [
         f"{group} is not chosen; give {group}=..., none where it is to do nothing."
-        for group in GROUPS
+        for group in COMPONENTS
         if not cfg.get(group)
     ]
     found = found or [*_targets(cfg)]
@@ -89,7 +87,7 @@ def _values(cfg: DictConfig) -> Iterator[str]:
     images, available = OmegaConf.select(cfg, "quantizer.images"), cfg.dataset.get("calibration")
     if _is_number(images) and _is_number(available) and images > available:
         yield f"quantizer.images={images} is more than dataset.calibration={available}; lower it or raise that."
-    for group in GROUPS:
+    for group in COMPONENTS:
         yield from _numbers(group, cfg[group])
     yield from _pattern(cfg.pruner)
 
@@ -121,7 +119,7 @@ def _pattern(pruner: DictConfig) -> Iterator[str]:
 
 def _targets(cfg: DictConfig) -> Iterator[str]:
     """Check that the modules of all components are there, without importing them."""
-    for group in GROUPS:
+    for group in COMPONENTS:
         target = str(cfg[group].get("_target_"))
         try:
             found = find_spec(target.rpartition(".")[0])

@@ -9,10 +9,9 @@ from functools import lru_cache
 from statistics import median
 from typing import Any
 
+from pq_sweep.groups import COMPRESSING
 from pq_sweep.results import REPEATING, Sweep
 from pq_sweep.rows import Row
-
-COMPRESSING = ("pruner", "recovery", "quantizer")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,6 @@
-"""The embedded model: a small residual network for the 8x8 digits, and the command that trains its weights.
-
-`python -m pq_sweep.digits_cnn pq_sweep/weights/digits_cnn.safetensors` retrains the packaged weights: seed 0,
-deterministic algorithms and one thread, so the same torch on the same kind of CPU gives the same bytes.
-"""
+"""The embedded model: a small residual network for the 8x8 digits; `make weights` trains its weights."""
 
 from __future__ import annotations
-
-import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -50,30 +43,3 @@ class DigitsCNN(nn.Module):
         x = self.pool(self.residual(self.stem(x)))
         x = self.pool(self.body(x)).flatten(1)
         return self.fc2(torch.relu(self.fc1(x)))
-
-
-def train(epochs: int = 20, seed: int = 0) -> DigitsCNN:
-    """Train on the training split of the digits with AdamW and a one-cycle schedule (about 8 s on one core)."""
-    from pq_sweep.datasets import digits
-    from pq_sweep.recovery import finetune
-    from pq_sweep.types import Model, Preprocess
-
-    torch.manual_seed(seed)
-    model = Model(DigitsCNN(), 10, Preprocess(size=8, resize=8, channels=1, mean=(0.0,), std=(1.0,)))
-    finetune(model, digits(model), epochs=epochs, lr=0.01)
-    return model.module.eval()  # type: ignore[return-value]
-
-
-def main() -> None:
-    """Train and save the weights."""
-    from safetensors.torch import save_file
-
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("output", type=Path, help="safetensors file to write")
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    save_file(train().state_dict(), parser.parse_args().output)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shlex
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -14,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pq_sweep.sentences import without_password
 from pq_sweep.types import UserError
 
 PACKAGES = (
@@ -21,22 +20,6 @@ PACKAGES = (
     "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "numpy", "scikit-learn", "pillow", "hydra-core", "omegaconf",
     "mlflow",
 )  # fmt: skip
-
-
-def describe(device: str, threads: int) -> dict[str, Any]:
-    """Return the environment of this process as plain values."""
-    return {
-        "host": socket.gethostname(),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions(),
-        "git": git_state(),
-        "command": command_line(),
-        "cpu": {"name": _cpu_name(), "cores_usable": len(os.sched_getaffinity(0)), "threads": threads},
-        "device": device_name(device),
-        "gpu": _gpu(device),
-        "slurm": slurm(),
-    }
 
 
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURMD_NODENAME", "SLURM_JOB_PARTITION",
@@ -57,12 +40,6 @@ def versions() -> dict[str, str]:
 def command_line() -> str:
     """Return the command that started this process."""
     return without_password(shlex.join(sys.orig_argv))
-
-
-def without_password(text: str) -> str:
-    """Blot out the passwords in addresses such as postgresql://user:password@host/name."""
-    text = re.sub(r"(://[^:/@\s]*):[^@\s]+@", r"\1:***@", text)
-    return re.sub(r"\b((?:\w*passw(?:or)?d|\w*token|\w*secret)=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)
 
 
 @cache
@@ -113,25 +90,6 @@ def device_name(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name(device)
-
-
-def _gpu(device: str) -> dict[str, Any] | None:
-    if device == "cpu":
-        return None
-    import torch
-
-    from pq_sweep.monitor import identify
-
-    properties, uuid = torch.cuda.get_device_properties(device), gpu_uuid(device)
-    return {
-        "name": properties.name,
-        "uuid": uuid,
-        "compute_capability": f"{properties.major}.{properties.minor}",
-        "memory_mb": properties.total_memory / 1e6,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "nvml": identify(uuid),
-    }
 
 
 def gpu_uuid(device: str) -> str | None:

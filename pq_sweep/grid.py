@@ -17,11 +17,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pq_sweep.check import problems
-from pq_sweep.environment import without_password
 from pq_sweep.fingerprint import WITHOUT_EFFECT, digest, fingerprint
-from pq_sweep.imports import quick_imports
-from pq_sweep.results import finished
-from pq_sweep.rows import GROUPS, job_name
+from pq_sweep.groups import GROUPS, job_name
+from pq_sweep.sentences import without_password
 from pq_sweep.types import UserError
 
 # Options by the stage of a job that they first matter to; those of one's own come before all stages.
@@ -47,22 +45,6 @@ class Grid:
                     f"{folder / job['folder']} holds the finished job {old['name']!r} of another grid; start the new"
                     " grid in a folder of its own, or give resume=false to replace what is there."
                 )
-
-    def prefetch(self, folder: Path) -> None:
-        """Load every model and dataset once, here: what has to be downloaded is, and what cannot load is told.
-
-        Hundreds of jobs would otherwise download the same file at once, or find out one by one that it does not load.
-        """
-        from concurrent.futures import ProcessPoolExecutor
-        from multiprocessing import get_context
-
-        missing = {job["loads"] for job in self.announced if not finished(folder / job["folder"], job["fingerprint"])}
-        if not missing:
-            return
-        # In a process of its own, so that a launcher that waits for days does not hold torch's memory.
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            told = list(pool.map(try_to_load, (self.loads[key] for key in sorted(missing))))
-        refuse_all(Counter(filter(None, told)), len(missing))
 
 
 def _telling(job: dict[str, Any]) -> list[str]:
@@ -164,20 +146,6 @@ def refuse_shared_folders(folders: list[str]) -> None:
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice is not None:
         raise UserError(f"hydra.sweep.subdir={twice} is the folder of several jobs; use ${{hydra.job.num}} in it.")
-
-
-def try_to_load(job: DictConfig) -> str | None:
-    """Load a job's model and dataset; return in a sentence why it cannot be done, or None."""
-    from pq_sweep.cli import explain
-
-    with quick_imports("torch"):
-        from pq_sweep.job import load
-
-    try:
-        load(job, "cpu")
-    except Exception as error:
-        return explain(error)
-    return None
 
 
 def announce(job: DictConfig) -> dict[str, Any]:

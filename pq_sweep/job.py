@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -21,17 +21,24 @@ from pq_sweep import measure
 from pq_sweep.baseline import Baseline, load_baseline
 from pq_sweep.cache import open_cache
 from pq_sweep.check import check, impossible, refuse
-from pq_sweep.environment import describe, device_name, resolve_device
-from pq_sweep.fingerprint import digest, file_hash, fingerprint, resolved
-from pq_sweep.hardware import Cpu, Gpu, capability, cpu_flags, lacks
+from pq_sweep.describe import (
+    describe,
+    describe_images,
+    describe_network,
+    describe_session,
+    describe_sizes,
+    unaccelerated,
+)
+from pq_sweep.environment import device_name, resolve_device
+from pq_sweep.files import write_json
+from pq_sweep.fingerprint import digest, fingerprint, resolved
 from pq_sweep.layers import compressed_layers
-from pq_sweep.measure import Samples
-from pq_sweep.progress import Stages, write_json
+from pq_sweep.progress import Stages
 from pq_sweep.quantizers import none
-from pq_sweep.repeats import check_artifact, measure_apart, share_network
+from pq_sweep.repeats import measure_apart, share_network
 from pq_sweep.resume import change_once, origin_of
 from pq_sweep.runtimes import precision_of
-from pq_sweep.sizes import compressed_size, storage_sizes
+from pq_sweep.threads import use_threads
 from pq_sweep.timing import Protocol, Result
 from pq_sweep.turns import Turns
 from pq_sweep.types import Data, Model, Runtime, Session, Workspace
@@ -67,7 +74,10 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         del model  # from here on only the session holds memory
         save_layers(session, baseline, folder)
         accuracy, predictions = evaluate(session, data, plan.protocol, stage)
-        ran, environment = describe_session(session, plan), describe(plan.work.device, plan.work.threads)
+        ran, environment = (
+            describe_session(session, precision_of(plan.quantizer), folder),
+            describe(plan.work.device, plan.work.threads),
+        )
         sizes = describe_sizes(session, baseline.result["size_bytes"], formats)
         speed = measure_speed(plan, session, data, stage, ran["sha256"])
         result = {
@@ -94,23 +104,11 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
     return result
 
 
-def measure_again(cfg: DictConfig, stage: Stages, artifact: str) -> tuple[Result, Samples]:
-    """Open once more what a job has compressed, and measure its speed; `artifact` is the hash of the job's artifact."""
-    plan = prepare(cfg, stage)
-    with stage("load"):
-        model, data = load(cfg, plan.work.device)
-    compress(plan, model, data, stage)
-    session = plan.runtime.open(model, plan.quantizer, data, plan.work)
-    del model
-    check_artifact(session.artifact, artifact)
-    return measure.speed(session, data, plan.protocol, stage, partial(dense_session, plan))
-
-
 def prepare(cfg: DictConfig, stage: Stages) -> Plan:
     """Start the random numbers, choose device, threads and runtime, and take over what an earlier try kept."""
     torch.manual_seed(cfg.seed)
     protocol: Protocol = instantiate(cfg.measure, _convert_="all")
-    device, threads = resolve_device(cfg.device), measure.use_threads(protocol.threads)
+    device, threads = resolve_device(cfg.device), use_threads(protocol.threads)
     work = Workspace(stage.folder, device, threads, stage, protocol.paired, tuple(protocol.batch_sizes))
     quantizer = component(cfg.quantizer)
     runtime = possible_runtime(cfg, quantizer, device)
@@ -211,57 +209,3 @@ def save(stage: Stages, result: Result, pruning: Result | None) -> None:
         write_json(stage.folder / "pruning.json", pruning)
     write_json(stage.folder / "result.json", result)
     stage.finish()
-
-
-def describe_network(model: Model, data: Data, dense: Result, folder: Path) -> tuple[Result, dict[str, int]]:
-    """Return what the network takes and gives, its terms and its figures; and its bytes in each format of storage.
-
-    `labels` are the classes of the logits in order, if model or data say them.
-    """
-    labels = model.classes or (data.classes if data.columns is None else None)
-    about = {
-        "input": [model.preprocess.channels, model.preprocess.size, model.preprocess.size],
-        "preprocess": asdict(model.preprocess),
-        "classes": model.num_classes,
-        "labels": labels and list(labels),
-        "licence": model.licence,
-    }
-    return about | measure.network(model, dense), storage_sizes(model, folder)
-
-
-def describe_images(data: Data) -> Result:
-    """Return how many images there were for what, and where they came from."""
-    parts = {"evaluation": data.evaluation, "calibration": data.calibration, "train": data.train}
-    return {name: len(part) if part else 0 for name, part in parts.items()} | data.record()
-
-
-def describe_sizes(session: Session, original: int, formats: dict[str, int]) -> Result:
-    """Return the bytes of the original, of the file to deploy, and of the pruned FP32 network in each format."""
-    compressed = session.artifact.stat().st_size
-    return {
-        "original": original,
-        "compressed": compressed,
-        "compressed_zstd": compressed_size(session.artifact),
-        "formats": formats,
-        "smallest_format": min(formats, key=lambda name: formats[name]),
-    }
-
-
-def describe_session(session: Session, plan: Plan) -> Result:
-    """Return what really ran."""
-    return {
-        "runtime": session.runtime,
-        "device": session.device,
-        "engine": session.engine,
-        "precision": precision_of(plan.quantizer),
-        "artifact": str(session.artifact.relative_to(plan.work.folder)),
-        "sha256": file_hash(session.artifact),
-        **session.details,
-    }
-
-
-def unaccelerated(ran: Result, environment: Result) -> list[str]:
-    """Return a sentence for each thing that ran and that its device has no fast units for."""
-    gpu = environment["gpu"]
-    device = Gpu(gpu["name"], capability(gpu["compute_capability"])) if gpu else Cpu(environment["device"], cpu_flags())
-    return lacks(ran["precision"], device, sparse=bool(ran.get("sparsity")), tf32=bool(ran.get("tf32")))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pq_sweep.pruners import prunable
 from pq_sweep.types import Model
+from pq_sweep.weights import prunable
 
 if TYPE_CHECKING:
     import onnx

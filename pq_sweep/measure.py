@@ -10,8 +10,8 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pq_sweep.environment import gpu_uuid
-from pq_sweep.fingerprint import digest
 from pq_sweep.monitor import Monitor
-from pq_sweep.pruners import prunable
-from pq_sweep.rows import NOISY_LOAD
+from pq_sweep.result import NOISY_LOAD
 from pq_sweep.significance import Z95
+from pq_sweep.threads import one_thread
 from pq_sweep.timing import Call, Clock, CudaClock, HostClock, Protocol, Result, paired, timed
 from pq_sweep.types import Data, Model, Session, Stage
+from pq_sweep.weights import prunable, structure
 
 # Share of the device's time from which on handing over a call is what limits (trtexec).
 HOST_BOUND = 0.8
@@ -233,11 +233,6 @@ def network(model: Model, known: Result | None = None) -> Result:
     }
 
 
-def structure(model: Model) -> str:
-    """Return a hash of the names and shapes of all parameters."""
-    return digest({name: list(parameter.shape) for name, parameter in model.module.named_parameters()})
-
-
 def macs(model: Model) -> int:
     """Count the multiply-accumulates of one image in convolutions and matrix products."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -307,24 +302,6 @@ def _peak_memory_mb(device: str) -> float:
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6
-
-
-def use_threads(threads: int | None) -> int:
-    """Set torch's CPU threads, by default to the cores that this process may use, and return the number."""
-    count = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(count)
-    return count
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Have torch leave the cores to another library, whose threads spin after a call: those of torch would wait."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(count)
 
 
 def _other_load() -> float:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import shutil
 import time
 import traceback
@@ -16,17 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pq_sweep.environment import slurm
-from pq_sweep.rows import error_files, read_json
+from pq_sweep.files import read_json, write_json
+from pq_sweep.folder import PROGRESS, forget_error, write_error
 from pq_sweep.types import About, Stopped
 
 if TYPE_CHECKING:
-    from pq_sweep.cache import Cache
     from pq_sweep.turns import Turns
+    from pq_sweep.types import Cache
 
 log = logging.getLogger(__name__)
 
-# A list of numbers, which is written on one line.
-NUMBERS = re.compile(r"\[\n[-+.,eE\d\s]*\]")
 
 LEFT_BY_JOBS = (
     "pruning.json",
@@ -38,7 +35,6 @@ LEFT_BY_JOBS = (
     "model.pt",
     "model.onnx",
 )
-PROGRESS = "progress.json"
 PREP = ("prune", "recover", "trace", "export", "calibrate", "sensitivity", "quantize", "build")
 
 
@@ -195,42 +191,5 @@ def is_leaving(error: BaseException) -> bool:
     return Stages.leaving and isinstance(error, SystemExit)
 
 
-def write_error(folder: Path, record: dict[str, Any]) -> None:
-    """Write why a job failed; the very reason may be that nothing can be written into its folder, or anywhere."""
-    for path in error_files(folder):
-        try:
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, record)
-            return
-        except OSError as error:
-            log.error("%s cannot be written: %s", path, error)
-
-
-def forget_error(folder: Path) -> None:
-    """Remove what an earlier try of a job failed of."""
-    for path in error_files(folder):
-        path.unlink(missing_ok=True)
-
-
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.exists() else None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write plain values, lists of numbers in one line; nothing that is not a number."""
-    text = json.dumps(content, indent=1, allow_nan=False)
-    write_text(path, NUMBERS.sub(lambda match: " ".join(match.group().split()), text) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write aside, then rename: a reader sees the whole file or none."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-    except OSError:  # the disk is full
-        aside.unlink(missing_ok=True)
-        raise

@@ -13,10 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from pq_sweep.types import Data, Model, UserError
+from pq_sweep.weights import Target, prunable
 
-Target = tuple[nn.Module, str]
-
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 # What computes faster with zeros in a pattern: NVIDIA's sparse tensor cores, which came with Ampere.
 SPARSE_TENSOR_CORES = {"pattern": "2:4", "min_compute_capability": "8.0"}
 
@@ -76,26 +74,6 @@ def nm_sparsity(model: Model, data: Data, *, n: int, m: int) -> dict[str, Any]:
         "why_dense": {names[weights[target]]: why for target, why in why_dense.items()},
         "sparse_tensor_cores": SPARSE_TENSOR_CORES,
     }
-
-
-def prunable(module: nn.Module, every_weight: bool = False) -> list[Target]:
-    """List what is pruned: weights of convolutions and linear layers, and the input projections of attention.
-
-    MultiheadAttention holds its input projections as bare parameters. `every_weight` takes every module with a
-    `weight` instead (BatchNorm and LayerNorm too), as PQ Bench did.
-    """
-    found: list[Target] = []
-    for part in module.modules():
-        if isinstance(part, nn.MultiheadAttention):
-            names = (
-                ["in_proj_weight"]
-                if part.in_proj_weight is not None
-                else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-            )
-            found += [(part, name) for name in names]
-        elif isinstance(part, LAYERS) or (every_weight and isinstance(getattr(part, "weight", None), nn.Parameter)):
-            found.append((part, "weight"))
-    return found
 
 
 def _each(model: Model, method: Any, every_weight: bool) -> None:

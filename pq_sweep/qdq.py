@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pq_sweep.check import CALIBRATIONS
+from pq_sweep.choices import CALIBRATIONS
 from pq_sweep.environment import device_name
 from pq_sweep.fingerprint import file_hash
 from pq_sweep.types import Data, Split, Stage, UserError, choose
@@ -164,7 +164,7 @@ def _ranges(graph: Path, split: Split, operators: list[str], method: str, percen
     from onnxruntime.quantization.calibrate import create_calibrator
     from tqdm import tqdm
 
-    from pq_sweep.measure import one_thread
+    from pq_sweep.threads import one_thread
 
     calibrator = create_calibrator(
         graph,

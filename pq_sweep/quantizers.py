@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pq_sweep.check import KEPT_PRECISIONS
+from pq_sweep.choices import KEPT_PRECISIONS
 from pq_sweep.mixed import plan_precisions
 from pq_sweep.qdq import calibrate, layer_weights, prepare
 from pq_sweep.types import Data, Stage, UserError, choose

@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pq_sweep.commands import baselines, command
 from pq_sweep.comparison import aggregate, drop, payback, reference, speedup
 from pq_sweep.decision import FIGURES, Decision, Goal, decide
-from pq_sweep.reproduce import baselines, command
+from pq_sweep.files import read_json
 from pq_sweep.results import Sweep, find_sweeps, merge
-from pq_sweep.rows import Row, batch_sizes, read_json
+from pq_sweep.rows import Row, batch_sizes
 from pq_sweep.shipping import ship
 from pq_sweep.types import UserError
 

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from pq_sweep.pruners import prunable
 from pq_sweep.types import Data, Model, UserError
+from pq_sweep.weights import prunable
 
 
 def none(model: Model, data: Data) -> None:

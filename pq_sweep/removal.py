@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pq_sweep.blocks import Score, refresh, rounding, shrinkers, stays, traceable
-from pq_sweep.cache import network_state
-from pq_sweep.check import IMPORTANCES
+from pq_sweep.choices import IMPORTANCES
 from pq_sweep.environment import device_name
-from pq_sweep.pruners import LAYERS
 from pq_sweep.types import About, Data, Model, Stage, UserError, choose
+from pq_sweep.weights import LAYERS, network_state
 
 
 def remove(

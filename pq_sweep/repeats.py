@@ -1,4 +1,4 @@
-"""Latency measured again in fresh processes, one after another: `python -m pq_sweep.repeats` is such a process.
+"""Latency measured again in fresh processes, one after another.
 
 Where memory lies, which kernels a library picks and how threads are placed is decided once per process, so that one
 process, however long it measures, may be faster or slower than the next by more than its samples tell.
@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
-from pq_sweep.fingerprint import file_hash
-from pq_sweep.progress import PROGRESS, Stages
-from pq_sweep.rows import read_json
+from pq_sweep.files import tail
+from pq_sweep.progress import Stages
 from pq_sweep.timing import Result, middle
-from pq_sweep.watch import tail
 
 if TYPE_CHECKING:
     from pq_sweep.measure import Samples
@@ -35,9 +30,6 @@ Tell = Callable[[dict[str, Any]], None]
 
 class RepeatFailed(RuntimeError):
     """A fresh process found nothing; the end of what it wrote to stderr is in the notes."""
-
-
-# --- the job's process ------------------------------------------------------------------------------------------------
 
 
 def share_network(stage: Stages, model: Model) -> None:
@@ -109,7 +101,7 @@ def _fresh_process(errors: Any) -> Iterator[Any]:
     """Start a process that finds the same modules as this one, and kill it in the end: all it had to do is done."""
     path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "pq_sweep.repeats"],
+        [sys.executable, "-P", "-m", "pq_sweep.fresh"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,
@@ -149,89 +141,3 @@ def _failure(name: str, said: dict[str, Any], process: subprocess.Popen[str], er
     for line in tail(errors):
         failure.add_note(line)
     return failure
-
-
-# --- the fresh process ------------------------------------------------------------------------------------------------
-
-
-class KeptStages(Stages):
-    """What a job has kept, read by another process, which tells of its stages and writes down nothing of its own."""
-
-    def __init__(self, folder: Path, tell: Tell) -> None:
-        super().__init__(folder, "")
-        self.tell = tell
-
-    @contextmanager
-    def __call__(self, name: str, *, alone: bool = False) -> Iterator[None]:
-        self.tell({"stage": name})
-        self.seconds[name] = 0.0  # nothing that is done here is worth keeping
-        with self.turns.take(alone) if self.turns else nullcontext():
-            yield
-
-    def resume(self, key: str) -> None:
-        """Take over what the job has kept; raise RepeatFailed if it was with other code, files or devices."""
-        progress = read_json(self.folder / PROGRESS) or {}
-        if progress.get("key") != key:
-            raise RepeatFailed(
-                "the code, a version, a file of the model or data, or the device changed since the job started; start"
-                " it again."
-            )
-        self.kept = progress["kept"]
-
-    def _write(self) -> None:
-        """Leave `progress.json` to the job."""
-
-
-def check_artifact(path: Path, expected: str) -> None:
-    """Raise RepeatFailed unless a session runs the very file that the job's accuracy was measured with."""
-    if file_hash(path) != expected:
-        raise RepeatFailed(
-            f"{path.name} is not what the job's accuracy was measured with, as it was made anew and came out different;"
-            " use measure.repeats=1."
-        )
-
-
-def main() -> None:
-    """Measure what a job has compressed, as its process asks on standard input, and tell it on standard output."""
-    # Who stops a job signals all of its processes; this one ends with the job's, which alone can say why.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    wanted = json.loads(sys.stdin.readline())
-    threading.Thread(target=_end_with_job, daemon=True).start()
-
-    def tell(what: dict[str, Any]) -> None:
-        output.write(json.dumps(what, allow_nan=False) + "\n")
-        output.flush()
-
-    try:
-        tell({"speed": _answer(wanted, tell)})
-    except Exception as error:
-        traceback.print_exc()
-        sys.stderr.flush()
-        tell({"error": " ".join(str(error).split()) or type(error).__name__})
-
-
-def _end_with_job() -> None:
-    """Wait for the end of standard input, which is that of the job's process, and end this one."""
-    os.read(0, 1)
-    os._exit(1)
-
-
-def _answer(wanted: dict[str, Any], tell: Tell) -> Result:
-    """Return the figures; the samples are in the file that is wanted."""
-    import torch
-    from omegaconf import OmegaConf
-
-    from pq_sweep.job import measure_again
-
-    folder = Path(wanted["folder"])
-    stage = KeptStages(folder, tell)
-    result, samples = measure_again(OmegaConf.create(wanted["config"]), stage, wanted["artifact"])
-    torch.save({name: torch.from_numpy(values) for name, values in samples.items()}, folder / wanted["samples"])
-    return result
-
-
-if __name__ == "__main__":
-    main()

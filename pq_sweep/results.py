@@ -5,7 +5,6 @@ The folders are the source of truth, so this works at any time: during a sweep, 
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
 import os
@@ -15,7 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pq_sweep.rows import Row, batch_sizes, read_json, read_row
+from pq_sweep.files import read_json
+from pq_sweep.rows import Row, batch_sizes, read_row
 from pq_sweep.types import UserError
 
 # PQ Bench's columns (Schulze 2024, tables 1 and 2), at the first batch size; accuracy in %, sizes in MB (10^6 bytes).
@@ -106,11 +106,6 @@ def read_job(folder: Path) -> Row:
     return read_row(folder, next((job for job in jobs if job["folder"] == folder.name), {}))
 
 
-def finished(folder: Path, fingerprint: str) -> bool:
-    """Say whether a job's folder holds the result of just this job."""
-    return (read_json(folder / "result.json") or {}).get("fingerprint") == fingerprint
-
-
 def find_sweeps(folders: list[Path]) -> list[Sweep]:
     """Read the sweeps at, above (a job folder was given) or below the folders."""
     return [read_sweep(folder) for folder in find_folders(folders)]
@@ -178,29 +173,7 @@ def _natural(name: str) -> tuple[int, str]:
     return (int(name), name) if name.isdigit() else (sys.maxsize, name)
 
 
-def main() -> None:
-    """Show how the sweeps in the given folders stand, rebuild their CSV, and finish what their launcher left undone."""
-    parser = argparse.ArgumentParser(prog="python -m pq_sweep.results", description=main.__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="sweep folders, or folders that contain some")
-    parser.add_argument("--watch", action="store_true", help="show what goes on until no job is pending or running")
-    parser.add_argument(
-        "--resubmit-failed", action="store_true", help="start the sweep again; only what is missing runs"
-    )
-    arguments = parser.parse_args()
-    from pq_sweep.sweep import show_sweep, start_again
-
-    try:
-        sweeps = find_folders(arguments.folders)
-        if arguments.resubmit_failed:
-            done = [start_again(folder) == 0 for folder in sweeps]
-        else:
-            done = [show_sweep(folder, watching=arguments.watch) for folder in sweeps]
-        sys.exit(0 if all(done) else 1)
-    except (UserError, OSError) as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        sys.exit("no longer watched; jobs of SLURM go on")
-
-
 if __name__ == "__main__":
+    from pq_sweep.results_main import main
+
     main()

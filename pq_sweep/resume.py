@@ -13,11 +13,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.nn import Module
 
-from pq_sweep.cache import Cache, network_state
 from pq_sweep.environment import device_name
-from pq_sweep.measure import structure
 from pq_sweep.progress import Stages
-from pq_sweep.types import Data, Model
+from pq_sweep.types import Cache, Data, Model
+from pq_sweep.weights import network_state, structure
 
 # What takes less is repeated from the seed: that is quicker than writing the weights of a large network.
 WORTH_KEEPING_S = 0.3

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from pq_sweep.files import read_json
+from pq_sweep.folder import read_error
+from pq_sweep.groups import job_name
 
 Row = dict[str, Any]
 
 # Which job of SLURM it was, where it ran, and how it ended if SLURM ended it.
 SLURM_COLUMNS = ("slurm_job", "node", "partition", "gpus_allotted", "slurm_state", "exit_code")
-# Cores kept busy by other processes from which on latency is called disturbed.
-NOISY_LOAD = 0.2
-GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime")
 
 
 def batch_sizes(rows: list[Row]) -> list[int]:
@@ -76,32 +76,6 @@ def _timed(result: dict[str, Any]) -> dict[str, float | None]:
         flat |= {f"speedup/b{size}": pair["speedup"]}
         flat |= {f"speedup_ci95_low/b{size}": low, f"speedup_ci95_high/b{size}": high}
     return flat
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or None if there is none or it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-
-
-def error_files(folder: Path) -> tuple[Path, Path]:
-    """Return where the reason of a job's failure is written: into its folder or, if that is full, beside it."""
-    return folder / "error.json", folder.with_name(f"{folder.name}.error.json")
-
-
-def read_error(folder: Path) -> Row | None:
-    """Return why a job failed, or None if it is not known to have."""
-    return next((error for path in error_files(folder) if (error := read_json(path))), None)
-
-
-def job_name(choices: dict[str, Any]) -> str:
-    """Say in a few words what a job is: "resnet18 l1_global 0.5 int8 tensorrt"."""
-    pruner = [choices["pruner"], choices.get("amount")] if choices["pruner"] != "none" else ["none"]
-    recovery = [] if choices["recovery"] == "none" else [choices["recovery"]]
-    parts = [choices["model"], *pruner, *recovery, choices["quantizer"], choices["runtime"], choices.get("node_type")]
-    return " ".join(str(part) for part in parts if part is not None)
 
 
 def read_row(folder: Path, announced: Row) -> Row:

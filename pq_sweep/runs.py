@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pq_sweep.files import read_json
+from pq_sweep.folder import error_files, read_error
+from pq_sweep.groups import GROUPS
 from pq_sweep.results import Sweep
-from pq_sweep.rows import GROUPS, SLURM_COLUMNS, Row, batch_sizes, error_files, metrics, read_error, read_json, read_row
+from pq_sweep.rows import SLURM_COLUMNS, Row, batch_sizes, metrics, read_row
 from pq_sweep.stores import Store, held
 
 if TYPE_CHECKING:

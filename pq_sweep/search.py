@@ -14,7 +14,8 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from pq_sweep.comparison import COMPRESSING
+from pq_sweep.current import CURRENT
+from pq_sweep.groups import COMPRESSING
 from pq_sweep.results import read_job
 from pq_sweep.rows import Row
 from pq_sweep.types import UserError
@@ -89,8 +90,6 @@ class Rounds:
 
     def is_done(self) -> bool:
         """Take in what the last round found, and say whether nothing is left to try."""
-        from pq_sweep.sweep import Sweep
-
         for number, folder in self.folders.items():
             try:
                 self.asked[number] = self.steps[number].send(read_job(folder))
@@ -99,16 +98,14 @@ class Rounds:
                 words = (word for word in self.combinations[number] if not word.startswith("search"))
                 self.found[number] = f"{' '.join(words)}: {settled.value}"
         self.folders = {}
-        Sweep.found = [self.found[number] for number in sorted(self.found)]
+        CURRENT.found = [self.found[number] for number in sorted(self.found)]
         return not self.asked
 
     def next(self) -> list[list[str]]:
         """Announce and return the jobs of the next round; before all others run the uncompressed models."""
-        from pq_sweep.sweep import Sweep
-
         first = [] if self.started else list(self._uncompressed())
         jobs = [[*self.combinations[number], f"{PARAMETER}={amount}"] for number, amount in self.asked.items()]
-        announced = Sweep.announce(self.config, [*first, *jobs], self.started)
+        announced = CURRENT.announce(self.config, [*first, *jobs], self.started)
         names = [Path(self.config.hydra.sweep.dir) / job["folder"] for job in announced[len(first) :]]
         self.folders = dict(zip(self.asked, names, strict=True))
         self.started += len(first) + len(jobs)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import zstandard
 
-from pq_sweep.pruners import prunable
 from pq_sweep.types import Model
+from pq_sweep.weights import prunable
 
 # zstd's own default; higher levels gain little on weights and cost much time.
 ZSTD_LEVEL = 3

@@ -12,16 +12,14 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pq_sweep.environment import without_password
 from pq_sweep.imports import quick_imports
+from pq_sweep.limits import bounded
 from pq_sweep.sqlite import copy_tables, empty_tables
 from pq_sweep.types import UserError
 
@@ -45,7 +43,6 @@ LOCK_S = 30.0  # until another process has to have made the store, or to have lo
 # Take a lock or say at once that it is taken; it goes with its connection. Any number does that is always the same.
 LOCKS = {"postgresql": "SELECT pg_try_advisory_lock(7091823)", "mysql": "SELECT GET_LOCK('pq_sweep', 0)"}
 CROWDED = re.compile(r"too many (clients|connections)|connection slots", re.IGNORECASE)
-SHARED = re.compile(r"(fuse\.)?(nfs|lustre|gpfs|beegfs|cifs|smb|ceph|gluster|afs|9p|panfs|pvfs|orangefs|wekafs|sshfs)")
 
 
 @dataclass(frozen=True)
@@ -202,23 +199,6 @@ def import_mlflow() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def bounded(call: Callable[[], T], seconds: float) -> T:
-    """Return what a call gives, or raise TimeoutError; a call that hangs is left behind and holds up no exit."""
-    future: Future[T] = Future()
-
-    def work() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=work, daemon=True).start()
-    try:
-        return future.result(seconds)
-    except TimeoutError as error:
-        raise error if future.done() else TimeoutError(f"no answer within {seconds:.0f} s") from None
-
-
 def persistent(call: Callable[[], T]) -> T:
     """Return what a call gives at its second try, as servers restart; wait while a database has no connection left."""
     end = time.monotonic() + CROWD_S
@@ -256,20 +236,3 @@ def held(path: Path, seconds: float = LOCK_S) -> Iterator[None]:
         except (OSError, NotImplementedError):
             pass
         yield
-
-
-def shared_file_system(path: Path, mounts: str | None = None) -> str:
-    """Return the type of the network file system that holds a path, or "" if it is a local one."""
-    text = Path("/proc/self/mountinfo").read_text() if mounts is None else mounts
-    found, kind = "", ""
-    for line in text.splitlines():
-        about, _, device = line.partition(" - ")
-        point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), about.split(" ")[4])
-        if len(point) >= len(found) and path.is_relative_to(point):  # the last of several mounts hides the others
-            found, kind = point, device.split(" ")[0]
-    return kind if SHARED.match(kind) else ""
-
-
-def reason(error: BaseException) -> str:
-    """Return the first words of an error, on one line and without a password."""
-    return without_password(" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from pq_sweep.comparison import comparable, reference, speedup
 from pq_sweep.decision import OBJECTIVES, on_front
+from pq_sweep.result import NOISY_LOAD
 from pq_sweep.results import Sweep, write_csv
-from pq_sweep.rows import NOISY_LOAD, Row, batch_sizes
+from pq_sweep.rows import Row, batch_sizes
 
 if TYPE_CHECKING:
     from rich.table import Table

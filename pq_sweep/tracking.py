@@ -19,12 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
-from pq_sweep.environment import without_password
+from hydra.utils import instantiate
+
+from pq_sweep.files import read_json, shared_file_system
+from pq_sweep.limits import bounded
 from pq_sweep.results import find_sweeps
 from pq_sweep.runs import View, sight
-from pq_sweep.stores import SETTINGS, Store, bounded, import_mlflow, persistent, reason, shared_file_system
+from pq_sweep.sentences import reason, without_password
+from pq_sweep.standing import Watch
+from pq_sweep.stores import SETTINGS, Store, import_mlflow, persistent
 from pq_sweep.types import UserError
-from pq_sweep.watch import Watch
 
 __all__ = ["SETTINGS", "Mlflow", "NoTracking", "Tracker"]
 
@@ -192,3 +196,19 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def tracker_of(folder: Path) -> Tracker:
+    """Return where a sweep is logged; a password is not kept with it and has to come from the environment."""
+    config = (read_json(folder / "sweep.json") or {}).get("tracking")
+    if not config:
+        return NoTracking()
+    if config.pop("from_environment", False) and "MLFLOW_TRACKING_URI" in os.environ:
+        config["uri"] = None
+    if "***" in str(config.get("uri")):
+        config["uri"] = None
+        if "MLFLOW_TRACKING_URI" not in os.environ:
+            log.warning("the address of the store holds a password; set MLFLOW_TRACKING_URI to log what is missing.")
+            return NoTracking()
+    tracker: Tracker = instantiate(config)
+    return tracker

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import Dataset
 
-    from pq_sweep.cache import Cache
-
 T = TypeVar("T")
 # Tells what something depends on, in plain values; called only where that is looked up.
 About = Callable[[], dict[str, Any]]
@@ -243,6 +241,16 @@ class Data:
         if self.train is None:
             raise UserError("this dataset has no training images; give it a root with train/ and val/ folders.")
         return self.train
+
+
+class Cache(Protocol):
+    """Files that one job made and others need too, by their kind and all that they depend on."""
+
+    def alone(self, kind: str, about: dict[str, Any]) -> AbstractContextManager[None]: ...
+
+    def take(self, kind: str, about: dict[str, Any], folder: Path) -> dict[str, Any] | None: ...
+
+    def put(self, kind: str, about: dict[str, Any], folder: Path, made: dict[str, Any], names: list[str]) -> None: ...
 
 
 class Stage(Protocol):

@@ -28,6 +28,7 @@ from pq_sweep import cache, fingerprint, job, removal, resume
 from pq_sweep.cache import Cache
 from pq_sweep.environment import cache_home
 from pq_sweep.types import Model, Preprocess
+from pq_sweep.weights import network_state, network_structure
 
 WEIGHTS = ROOT / "pq_sweep" / "weights" / "digits_cnn.safetensors"
 INT8 = ("quantizer=int8", "runtime=onnxruntime", "quantizer.images=16")
@@ -442,13 +443,13 @@ def test_what_a_network_computes_with_tells_it_apart() -> None:
     from pq_sweep.models import digits_cnn
 
     one, other = digits_cnn(), digits_cnn()
-    assert cache.network_state(one) == cache.network_state(other)
+    assert network_state(one) == network_state(other)
     with torch.no_grad():
         next(other.module.buffers()).add_(1)
-    assert cache.network_state(one)["weights"] != cache.network_state(other)["weights"]
+    assert network_state(one)["weights"] != network_state(other)["weights"]
     half = digits_cnn()
     half.module.to(torch.bfloat16)
-    assert cache.network_state(one)["weights"] != cache.network_state(half)["weights"]
+    assert network_state(one)["weights"] != network_state(half)["weights"]
 
 
 class Scaled(torch.nn.Module):
@@ -466,7 +467,7 @@ class Scaled(torch.nn.Module):
 def test_what_a_repr_hides_tells_structures_apart(options: tuple[float, float, float]) -> None:
     """Weights, which differ in all three, do not."""
     one, same, other = (
-        cache.network_structure(Model(Scaled(*numbers), 2, Preprocess(size=1, resize=1, channels=2)))
+        network_structure(Model(Scaled(*numbers), 2, Preprocess(size=1, resize=1, channels=2)))
         for numbers in ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), options)
     )
     assert one == same

@@ -24,6 +24,8 @@ LIGHT_MODULES = (
     "tracking",
     "types",
     "progress",
+    "launchers",
+    "worker",
     "environment",
 )
 

@@ -46,7 +46,7 @@ def test_documented_command_repeats_the_weights(tmp_path: Path, environment: dic
     outputs = [tmp_path / "first.safetensors", tmp_path / "second.safetensors"]
 
     def retrain(output: Path) -> None:
-        done = python(["-m", "pq_sweep.digits_cnn", str(output)], ROOT, environment)
+        done = python(["-m", "benchmarks.train_digits", str(output)], ROOT, environment)
         assert done.returncode == 0, done.stderr
 
     with ThreadPoolExecutor(len(outputs)) as pool:

@@ -22,13 +22,13 @@ from hydra import compose, initialize_config_dir
 
 from pq_sweep.check import problems
 from pq_sweep.environment import device_name
+from pq_sweep.files import write_json
 from pq_sweep.gpu_check import Check, Verdict
 from pq_sweep.gpu_check import __main__ as command
 from pq_sweep.gpu_check.children import python_path, run_python
 from pq_sweep.gpu_check.jobs import DIGITS, NO_TIME, SHORT, Launch, check_job, check_store, launches, run_sweep
 from pq_sweep.gpu_check.report import assemble, problem, slug
 from pq_sweep.gpu_check.suite import run_tests
-from pq_sweep.progress import write_json
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 # What no job with the digits under torch needs.

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from pq_sweep import job
 from pq_sweep.datasets import digits
+from pq_sweep.files import write_json
 from pq_sweep.models import digits_cnn
-from pq_sweep.progress import PREP, Stages, write_json
-from pq_sweep.pruners import prunable
+from pq_sweep.progress import PREP, Stages
 from pq_sweep.removal import replay
 from pq_sweep.types import Data, UserError
+from pq_sweep.weights import prunable
 
 BRIEF = (
     "tracking=none",

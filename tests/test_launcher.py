@@ -17,7 +17,8 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
 
-from pq_sweep.sweep import Sweep, register_plugins
+from hydra_plugins import pq_sweep_launcher as ours
+from pq_sweep.current import CURRENT
 
 # Another program finds our launchers when our configuration is on its search path.
 OURS = f"hydra.searchpath=[{ROOT / 'conf'}]"
@@ -32,8 +33,9 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """
     before = version.getbase()
     version.VersionBase.instance().setbase(version.__compat_version__)
-    register_plugins()
-    monkeypatch.setattr(Sweep, "announced", [])
+    for plugin in (ours.CheckedSweeper, ours.SlurmLauncher, ours.LocalLauncher):
+        Plugins.instance().register(plugin)
+    monkeypatch.setattr(CURRENT, "announced", [])
     yield
     version.VersionBase.instance().version_base = before
 
@@ -61,9 +63,11 @@ class TestLocalLauncherInBatches(BatchedSweeperTestSuite):
 # Runs a program that does not know of us as if our plugins had been installed with it.
 WITH_PLUGINS = """
 import runpy, sys
-from pq_sweep.sweep import register_plugins
+from hydra.core.plugins import Plugins
+from hydra_plugins import pq_sweep_launcher as ours
 
-register_plugins()
+for plugin in (ours.CheckedSweeper, ours.SlurmLauncher, ours.LocalLauncher):
+    Plugins.instance().register(plugin)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pq_sweep import measure, timing
 from pq_sweep.models import digits_cnn
 from pq_sweep.progress import Stages
+from pq_sweep.threads import use_threads
 from pq_sweep.timing import HostClock, summarise
 from pq_sweep.types import Data, Model, Preprocess, Split
 
@@ -347,7 +348,7 @@ def test_memory_of_a_gpu_is_counted_by_its_allocator_and_by_nvml(tmp_path: Path)
 @pytest.mark.parametrize(("asked", "expected"), [(1, 1), (2, 2), (None, len(os.sched_getaffinity(0)))])
 def test_threads_are_set_and_told(asked: int | None, expected: int) -> None:
     with torch_threads(3):
-        assert measure.use_threads(asked) == expected
+        assert use_threads(asked) == expected
         assert torch.get_num_threads() == expected
 
 

@@ -159,7 +159,7 @@ def test_a_sweep_without_a_finished_job_has_nothing_to_recommend(tmp_path: Path)
 
 
 def test_components_of_ones_own_are_part_of_the_command(sweep: Path) -> None:
-    from pq_sweep.reproduce import command
+    from pq_sweep.commands import command
     from pq_sweep.results import read_sweep
 
     manifest = json.loads((sweep / "sweep.json").read_text())

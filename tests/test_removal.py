@@ -37,7 +37,7 @@ from torchvision.models.swin_transformer import (
 )
 
 from pq_sweep import removal
-from pq_sweep.check import IMPORTANCES
+from pq_sweep.choices import IMPORTANCES
 from pq_sweep.datasets import digits
 from pq_sweep.export import check_export, export_onnx
 from pq_sweep.models import digits_cnn, torchvision_model

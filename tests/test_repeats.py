@@ -23,9 +23,11 @@ from hydra import compose, initialize_config_dir
 
 from pq_sweep import job, repeats
 from pq_sweep.fingerprint import file_hash
+from pq_sweep.folder import PROGRESS
+from pq_sweep.fresh import KeptStages, check_artifact
 from pq_sweep.models import digits_cnn
-from pq_sweep.progress import PROGRESS, Stages
-from pq_sweep.repeats import KeptStages, RepeatFailed, check_artifact, combine, share_network
+from pq_sweep.progress import Stages
+from pq_sweep.repeats import RepeatFailed, combine, share_network
 from pq_sweep.timing import DRIFT
 
 ONNX = ("pruner=l1", "quantizer=int8", "runtime=onnxruntime")

@@ -25,8 +25,9 @@ from sweep_folders import (
 
 from pq_sweep import tables as drawing
 from pq_sweep.comparison import comparable, reference
+from pq_sweep.groups import job_name
 from pq_sweep.results import PQ_BENCH, find_sweeps, read_sweep, write_csv
-from pq_sweep.rows import job_name, metrics
+from pq_sweep.rows import metrics
 from pq_sweep.tables import speedups, tables
 from pq_sweep.types import UserError
 

@@ -24,9 +24,10 @@ from conftest import ROOT, new_user
 from hydra import compose, initialize_config_dir
 
 from pq_sweep import job, resume
+from pq_sweep.folder import PROGRESS
 from pq_sweep.grid import Grid, announce
 from pq_sweep.models import digits_cnn
-from pq_sweep.progress import PROGRESS, Stages
+from pq_sweep.progress import Stages
 from pq_sweep.pruners import l1_global
 from pq_sweep.recovery import finetune
 from pq_sweep.removal import remove

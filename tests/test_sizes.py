@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pq_sweep import pruners, sizes
 from pq_sweep.datasets import digits
 from pq_sweep.models import digits_cnn
-from pq_sweep.pruners import prunable
 from pq_sweep.types import Model, Preprocess
+from pq_sweep.weights import prunable
 
 AMOUNTS = (0.0, 0.5, 0.9)
 

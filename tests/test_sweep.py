@@ -32,7 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 from pq_sweep.grid import compose_grid
 from pq_sweep.models import digits_cnn
 from pq_sweep.results import PQ_BENCH
-from pq_sweep.sweep import Sweep
+from pq_sweep.sweep import SweepCallback
 
 GRID = ("-m", "pruner=none,l1_global,remove", "quantizer=none,fp16,int8", "runtime=onnxruntime")
 METRICS = {
@@ -428,7 +428,7 @@ def test_a_job_that_is_over_leaves_no_config_with_its_launcher() -> None:
     """A launcher keeps what Hydra returns of each job: with configs in it a sweep would grow by 0.2 MB a job."""
     config = OmegaConf.create({"seed": 0})
     returned = JobReturn(cfg=config, hydra_cfg=config, overrides=["seed=0"], status=JobStatus.COMPLETED)
-    Sweep().on_job_end(config, returned)
+    SweepCallback().on_job_end(config, returned)
     assert (returned.cfg, returned.hydra_cfg, returned.overrides) == (None, None, ["seed=0"])
 
 

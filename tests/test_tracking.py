@@ -28,10 +28,12 @@ from stored_runs import EXPERIMENT, all_runs, artifact, artifacts, parent_and_jo
 from sweep_folders import announced, real_result, write_error, write_manifest, write_result, write_status
 
 from pq_sweep import runs, sqlite, stores, tracking
-from pq_sweep.environment import without_password
+from pq_sweep.files import shared_file_system
+from pq_sweep.limits import bounded
 from pq_sweep.results import read_sweep, write_csv
 from pq_sweep.rows import metrics
-from pq_sweep.stores import Store, bounded, held, shared_file_system
+from pq_sweep.sentences import without_password
+from pq_sweep.stores import Store, held
 from pq_sweep.tracking import Mlflow, NoTracking
 
 NO_DATABASE = "postgresql+psycopg2://user:s3cret@127.0.0.1:9/pq"

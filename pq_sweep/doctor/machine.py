@@ -16,9 +16,11 @@ from pathlib import Path
 
 from pq_sweep.doctor import Facts
 from pq_sweep.doctor.children import first_line, last_line
-from pq_sweep.environment import cache_home, device_name, git_state, slurm, versions, without_password
+from pq_sweep.environment import cache_home, device_name, git_state, slurm, versions
+from pq_sweep.files import shared_file_system
 from pq_sweep.hardware import CPU, cpu_flags
-from pq_sweep.stores import Store, reason, shared_file_system
+from pq_sweep.sentences import reason, without_password
+from pq_sweep.stores import Store
 
 SLURM_S = 8.0  # for an answer of the controller, or of the accounting
 CGROUPS = Path("/sys/fs/cgroup")

@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pq_sweep.doctor.children import ChildError, first_line, in_child
+from pq_sweep.files import write_json
 from pq_sweep.gpu_check import ROOT
 from pq_sweep.gpu_check.jobs import is_there, launches, run_sweep
 from pq_sweep.gpu_check.report import assemble, draw, problem, slug
 from pq_sweep.gpu_check.suite import run_tests
-from pq_sweep.progress import write_json
 
 BUDGET_S = 480.0
 TESTS_SHARE = 0.65  # the sweep has the rest

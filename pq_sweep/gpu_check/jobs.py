@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pq_sweep.doctor.children import last_line
+from pq_sweep.files import read_json
+from pq_sweep.folder import read_error
 from pq_sweep.gpu_check import ROOT, Check, Verdict
 from pq_sweep.gpu_check.children import run_python
 from pq_sweep.results import read_sweep
-from pq_sweep.rows import Row, read_error, read_json
+from pq_sweep.rows import Row
 from pq_sweep.types import UserError
 
 RUNTIMES = ROOT / "conf" / "runtime"

@@ -23,7 +23,7 @@ def environment(device: str) -> dict[str, Any]:
     """Return the device and the versions that figures depend on. To be called in a child."""
     import torch
 
-    from pq_sweep.environment import describe
+    from pq_sweep.describe import describe
 
     found = describe(device, torch.get_num_threads())
     return {key: value for key, value in found.items() if key not in PRIVATE}

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from pq_sweep.environment import without_password
 from pq_sweep.gpu_check import ROOT, Check, Verdict
 from pq_sweep.gpu_check.children import run_python
+from pq_sweep.sentences import without_password
 
 ENDED = (0, 1)  # pytest's exit codes: all tests passed, some failed
 TEST_S = 150  # for one test, where pytest-timeout is installed

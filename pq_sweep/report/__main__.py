@@ -54,7 +54,7 @@ def _read(arguments: argparse.Namespace, scratch: Path) -> Report:
 
 
 def _write(report: Report, arguments: argparse.Namespace) -> None:
-    from pq_sweep.progress import write_text
+    from pq_sweep.files import write_text
     from pq_sweep.report.files import write_figures, write_tables
 
     page = arguments.output or _default(arguments.sources)

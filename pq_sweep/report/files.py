@@ -10,7 +10,7 @@ import pandas as pd
 import vl_convert
 from tqdm import tqdm
 
-from pq_sweep.progress import write_text
+from pq_sweep.files import write_text
 from pq_sweep.report.charts import Spec, figures
 from pq_sweep.report.page import Report
 

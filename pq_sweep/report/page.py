@@ -14,17 +14,17 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
+from pq_sweep.commands import baselines, command
 from pq_sweep.decision import Goal, by_place, decide
 from pq_sweep.environment import cache_home
-from pq_sweep.progress import write_text
+from pq_sweep.files import read_json, write_text
 from pq_sweep.recommend import figures as told
 from pq_sweep.recommend import lines, none_feasible, wanted
 from pq_sweep.report.charts import Figure, figures
 from pq_sweep.report.frame import DETAILS, NAMES, comparison, rounded
 from pq_sweep.report.views import View, views
-from pq_sweep.reproduce import baselines, command
 from pq_sweep.results import Sweep
-from pq_sweep.rows import Row, batch_sizes, read_json
+from pq_sweep.rows import Row, batch_sizes
 from pq_sweep.types import UserError
 
 PAGES: tuple[list[int | str], ...] = ([25, 50, 100, -1], ["25", "50", "100", "all"])

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pq_sweep.environment import without_password
+from pq_sweep.groups import GROUPS
 from pq_sweep.results import Sweep, find_sweeps, merge
-from pq_sweep.rows import GROUPS
-from pq_sweep.stores import Store, import_mlflow, reason
+from pq_sweep.sentences import reason, without_password
+from pq_sweep.stores import Store, import_mlflow
 from pq_sweep.tracking import Mlflow
 from pq_sweep.types import UserError
 

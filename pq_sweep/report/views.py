@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from pq_sweep.comparison import is_uncompressed, reference, speedup
 from pq_sweep.decision import by_place, front, on_front
+from pq_sweep.files import read_json
 from pq_sweep.report.frame import short
 from pq_sweep.results import Sweep
-from pq_sweep.rows import Row, batch_sizes, read_json
+from pq_sweep.rows import Row, batch_sizes
 
 if TYPE_CHECKING:
     import altair as alt

@@ -29,8 +29,8 @@ def precision_of(quantizer: Callable[..., Any]) -> str:
 
 def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, form: str) -> tuple[Path, dict[str, Any]]:
     """Export the network, prove the export, and let the quantizer write `model.onnx`, once for all jobs."""
-    from pq_sweep.cache import network_state, network_structure
     from pq_sweep.export import check_export, fill, trace
+    from pq_sweep.weights import network_state, network_structure
 
     traced, source, target = (work.folder / f"{name}.onnx" for name in ("traced", "export", "model"))
     network = cache(partial(network_state, model))

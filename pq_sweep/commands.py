@@ -1,16 +1,21 @@
-"""Commands that run a job again, or the uncompressed one that it lacks."""
+"""Commands that run a job or a sweep again, or the uncompressed job that is lacking."""
 
 from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from pq_sweep.comparison import COMPRESSING, unreferenced
+from pq_sweep.comparison import unreferenced
+from pq_sweep.files import read_json
+from pq_sweep.groups import COMPRESSING
 from pq_sweep.results import Sweep
-from pq_sweep.rows import Row, read_json
+from pq_sweep.rows import Row
+from pq_sweep.types import UserError
 
 
 def command(row: Row) -> str:
@@ -56,3 +61,19 @@ def _config_folders(arguments: list[str]) -> Iterator[str]:
             yield argument
             if "=" not in argument:
                 yield arguments[number + 1]
+
+
+def start_again(folder: Path) -> int:
+    """Start a sweep once more by its own command, in its folder, and return the exit code; what is done stays."""
+    manifest = read_json(folder / "sweep.json") or {}
+    given = manifest.get("arguments", ())
+    arguments = [word for word in given if not word.startswith("hydra.sweep.dir=") and word != "resume=false"]
+    if not arguments or any("***" in word for word in arguments):
+        raise UserError(
+            f"{folder} cannot be started again from here: its command is not known, or held a password; repeat the"
+            f" command with hydra.sweep.dir={folder}."
+        )
+    # Overrides have to stand together, options before or behind them.
+    place = next((number for number, word in enumerate(arguments[1:], 1) if "=" in word.lstrip("-")), len(arguments))
+    arguments.insert(place, f"hydra.sweep.dir={folder.absolute()}")
+    return subprocess.run([sys.executable, *arguments], cwd=manifest["working_folder"], check=False).returncode

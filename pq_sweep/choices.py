@@ -1,0 +1,9 @@
+"""Words that options of components may have, for whoever checks them without loading the components."""
+
+from __future__ import annotations
+
+CALIBRATIONS = ("minmax", "entropy", "percentile")
+
+KEPT_PRECISIONS = ("fp32", "fp16")
+
+IMPORTANCES = ("random", "magnitude", "taylor", "sensitivity", "bn_scale", "lamp")

@@ -1,0 +1,62 @@
+"""Errors of the command line in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import traceback
+from collections.abc import Iterable
+
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pq_sweep.types import UserError
+
+
+def explain(error: BaseException) -> str:
+    """Say in one sentence what is wrong with what was asked for; of an unforeseen error give the traceback."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"{group}={name} is not known; {_valid(name, error.options)}"
+    if isinstance(error, OverrideParseException):
+        return (
+            f"the override {error.override!r} cannot be read; write key=value, and quote values with spaces or commas."
+        )
+    cause = error.__cause__
+    if isinstance(cause, UserError):  # what a component refuses reaches us in what Hydra says of it
+        return explain(cause)
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        return _explain_key(cause)
+    if isinstance(error, UserError | ConfigCompositionException):
+        return "\n".join(line for line in str(error).splitlines() if line.strip())
+    if isinstance(error, OmegaConfBaseException | OSError | HydraException):
+        return " ".join(str(error).split("full_key:")[0].split())
+    if isinstance(error, ValueError) and "can be specified" in str(error):
+        return f"{error}."
+    if isinstance(error, ValueError) and "Config group override" in str(error):
+        empty = " ".join(word for word in sys.argv if re.fullmatch(r"[\w/]+=(null)?", word))
+        return f"{empty or 'an override'} chooses nothing; write group=name, and none where it is to do nothing."
+    return "".join(traceback.format_exception(error))
+
+
+def _explain_key(error: OmegaConfBaseException) -> str:
+    parent = error.parent_node
+    key, full = str(error.key), str(error.full_key or error.key)
+    if parent is None or not OmegaConf.is_dict(parent):
+        return f"{full}: {str(error).splitlines()[0]}"
+    names = [str(name) for name in parent if not str(name).startswith("_")]
+    if full == key:  # a choice of nothing leaves no key behind
+        names.append("experiment")
+    group = full.partition(".")[0]
+    if full != key and any(re.match(rf"{group}=.*,", word) for word in sys.argv):
+        # Hydra applies the override to the group's default choice, which it composes first.
+        return f"{full} is not known to the default {group}; where {group} itself is swept, write ++{full}=..."
+    return f"{full} is not known; {_valid(key, names)}"
+
+
+def _valid(wrong: str, names: Iterable[str]) -> str:
+    names = [name for name in names if name != "hydra"]
+    close = difflib.get_close_matches(wrong, names, n=1)
+    return f"valid are: {', '.join(names) or 'none'}." + (f" Did you mean {close[0]}?" if close else "")

@@ -1,0 +1,16 @@
+"""What errors and commands say, fit to be shown: on one line and without passwords."""
+
+from __future__ import annotations
+
+import re
+
+
+def without_password(text: str) -> str:
+    """Blot out the passwords in addresses such as postgresql://user:password@host/name."""
+    text = re.sub(r"(://[^:/@\s]*):[^@\s]+@", r"\1:***@", text)
+    return re.sub(r"\b((?:\w*passw(?:or)?d|\w*token|\w*secret)=)[^&\s]+", r"\1***", text, flags=re.IGNORECASE)
+
+
+def reason(error: BaseException) -> str:
+    """Return the first words of an error, on one line and without a password."""
+    return without_password(" ".join(str(error).split()) or type(error).__name__)[:200]

@@ -1,0 +1,27 @@
+"""How many cores torch uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def use_threads(threads: int | None) -> int:
+    """Set torch's CPU threads, by default to the cores that this process may use, and return the number."""
+    count = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(count)
+    return count
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Have torch leave the cores to another library, whose threads spin after a call: those of torch would wait."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
