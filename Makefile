@@ -28,7 +28,7 @@ ui: install
 	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1
 
 weights: install
-	$(BIN)/python -m benchmarks.train_digits pq_sweep/weights/digits_cnn.safetensors
+	$(BIN)/python -m benchmarks.train_digits pq_sweep/inputs/weights/digits_cnn.safetensors
 
 # Hours of work: every model in every way. IMAGES and WEIGHTS name folders of photographs and trained weights.
 support: install

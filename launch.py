@@ -5,8 +5,8 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from pq_sweep import cli
-from pq_sweep.worker import run_job
+from pq_sweep.sweep import cli
+from pq_sweep.sweep.worker import run_job
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")

@@ -31,7 +31,7 @@ import onnx
 from onnx import numpy_helper
 
 from benchmarks.pq_bench import BATCH_SIZES, QUANTIZERS, add_arguments
-from pq_sweep.environment import device_name, versions
+from pq_sweep.core.environment import device_name, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = {"fp32": "none", "int8": "int8"}

@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
-from pq_sweep.classes import stratified_order
-from pq_sweep.environment import device_name, versions
-from pq_sweep.image_cache import ImageCache
-from pq_sweep.images import Labelled, find_images, readable, split_of
+from pq_sweep.core.environment import device_name, versions
+from pq_sweep.inputs.classes import stratified_order
+from pq_sweep.inputs.image_cache import ImageCache
+from pq_sweep.inputs.images import Labelled, find_images, readable, split_of
 from pq_sweep.types import Preprocess
 
 PREPROCESS = Preprocess()

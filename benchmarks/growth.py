@@ -27,10 +27,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from pq_sweep.results import read_sweep
-from pq_sweep.runs import BEGUN
-from pq_sweep.tables import tables
-from pq_sweep.tracking import Mlflow
+from pq_sweep.results.sweeps import read_sweep
+from pq_sweep.results.terminal import tables
+from pq_sweep.tracking.tracker import Mlflow
+from pq_sweep.tracking.view import BEGUN
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 SHORT = [

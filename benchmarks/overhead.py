@@ -43,8 +43,8 @@ from benchmarks.pq_bench import (
     prune,
     quantize,
 )
-from pq_sweep.export import fill, trace
-from pq_sweep.threads import use_threads
+from pq_sweep.core.threads import use_threads
+from pq_sweep.runtimes.export import fill, trace
 from pq_sweep.types import Model, Preprocess
 
 LIMIT = 1.15

@@ -35,10 +35,10 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.models import get_model, get_model_weights
 
-from pq_sweep.classes import imagenet_wnids, stratified_order
-from pq_sweep.qdq import has_vnni
-from pq_sweep.threads import use_threads
-from pq_sweep.weights import prunable
+from pq_sweep.compress.qdq import has_vnni
+from pq_sweep.core.threads import use_threads
+from pq_sweep.core.weights import prunable
+from pq_sweep.inputs.classes import imagenet_wnids, stratified_order
 
 MODELS = ("resnet18", "mobilenet_v2")
 AMOUNTS = (0.0, 0.1, 0.5, 0.9)

@@ -75,7 +75,7 @@ def try_model(name: str, weights: Path | None, images: Path | None) -> Cell:
     import torch
     from hydra.utils import instantiate
 
-    from pq_sweep.threads import use_threads
+    from pq_sweep.core.threads import use_threads
 
     use_threads(None)
     torch.manual_seed(0)
@@ -117,7 +117,7 @@ def settle(model: Any, data: Any) -> None:
     """Give BatchNorm the statistics of what it sees, as training would have."""
     from torch import nn
 
-    from pq_sweep.recovery import bn_reestimate
+    from pq_sweep.compress.recovery import bn_reestimate
 
     if any(isinstance(part, nn.BatchNorm2d) for part in model.module.modules()):
         bn_reestimate(model, data, images=IMAGES, batch_size=IMAGES)
@@ -135,7 +135,7 @@ def run(technique: str, model: Any, data: Any, folder: Path) -> Cell:
     """Compress the model and compare file and logits with those of the FP32 network."""
     import torch
 
-    from pq_sweep.mixed import snr_db
+    from pq_sweep.compress.mixed import snr_db
 
     images = data.evaluation.fetch(list(range(min(IMAGES, len(data.evaluation)))))
     with torch.inference_mode():
@@ -164,7 +164,7 @@ def try_pruning(name: str, model: Any, data: Any, images: Any, folder: Path) -> 
 
 def try_export(model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, Any]:
     """Export the network, prove the graph equal, and run it under ONNX Runtime."""
-    from pq_sweep.export import check_export, export_onnx
+    from pq_sweep.runtimes.export import check_export, export_onnx
 
     graph = folder / "export.onnx"
     export_onnx(model, graph)
@@ -174,7 +174,7 @@ def try_export(model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, 
 
 def try_quantizer(name: str, model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, Any]:
     """Quantize the exported graph and run it under ONNX Runtime."""
-    from pq_sweep.progress import Stages
+    from pq_sweep.job.stages import Stages
 
     options = [f"quantizer.images={IMAGES}"] if name == "int8" else []
     target = folder / f"{name}.onnx"
@@ -194,7 +194,7 @@ def answer(graph: Path, images: Any, quantizer: str = "none") -> Any:
     """Run a graph as a job does."""
     import torch
 
-    from pq_sweep.progress import Stages
+    from pq_sweep.job.stages import Stages
     from pq_sweep.types import Workspace
 
     work = Workspace(graph.parent, "cpu", torch.get_num_threads(), Stages(graph.parent, ""))

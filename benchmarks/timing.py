@@ -21,13 +21,13 @@ from rich.table import Table
 from torch.utils.benchmark import Timer
 
 from benchmarks.support import component
-from pq_sweep import quantizers
-from pq_sweep.datasets import digits
-from pq_sweep.environment import device_name, versions
-from pq_sweep.measure import latency
-from pq_sweep.models import digits_cnn, torchvision_model
-from pq_sweep.progress import Stages
-from pq_sweep.timing import Protocol
+from pq_sweep.compress import quantizers
+from pq_sweep.core.environment import device_name, versions
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.models import digits_cnn, torchvision_model
+from pq_sweep.job.stages import Stages
+from pq_sweep.measure.latency import latency
+from pq_sweep.measure.timing import Protocol
 from pq_sweep.types import Session, Workspace
 
 MODELS = ("resnet18", "mobilenet_v2")

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pq_sweep.datasets import digits
-from pq_sweep.digits_cnn import DigitsCNN
-from pq_sweep.recovery import finetune
+from pq_sweep.compress.recovery import finetune
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.digits_cnn import DigitsCNN
 from pq_sweep.types import Model, Preprocess
 
 

@@ -20,10 +20,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pq_sweep import cli
-from pq_sweep.quantizers import quantizer
+from pq_sweep.compress.quantizers import quantizer
+from pq_sweep.sweep import cli
+from pq_sweep.sweep.worker import run_job
 from pq_sweep.types import Data, Model, Preprocess, Split, Stage
-from pq_sweep.worker import run_job
 
 SHAPES = ("circle", "square", "triangle")
 SWEEP = (

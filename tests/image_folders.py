@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from pq_sweep.datasets import image_folder
+from pq_sweep.inputs.datasets import image_folder
 from pq_sweep.types import Data, Model, Preprocess, Split
 
 TINY = Preprocess(size=8, resize=8, mean=(0.0,) * 3, std=(1.0,) * 3)

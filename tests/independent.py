@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from pq_sweep.progress import Stages
+from pq_sweep.job.stages import Stages
 from pq_sweep.types import Workspace
 
 

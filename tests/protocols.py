@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pq_sweep.timing import Protocol
+from pq_sweep.measure.timing import Protocol
 
 
 def protocol(**options: Any) -> Protocol:

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pq_sweep.datasets import digits
-from pq_sweep.models import digits_cnn, torchvision_model
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.models import digits_cnn, torchvision_model
 from pq_sweep.types import Data, Model, Preprocess, Split
 
 State = dict[str, Tensor]

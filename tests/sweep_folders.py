@@ -17,8 +17,8 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from pq_sweep.groups import GROUPS
-from pq_sweep.job import run
+from pq_sweep.core.groups import GROUPS
+from pq_sweep.job.run import run
 
 Result = dict[str, Any]
 

@@ -24,13 +24,16 @@ from hydra import compose, initialize_config_dir
 from image_folders import fill as fill_images
 from safetensors.torch import load_file, save_file
 
-from pq_sweep import cache, fingerprint, job, removal, resume
-from pq_sweep.cache import Cache
-from pq_sweep.environment import cache_home
+from pq_sweep.compress import removal
+from pq_sweep.core import cache, fingerprint
+from pq_sweep.core.cache import Cache
+from pq_sweep.core.environment import cache_home
+from pq_sweep.core.weights import network_state, network_structure
+from pq_sweep.job import run as job
+from pq_sweep.job import steps as resume
 from pq_sweep.types import Model, Preprocess
-from pq_sweep.weights import network_state, network_structure
 
-WEIGHTS = ROOT / "pq_sweep" / "weights" / "digits_cnn.safetensors"
+WEIGHTS = ROOT / "pq_sweep" / "inputs" / "weights" / "digits_cnn.safetensors"
 INT8 = ("quantizer=int8", "runtime=onnxruntime", "quantizer.images=16")
 JOBS = {
     "fp32": ("runtime=onnxruntime",),
@@ -232,8 +235,8 @@ def test_training_is_shared_only_by_what_is_the_same(
 
 
 def test_which_logits_compete_tells_data_apart() -> None:
-    from pq_sweep.datasets import digits
-    from pq_sweep.models import digits_cnn
+    from pq_sweep.inputs.datasets import digits
+    from pq_sweep.inputs.models import digits_cnn
 
     data = digits(digits_cnn())
     other = replace(data, columns=torch.tensor([1, 0, *range(2, 10)]))
@@ -302,8 +305,8 @@ def loaded_elsewhere(load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, 
 FILL = """
 import sys
 from pathlib import Path
-from pq_sweep.cache import Cache
-from pq_sweep.progress import Stages
+from pq_sweep.core.cache import Cache
+from pq_sweep.job.stages import Stages
 
 folder = Path(sys.argv[1])
 folder.mkdir()
@@ -440,7 +443,7 @@ def test_a_second_sweep_makes_nothing_anew(tmp_path: Path) -> None:
 
 
 def test_what_a_network_computes_with_tells_it_apart() -> None:
-    from pq_sweep.models import digits_cnn
+    from pq_sweep.inputs.models import digits_cnn
 
     one, other = digits_cnn(), digits_cnn()
     assert network_state(one) == network_state(other)

@@ -10,8 +10,8 @@ import torch
 from conftest import refused
 from image_folders import IMAGENETTE, fill, load, model_of
 
-from pq_sweep.classes import imagenet_wnids, match_classes, stratified_order
-from pq_sweep.datasets import image_folder
+from pq_sweep.inputs.classes import imagenet_wnids, match_classes, stratified_order
+from pq_sweep.inputs.datasets import image_folder
 from pq_sweep.types import Model
 
 

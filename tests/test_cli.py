@@ -9,24 +9,24 @@ import pytest
 from commands import HEAVY, LAUNCH, imported, said
 from conftest import ROOT, Launch, python
 
-from pq_sweep.cli import EXAMPLES
+from pq_sweep.sweep.cli import EXAMPLES
 
 CONF = ROOT / "conf"
 CHOICES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
 LIGHT_MODULES = (
+    "core.environment",
+    "compress.quantizers",
     "doctor",
-    "cli",
-    "sweep",
-    "check",
-    "quantizers",
+    "job.check",
+    "job.stages",
+    "results.sweeps",
     "runtimes",
-    "results",
+    "sweep.callback",
+    "sweep.cli",
+    "sweep.launchers",
+    "sweep.worker",
     "tracking",
     "types",
-    "progress",
-    "launchers",
-    "worker",
-    "environment",
 )
 
 
@@ -42,7 +42,7 @@ def my_conf(tmp_path: Path) -> str:
     """A user's own configuration folder with one pruner, relative to the working folder."""
     path = tmp_path / "mine" / "pruner" / "my_pruner.yaml"
     path.parent.mkdir(parents=True)
-    path.write_text("# A pruner of my own\n_target_: pq_sweep.pruners.l1\namount: 0.25\nevery_weight: false\n")
+    path.write_text("# A pruner of my own\n_target_: pq_sweep.compress.pruners.l1\namount: 0.25\nevery_weight: false\n")
     return "mine"
 
 
@@ -78,7 +78,7 @@ def test_import_times_are_seen(tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         (["--help"], "Groups and their choices"),
-        (["--cfg", "job"], "_target_: pq_sweep.models.digits_cnn"),
+        (["--cfg", "job"], "_target_: pq_sweep.inputs.models.digits_cnn"),
         (["-sc", "query=bash"], "pruner=l1_global"),
         (["pruner=l1_globl"], ""),
     ],
@@ -183,7 +183,7 @@ def test_commands_in_help_name_real_choices(command: str) -> None:
 ENDING = """
 import atexit, logging, sys, threading, time
 from pathlib import Path
-from pq_sweep import cli
+from pq_sweep.sweep import cli
 from pq_sweep.types import UserError
 
 class Held:

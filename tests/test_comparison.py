@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pq_sweep.comparison import Estimate, drop, payback, speedup
+from pq_sweep.results.comparison import Estimate, drop, payback, speedup
 
 DEVICE = {"gpu_uuid": "GPU-1", "device_name": "A100", "host": "a1"}
 

@@ -35,8 +35,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from pq_sweep import datasets, download, types
-from pq_sweep.datasets import (
+from pq_sweep import types
+from pq_sweep.inputs import datasets, download
+from pq_sweep.inputs.datasets import (
     _pixels_split,
     cifar10,
     digits,
@@ -47,7 +48,7 @@ from pq_sweep.datasets import (
     imagenette,
     imagewoof,
 )
-from pq_sweep.models import digits_cnn, torchvision_model
+from pq_sweep.inputs.models import digits_cnn, torchvision_model
 from pq_sweep.types import Data, Model, Preprocess, Split, UserError
 
 both_layouts = pytest.mark.parametrize("layout", ["flat", "train_and_val"])
@@ -895,8 +896,8 @@ class TestIdentity:
 
     def test_another_process_finds_the_same(self, data: Data, environment: dict[str, str], tmp_path: Path) -> None:
         code = """
-from pq_sweep.datasets import digits, fake
-from pq_sweep.models import digits_cnn
+from pq_sweep.inputs.datasets import digits, fake
+from pq_sweep.inputs.models import digits_cnn
 model = digits_cnn(weights=None)
 print(digits(model).training().identity(), fake(model, images=9, calibration=2, seed=1).evaluation.identity())
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pq_sweep.decision import FIGURES, Goal, decide, front
+from pq_sweep.results.decision import FIGURES, Goal, decide, front
 from pq_sweep.types import UserError
 
 BATCH = 8

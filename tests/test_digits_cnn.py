@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, python
 
-from pq_sweep.datasets import digits
-from pq_sweep.models import digits_cnn
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.types import Model
 
 

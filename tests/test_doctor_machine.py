@@ -171,7 +171,7 @@ def test_the_default_store_is_in_the_working_folder(tmp_path: Path, monkeypatch:
 
 
 def test_a_server_that_hangs_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pq_sweep.stores.REACH_S", 0.5)
+    monkeypatch.setattr("pq_sweep.tracking.store.REACH_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:  # which never answers
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:s3cret@{address}")

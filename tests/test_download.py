@@ -27,8 +27,8 @@ from commands import HEAVY, imported, said
 from conftest import python, refused
 from filelock import FileLock
 
-from pq_sweep import download
-from pq_sweep.download import CHUNK, RETRIES, extract, fetch, public
+from pq_sweep.inputs import download
+from pq_sweep.inputs.download import CHUNK, RETRIES, extract, fetch, public
 from pq_sweep.types import UserError
 
 CONTENT = random.Random(0).randbytes(8 * CHUNK + 12345)
@@ -255,9 +255,8 @@ def test_too_long_download_starts_anew(server: Server, target: Path) -> None:
 
 def test_killed_download_is_resumed(server: Server, target: Path) -> None:
     server.waits.clear()
-    code = (
-        f"from pathlib import Path; from pq_sweep.download import fetch; fetch({server.url!r}, Path({str(target)!r}))"
-    )
+    imports = "from pathlib import Path; from pq_sweep.inputs.download import fetch"
+    code = f"{imports}; fetch({server.url!r}, Path({str(target)!r}))"
     process = subprocess.Popen([sys.executable, "-c", code])
     part = target.with_name("some.bin.part")
     until(lambda: part.exists() and part.stat().st_size >= 3 * CHUNK)
@@ -282,7 +281,7 @@ def until(condition: Callable[[], bool], limit_s: float = 60) -> None:
 def in_two_processes(call: str, made: Path) -> None:
     """Run `call` in two processes that both found `made` absent before either could begin."""
     setting = "import logging; logging.basicConfig(level='INFO'); from pathlib import Path"
-    code = f"{setting}; from pq_sweep.download import extract, fetch; {call}"
+    code = f"{setting}; from pq_sweep.inputs.download import extract, fetch; {call}"
     made.parent.mkdir(exist_ok=True)
     with FileLock(made.with_name(f".{made.name}.lock")):
         run = partial(subprocess.Popen, [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
@@ -503,7 +502,7 @@ def test_a_bug_is_no_sentence(server: Server, target: Path, monkeypatch: pytest.
 
 
 def test_importing_imports_no_framework(tmp_path: Path, environment: dict[str, str]) -> None:
-    done = python(["-X", "importtime", "-c", "import pq_sweep.download"], tmp_path, environment)
+    done = python(["-X", "importtime", "-c", "import pq_sweep.inputs.download"], tmp_path, environment)
     assert done.returncode == 0, said(done.stderr)
     assert "filelock" in imported(done.stderr)
     assert not (HEAVY | {"requests", "urllib3", "numpy"}) & imported(done.stderr)
@@ -623,7 +622,7 @@ def test_missing_archive_is_named(tmp_path: Path) -> None:
 KILLED = """
 import tarfile, time
 from pathlib import Path
-from pq_sweep.download import extract
+from pq_sweep.inputs.download import extract
 whole = tarfile.TarFile.extractall
 def stop(self, path, **options):
     whole(self, path, **options)

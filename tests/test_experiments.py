@@ -12,8 +12,8 @@ from conftest import ROOT, Launch, only_sweep, results
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from pq_sweep.check import problems
-from pq_sweep.grid import compose_grid
+from pq_sweep.job.check import problems
+from pq_sweep.sweep.grid import compose_grid
 
 CONF = ROOT / "conf"
 FILES = {path.stem: path for path in sorted((CONF / "experiment").glob("*.yaml"))}

@@ -14,8 +14,8 @@ from independent import matrices, onnx_logits, relative_error, tensors, torch_lo
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 
-from pq_sweep.export import TOLERANCE, ExportError, check_export, export_onnx, fill, trace
-from pq_sweep.models import digits_cnn
+from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.runtimes.export import TOLERANCE, ExportError, check_export, export_onnx, fill, trace
 from pq_sweep.types import Model, Preprocess
 
 

@@ -10,14 +10,14 @@ import pytest
 from conftest import ROOT, python
 from hydra import compose, initialize_config_dir
 
-from pq_sweep import fingerprint as module
-from pq_sweep.fingerprint import digest, files_state, fingerprint, resolved
+from pq_sweep.core import fingerprint as module
+from pq_sweep.core.fingerprint import digest, files_state, fingerprint, resolved
 
 BASE = ("pruner=l1_global", "quantizer=int8")
 PRINT = """
 import sys
 from hydra import compose, initialize_config_dir
-from pq_sweep.fingerprint import fingerprint
+from pq_sweep.core.fingerprint import fingerprint
 
 with initialize_config_dir(sys.argv[1], version_base="1.3"):
     print(fingerprint(compose("config", overrides=sys.argv[2:])))
@@ -167,19 +167,23 @@ def test_code_of_ones_own_counts(tmp_path: Path) -> None:
 
 def test_code_of_this_package_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What makes results does; what starts jobs and shows what they found does not."""
-    for name in ("pruners.py", "tables.py", "fingerprint.py"):
-        (tmp_path / name).write_text("# as it is\n")
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "fingerprint.py"))
+    pruners, terminal, own = (
+        tmp_path / name for name in ("compress/pruners.py", "results/terminal.py", "core/fingerprint.py")
+    )
+    for path in (pruners, terminal, own):
+        path.parent.mkdir()
+        path.write_text("# as it is\n")
+    monkeypatch.setattr(module, "__file__", str(own))
     before = of(*BASE)
-    (tmp_path / "tables.py").write_text("# redrawn\n")
+    terminal.write_text("# redrawn\n")
     assert of(*BASE) == before
-    (tmp_path / "pruners.py").write_text("# repaired\n")
+    pruners.write_text("# repaired\n")
     assert of(*BASE) != before
 
 
 def test_modules_around_jobs_exist() -> None:
     """A name that was changed would count without anybody seeing it."""
-    there = {path.stem for path in Path(module.__file__).parent.iterdir()}
+    there = {path.name for path in Path(module.__file__).parents[1].iterdir()}
     assert set(module.AROUND_JOBS) <= there
 
 

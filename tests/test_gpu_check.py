@@ -20,15 +20,15 @@ from conftest import ROOT, new_user, python
 from gpu.test_answers import BY_OPTION, BY_PRECISION
 from hydra import compose, initialize_config_dir
 
-from pq_sweep.check import problems
-from pq_sweep.environment import device_name
-from pq_sweep.files import write_json
-from pq_sweep.gpu_check import Check, Verdict
-from pq_sweep.gpu_check import __main__ as command
-from pq_sweep.gpu_check.children import python_path, run_python
-from pq_sweep.gpu_check.jobs import DIGITS, NO_TIME, SHORT, Launch, check_job, check_store, launches, run_sweep
-from pq_sweep.gpu_check.report import assemble, problem, slug
-from pq_sweep.gpu_check.suite import run_tests
+from pq_sweep import gpu_check as command
+from pq_sweep.core.environment import device_name
+from pq_sweep.core.files import write_json
+from pq_sweep.doctor.gpu_check import Check, Verdict
+from pq_sweep.doctor.gpu_check.children import python_path, run_python
+from pq_sweep.doctor.gpu_check.jobs import DIGITS, NO_TIME, SHORT, Launch, check_job, check_store, launches, run_sweep
+from pq_sweep.doctor.gpu_check.report import assemble, problem, slug
+from pq_sweep.doctor.gpu_check.suite import run_tests
+from pq_sweep.job.check import problems
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 # What no job with the digits under torch needs.
@@ -283,7 +283,7 @@ SWEPT = """
 import json, sys, time
 from dataclasses import asdict
 from pathlib import Path
-from pq_sweep.gpu_check.jobs import launches, run_sweep
+from pq_sweep.doctor.gpu_check.jobs import launches, run_sweep
 
 planned = [launch for launch in launches("cpu") if launch.name != "pruned"]
 checks = run_sweep("cpu", planned, Path(sys.argv[1]), time.monotonic() + 300)

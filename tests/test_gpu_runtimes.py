@@ -33,14 +33,14 @@ from provider_options import DOCUMENTED
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from pq_sweep import quantizers
-from pq_sweep.cache import Cache
-from pq_sweep.datasets import digits
-from pq_sweep.environment import cache_home
-from pq_sweep.models import digits_cnn
+from pq_sweep.compress import quantizers
+from pq_sweep.core.cache import Cache
+from pq_sweep.core.environment import cache_home
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.results.shipping import render
 from pq_sweep.runtimes import RuntimeMismatch, cuda, engines, library_error, make_graph, ort, ort_session, precision_of
 from pq_sweep.runtimes.cuda import TF32_OVERRIDE, record_graph
-from pq_sweep.shipping import render
 from pq_sweep.types import Data, Session, UserError, Workspace
 
 fp16 = functools.partial(quantizers.fp16, exclude=[])

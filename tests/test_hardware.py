@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT, new_user, python
 from test_environments import environment_of
 
+from pq_sweep.core.hardware import CPU, CPUINFO, GPU, Cpu, Gpu, capability, cpu_flags, lacks, missing
 from pq_sweep.doctor.judge import has_kernels
-from pq_sweep.hardware import CPU, CPUINFO, GPU, Cpu, Gpu, capability, cpu_flags, lacks, missing
 from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, Torch
 
 V100 = Gpu("V100", (7, 0))
@@ -120,7 +120,7 @@ def test_this_cpu_has_flags() -> None:
 
 
 def test_no_framework_is_imported(tmp_path: Path) -> None:
-    code = "import sys; import pq_sweep.hardware; print(*sys.modules)"
+    code = "import sys; import pq_sweep.core.hardware; print(*sys.modules)"
     done = python(["-c", code], tmp_path, new_user())
     assert done.returncode == 0, done.stderr
     assert "torch" in sys.modules

@@ -28,11 +28,12 @@ from image_folders import TINY, UNUSABLE, black_png, draw, files, jpeg, photo, t
 from PIL import Image
 from torch import Tensor
 
-from pq_sweep import image_cache, types
-from pq_sweep.environment import cache_home
-from pq_sweep.image_cache import ImageCache, decode, normalise
-from pq_sweep.images import split_of
-from pq_sweep.models import _preprocess
+from pq_sweep import types
+from pq_sweep.core.environment import cache_home
+from pq_sweep.inputs import image_cache
+from pq_sweep.inputs.image_cache import ImageCache, decode, normalise
+from pq_sweep.inputs.images import split_of
+from pq_sweep.inputs.models import _preprocess
 from pq_sweep.types import Preprocess, UserError
 
 PHOTO = Preprocess(size=64, resize=80)

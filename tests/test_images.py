@@ -32,10 +32,18 @@ from image_folders import (
 )
 from PIL import Image
 
-from pq_sweep import image_cache
-from pq_sweep.image_cache import ImageCache
-from pq_sweep.images import Labelled, find_flat_images, find_images, first_readable, lazy_split_of, readable, split_of
-from pq_sweep.models import digits_cnn
+from pq_sweep.inputs import image_cache
+from pq_sweep.inputs.image_cache import ImageCache
+from pq_sweep.inputs.images import (
+    Labelled,
+    find_flat_images,
+    find_images,
+    first_readable,
+    lazy_split_of,
+    readable,
+    split_of,
+)
+from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.types import Preprocess, Split
 
 COUNTS = {"cat": 6, "dog": 6}

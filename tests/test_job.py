@@ -20,14 +20,14 @@ from hydra import compose, initialize_config_dir
 from independent import onnx_logits, torch_logits
 from torch import Tensor
 
-from pq_sweep import job
-from pq_sweep.datasets import digits
-from pq_sweep.files import write_json
-from pq_sweep.models import digits_cnn
-from pq_sweep.progress import PREP, Stages
-from pq_sweep.removal import replay
+from pq_sweep.compress.removal import replay
+from pq_sweep.core.files import write_json
+from pq_sweep.core.weights import prunable
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.job import run as job
+from pq_sweep.job.stages import PREP, Stages
 from pq_sweep.types import Data, UserError
-from pq_sweep.weights import prunable
 
 BRIEF = (
     "tracking=none",

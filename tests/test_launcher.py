@@ -18,7 +18,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
 
 from hydra_plugins import pq_sweep_launcher as ours
-from pq_sweep.current import CURRENT
+from pq_sweep.sweep.current import CURRENT
 
 # Another program finds our launchers when our configuration is on its search path.
 OURS = f"hydra.searchpath=[{ROOT / 'conf'}]"

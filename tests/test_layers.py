@@ -15,9 +15,9 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from onnx import TensorProto, helper, numpy_helper
 
-from pq_sweep.job import run
-from pq_sweep.layers import BINS, compressed_layers, dense_layers
-from pq_sweep.models import digits_cnn
+from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.job.run import run
+from pq_sweep.measure.layers import BINS, compressed_layers, dense_layers
 
 
 def described(folder: Path, *overrides: str) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from independent import torch_threads
 from protocols import protocol
 from torch import Tensor, nn
 
-from pq_sweep import measure, timing
-from pq_sweep.models import digits_cnn
-from pq_sweep.progress import Stages
-from pq_sweep.threads import use_threads
-from pq_sweep.timing import HostClock, summarise
+from pq_sweep.core.threads import use_threads
+from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.job.stages import Stages
+from pq_sweep.measure import accuracy as scores
+from pq_sweep.measure import latency as clocked
+from pq_sweep.measure import memory, network, timing
+from pq_sweep.measure.timing import HostClock, summarise
 from pq_sweep.types import Data, Model, Preprocess, Split
 
 Call = Callable[[], Any]
@@ -85,7 +87,7 @@ def random_answers(samples: int, classes: int) -> tuple[Tensor, Tensor]:
 def test_accuracy_is_that_of_a_plain_loop(batch_size: int) -> None:
     logits, labels = random_answers(101, 12)
     session = lookup(logits)
-    result, predictions = measure.accuracy(session, data_of(labels, 12), batch_size)
+    result, predictions = scores.accuracy(session, data_of(labels, 12), batch_size)
 
     assert result["samples"] == 101
     assert result["top1"] == plain_accuracy(logits.numpy(), labels.numpy(), 1)
@@ -98,7 +100,7 @@ def test_accuracy_lets_only_the_classes_of_the_data_compete() -> None:
     logits, _ = random_answers(90, 40)
     columns = torch.tensor([31, 4, 18, 0, 25, 9, 11])
     labels = torch.randint(7, (90,), generator=torch.Generator().manual_seed(4))
-    result, predictions = measure.accuracy(lookup(logits), data_of(labels, 7, columns), 32)
+    result, predictions = scores.accuracy(lookup(logits), data_of(labels, 7, columns), 32)
     chosen = logits.numpy()[:, columns.numpy()]
 
     assert result["top1"] == plain_accuracy(chosen, labels.numpy(), 1)
@@ -109,7 +111,7 @@ def test_accuracy_lets_only_the_classes_of_the_data_compete() -> None:
 @pytest.mark.parametrize(("classes", "stated"), [(2, False), (5, False), (6, True)])
 def test_top5_needs_more_than_five_classes(classes: int, stated: bool) -> None:
     logits, labels = random_answers(30, classes)
-    result, _ = measure.accuracy(lookup(logits), data_of(labels, classes), 8)
+    result, _ = scores.accuracy(lookup(logits), data_of(labels, classes), 8)
 
     assert (result["top5"] is not None) is stated
 
@@ -119,7 +121,7 @@ def test_equal_logits_count_for_the_first_class(classes: int) -> None:
     """Quantized logits are often equal; numpy's and torch's argmax both take the first, whatever the batch."""
     logits = torch.zeros(50, classes)
     logits[:, [3, 6, 9]] = 1.0
-    result, predictions = measure.accuracy(lookup(logits), data_of(torch.full((50,), 3), classes), 16)
+    result, predictions = scores.accuracy(lookup(logits), data_of(torch.full((50,), 3), classes), 16)
 
     assert set(predictions.tolist()) == {3}
     assert result["top1"] == 1.0
@@ -150,12 +152,12 @@ def score_interval(hits: int, samples: int) -> tuple[float, float]:
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718)],
 )
 def test_wilson_gives_the_published_intervals(hits: int, samples: int, lower: float, upper: float) -> None:
-    assert measure.wilson(hits, samples) == pytest.approx((lower, upper), abs=5e-5)
+    assert scores.wilson(hits, samples) == pytest.approx((lower, upper), abs=5e-5)
 
 
 @pytest.mark.parametrize(("hits", "samples"), [(0, 1), (1, 1), (0, 500), (500, 500), (493, 500), (3, 7), (250, 500)])
 def test_wilson_solves_the_score_equation(hits: int, samples: int) -> None:
-    lower, upper = measure.wilson(hits, samples)
+    lower, upper = scores.wilson(hits, samples)
 
     assert (lower, upper) == pytest.approx(score_interval(hits, samples), abs=1e-9)
     assert 0 <= lower <= hits / samples + 1e-12
@@ -169,7 +171,7 @@ def test_wilson_solves_the_score_equation(hits: int, samples: int) -> None:
 def test_latency_keeps_every_sample(warmup: int, iterations: int, batch: int) -> None:
     session = Fake(lambda images: images)
     chosen = protocol(warmup_iterations=warmup, iterations=iterations)
-    result, samples = measure.latency(session, torch.zeros(batch, 1, 8, 8), chosen)
+    result, samples = clocked.latency(session, torch.zeros(batch, 1, 8, 8), chosen)
 
     assert session.calls == [batch] * (warmup + iterations)
     assert result["warmup"]["iterations"] == warmup
@@ -178,7 +180,7 @@ def test_latency_keeps_every_sample(warmup: int, iterations: int, batch: int) ->
 
 
 def test_latency_is_derived_from_its_samples() -> None:
-    result, samples = measure.latency(Fake(torch.clone), torch.zeros(4, 1, 8, 8), protocol(iterations=70))
+    result, samples = clocked.latency(Fake(torch.clone), torch.zeros(4, 1, 8, 8), protocol(iterations=70))
     again = summarise(samples["host"], 4, math.inf)
 
     assert {key: result[key] for key in again} == again
@@ -197,15 +199,15 @@ def test_latency_is_taken_again_while_others_are_busy_and_the_quietest_counts(
     def loaded(*_: Any) -> Any:
         return {"load_of_others": left.pop(0), "number": len(loads) - len(left) - 1}, {}
 
-    monkeypatch.setattr(measure, "_loaded", loaded)
-    result, _ = measure.latency(session, torch.zeros(1, 1, 8, 8), protocol(retries=2))
+    monkeypatch.setattr(clocked, "_loaded", loaded)
+    result, _ = clocked.latency(session, torch.zeros(1, 1, 8, 8), protocol(retries=2))
 
     assert not left
     assert (result["number"], result["loads"], result["load_of_others"]) == (kept, loads, min(loads))
 
 
 def test_the_state_of_the_device_comes_with_the_latency() -> None:
-    state = measure.latency(Fake(torch.clone), torch.zeros(1, 1, 8, 8), protocol(iterations=10))[0]["device_state"]
+    state = clocked.latency(Fake(torch.clone), torch.zeros(1, 1, 8, 8), protocol(iterations=10))[0]["device_state"]
     assert state["device"] == "cpu"
     assert state["involuntary_switches"] >= 0
     assert ("energy_j" in state and state["energy_j"] is not None) != ("energy_j" in state["unavailable"])
@@ -229,9 +231,9 @@ class Hot:
 
 
 def test_a_throttled_device_settles_nothing_and_energy_is_per_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "Monitor", Hot)
+    monkeypatch.setattr(clocked, "Monitor", Hot)
     chosen = protocol(min_s=0.2, interval=math.inf)
-    result, samples = measure.latency(Fake(torch.clone), torch.zeros(4, 1, 8, 8), chosen)
+    result, samples = clocked.latency(Fake(torch.clone), torch.zeros(4, 1, 8, 8), chosen)
     assert "throttled" in result["unstable"]
     assert "power_capped" not in result["unstable"]
     assert result["energy_per_image_j"] == pytest.approx(1.0 / (4 * len(samples["host"])), rel=0.05)
@@ -251,14 +253,14 @@ def test_latency_includes_all_of_the_call(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_first_images_are_timed_again_if_they_are_too_few(images: int, batch: int, expected: list[int]) -> None:
     data = data_of(torch.zeros(images, dtype=torch.int64), 2)
 
-    assert measure.latency_images(data, batch, "cpu").flatten().tolist() == expected
+    assert clocked.latency_images(data, batch, "cpu").flatten().tolist() == expected
 
 
 def test_speed_measures_every_batch_size(tmp_path: Path) -> None:
     session, stage = Fake(torch.clone), Stages(tmp_path, "")
     data = data_of(torch.zeros(5, dtype=torch.int64), 2)
     chosen = protocol(batch_sizes=[1, 8], warmup_iterations=2, iterations=3)
-    result, samples = measure.speed(session, data, chosen, stage, not_opened)
+    result, samples = clocked.speed(session, data, chosen, stage, not_opened)
 
     assert list(result["latency"]) == ["1", "8"]
     assert session.calls == [1] * 5 + [8] * 5
@@ -271,7 +273,7 @@ def test_pairs_are_timed_with_the_uncompressed_model(tmp_path: Path) -> None:
     session, dense = Fake(torch.clone), Fake(lambda images: images.flatten(1).repeat(1, 400_000).sum(1))
     data = data_of(torch.zeros(5, dtype=torch.int64), 2)
     chosen = protocol(batch_sizes=[1, 2], iterations=7, paired=True)
-    result, samples = measure.speed(session, data, chosen, Stages(tmp_path, ""), lambda: closing(dense))
+    result, samples = clocked.speed(session, data, chosen, Stages(tmp_path, ""), lambda: closing(dense))
 
     assert dense.calls == [1] * 7 + [2] * 7
     assert session.calls == [1] * 7 + [2] * 7 + [1] * 7 + [2] * 7
@@ -286,11 +288,11 @@ def test_pairs_are_timed_with_the_uncompressed_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 def test_torch_leaves_the_cores_to_who_runs_the_model(monkeypatch: pytest.MonkeyPatch, runtime: str) -> None:
-    monkeypatch.setattr(measure.torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(memory.torch, "get_num_threads", lambda: 5)
     told: list[int] = []
-    monkeypatch.setattr(measure.torch, "set_num_threads", told.append)
+    monkeypatch.setattr(memory.torch, "set_num_threads", told.append)
     session = Fake(lambda images: torch.zeros(len(images), 2), runtime=runtime)
-    measure.accuracy(session, data_of(torch.zeros(3, dtype=torch.long), 2), 2)
+    scores.accuracy(session, data_of(torch.zeros(3, dtype=torch.long), 2), 2)
 
     assert told == ([] if runtime == "torch" else [1, 5])
 
@@ -306,7 +308,7 @@ def peak_of(megabytes: int, folder: Path) -> float:
         return images
 
     data = data_of(torch.zeros(1), 2)
-    result, _ = measure.speed(Fake(answer), data, protocol(iterations=3), Stages(folder, ""), not_opened)
+    result, _ = clocked.speed(Fake(answer), data, protocol(iterations=3), Stages(folder, ""), not_opened)
     if result["peak_memory_mb"] is None:
         pytest.skip("this kernel does not let a process reset its peak of memory")
     return float(result["peak_memory_mb"])
@@ -324,7 +326,7 @@ def test_memory_that_nvml_saw_is_the_peak_of_all_batch_sizes() -> None:
     states: list[dict[str, Any]] = [{"memory_process_mb": 900.0}, {"memory_process_mb": 1200.0}, {"verdicts": []}]
     latencies = {str(size): {"device_state": state} for size, state in enumerate(states)}
 
-    assert measure.watched_memory(latencies) == {"nvml_process_mb": 1200.0, "nvml_device_mb": None}
+    assert memory.watched_memory(latencies) == {"nvml_process_mb": 1200.0, "nvml_device_mb": None}
 
 
 @pytest.mark.gpu
@@ -332,7 +334,7 @@ def test_memory_of_a_gpu_is_counted_by_its_allocator_and_by_nvml(tmp_path: Path)
     data = data_of(torch.zeros(1), 2)
     kept = torch.ones(250_000 * 400, device="cuda")
     session = Fake(lambda images: images + kept[0], "cuda:0")
-    result, _ = measure.speed(session, data, protocol(iterations=30, min_s=1.0), Stages(tmp_path, ""), not_opened)
+    result, _ = clocked.speed(session, data, protocol(iterations=30, min_s=1.0), Stages(tmp_path, ""), not_opened)
     memory = result["memory"]
 
     assert result["peak_memory_mb"] == memory["allocator_mb"] == pytest.approx(400, rel=0.1)
@@ -404,7 +406,7 @@ ATTENTION_MACS = 3 * TOKENS * WIDTH**2 + 2 * TOKENS**2 * WIDTH + TOKENS * WIDTH*
     ids=["linear", "without bias", "conv", "strided", "depthwise", "batch norm", "attention", "weights", "encoder"],
 )
 def test_macs_are_those_counted_by_hand(module: nn.Module, channels: int, size: int, expected: int) -> None:
-    assert measure.macs(model_of(module, channels, size)) == expected
+    assert network.macs(model_of(module, channels, size)) == expected
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -412,7 +414,7 @@ def test_counting_macs_leaves_attention_as_it_was(fast: bool) -> None:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(fast)
     try:
-        measure.macs(model_of(Encoder(), 16, 5))
+        network.macs(model_of(Encoder(), 16, 5))
         assert torch.backends.mha.get_fastpath_enabled() is fast
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
@@ -424,7 +426,7 @@ def test_the_network_is_counted_weight_by_weight() -> None:
         model.module.fc1.weight[:10] = 0
         model.module.fc2.bias[0] = 0
     parameters = dict(model.module.named_parameters())
-    result = measure.network(model)
+    result = network.count(model)
 
     layers = [value for key, value in parameters.items() if value.dim() > 1]
     assert result["params"] == sum(math.prod(value.shape) for value in parameters.values())
@@ -435,7 +437,7 @@ def test_the_network_is_counted_weight_by_weight() -> None:
 
 
 def test_the_projections_of_attention_count_as_weights() -> None:
-    result = measure.network(model_of(Attention(need_weights=False), 16, 5))
+    result = network.count(model_of(Attention(need_weights=False), 16, 5))
 
     assert result["weights"] == 4 * 16 * 16
     assert result["params"] == 4 * 16 * 16 + 4 * 16

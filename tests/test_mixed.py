@@ -15,9 +15,9 @@ import torch
 from independent import matrices, onnx_logits, relative_error, snr_db, torch_logits
 from test_quantizers import FORMS, WEIGHTS, Case, exported, quantize
 
-from pq_sweep.datasets import digits
-from pq_sweep.mixed import snr_db as package_snr_db
-from pq_sweep.models import digits_cnn
+from pq_sweep.compress.mixed import snr_db as package_snr_db
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.types import Model, UserError
 
 FRAGILE = {"fc1.weight", "fc2.weight"}

@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pq_sweep.digits_cnn import DigitsCNN
-from pq_sweep.models import cifar_resnet, digits_cnn, fetch_weights, simplenet, torchvision_model, vgg7
+from pq_sweep.inputs.digits_cnn import DigitsCNN
+from pq_sweep.inputs.models import cifar_resnet, digits_cnn, fetch_weights, simplenet, torchvision_model, vgg7
 from pq_sweep.types import Model
 
 State = dict[str, Tensor]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pq_sweep.monitor import Monitor, cpu
-from pq_sweep.monitor.nvml import Absent
+from pq_sweep.measure.monitor import Monitor, cpu
+from pq_sweep.measure.monitor.nvml import Absent
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from nvml_stand_in import MACHINE, STAND_IN, Driver, loaded, stand_in
 
-from pq_sweep.monitor import identify, identity, nvml
-from pq_sweep.monitor.nvml import Absent, Device
+from pq_sweep.measure.monitor import identify, identity, nvml
+from pq_sweep.measure.monitor.nvml import Absent, Device
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ import pytest
 from commands import HEAVY, imported
 from nvml_stand_in import MACHINE, Driver, stand_in
 
-from pq_sweep.monitor import Monitor, identify, nvml, sampler
-from pq_sweep.monitor.sampler import Sampler
+from pq_sweep.measure.monitor import Monitor, identify, nvml, sampler
+from pq_sweep.measure.monitor.sampler import Sampler
 
 NOBODY = 2**22 + 1  # Linux counts processes to 2**22
 
@@ -122,7 +122,7 @@ def test_signals_to_the_job_do_not_end_the_sampling(driver: Driver) -> None:
 
 MEASURING = """
 import os, sys, time
-from pq_sweep.monitor import Monitor
+from pq_sweep.measure.monitor import Monitor
 with Monitor("cuda:0") as watched:
     if sys.argv[1] == "forks" and not os.fork():
         time.sleep(60)
@@ -160,7 +160,7 @@ def orphan() -> Iterator[int]:
 
 WITH_A_FAMILY = """
 import json, os, subprocess, sys
-from pq_sweep.monitor import Monitor
+from pq_sweep.measure.monitor import Monitor
 with subprocess.Popen(["sleep", "60"]) as child:
     others = [os.getppid(), child.pid, *map(int, sys.argv[1:])]
     os.environ["STAND_IN"] = json.dumps({"others": others})
@@ -309,7 +309,7 @@ def test_a_real_gpu_is_watched() -> None:
 
 def test_a_container_is_recognised() -> None:
     """It is a new pid namespace, in which the new process is number 1."""
-    look = "import os, pq_sweep.monitor.sampler as m; print(os.getpid(), m._is_isolated())"
+    look = "import os, pq_sweep.measure.monitor.sampler as m; print(os.getpid(), m._is_isolated())"
     command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", sys.executable, "-c", look]
     try:
         inside = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

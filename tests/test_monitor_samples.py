@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from pq_sweep.monitor import samples
-from pq_sweep.monitor.nvml import SAMPLED
-from pq_sweep.monitor.samples import Samples
+from pq_sweep.measure.monitor import samples
+from pq_sweep.measure.monitor.nvml import SAMPLED
+from pq_sweep.measure.monitor.samples import Samples
 
 PARENT, OWN, CHILD, OTHER = 90, 100, 110, 200
 

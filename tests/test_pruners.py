@@ -21,11 +21,12 @@ from random_networks import State, assert_alive, attention, big_digits, fresh, p
 from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
-from pq_sweep import measure, pruners
-from pq_sweep.check import problems
-from pq_sweep.datasets import digits
-from pq_sweep.export import export_onnx
-from pq_sweep.models import digits_cnn
+from pq_sweep.compress import pruners
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.job.check import problems
+from pq_sweep.measure import network
+from pq_sweep.runtimes.export import export_onnx
 from pq_sweep.types import Data, Model, Preprocess
 
 Prune = Callable[..., Any]
@@ -200,7 +201,7 @@ def test_reported_sparsity_is_the_share_of_zeros(name: str, amount: float, data:
     getattr(pruners, name)(model, data, amount=amount, **ZERO_FILL[name])
     weights = weights_of(state_of(model)).values()
     total = sum(weight.numel() for weight in weights)
-    found = measure.network(model)
+    found = network.count(model)
     assert found["sparsity"] == sum(map(zeros, weights)) / total
     # One small layer rounds to whole channels.
     assert found["sparsity"] == pytest.approx(amount, abs=0.02)
@@ -507,5 +508,5 @@ def test_every_pruner_leaves_every_network_alive(name: str, path: Path, request:
     prune: Prune = instantiate(OmegaConf.load(path), _partial_=True, _convert_="all")
     prune(model, data)
     assert_alive(model, data.evaluation.fetch([0, 1, 2, 3]))
-    after = measure.network(model)
+    after = network.count(model)
     assert path.stem == "none" or after["sparsity"] > 0.4 or after["params"] <= 0.6 * before

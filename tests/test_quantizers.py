@@ -19,11 +19,11 @@ from independent import matrices, onnx_logits, relative_error, snr_db, tensors, 
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from pq_sweep import qdq, quantizers
-from pq_sweep.datasets import digits
-from pq_sweep.export import export_onnx
-from pq_sweep.models import digits_cnn, torchvision_model
-from pq_sweep.progress import Stages
+from pq_sweep.compress import qdq, quantizers
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.models import digits_cnn, torchvision_model
+from pq_sweep.job.stages import Stages
+from pq_sweep.runtimes.export import export_onnx
 from pq_sweep.types import Data, Model, Split, UserError
 
 FORMS = ("cpu", "tensorrt")

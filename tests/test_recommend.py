@@ -159,8 +159,8 @@ def test_a_sweep_without_a_finished_job_has_nothing_to_recommend(tmp_path: Path)
 
 
 def test_components_of_ones_own_are_part_of_the_command(sweep: Path) -> None:
-    from pq_sweep.commands import command
-    from pq_sweep.results import read_sweep
+    from pq_sweep.results.commands import command
+    from pq_sweep.results.sweeps import read_sweep
 
     manifest = json.loads((sweep / "sweep.json").read_text())
     manifest["arguments"] = ["/some/where/launch.py", "--config-dir", "my conf", "-m", "pruner=l1_global"]
@@ -171,7 +171,7 @@ def test_components_of_ones_own_are_part_of_the_command(sweep: Path) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    from pq_sweep.results import find_sweeps
+    from pq_sweep.results.sweeps import find_sweeps
 
     with pytest.raises(UserError, match="holds no sweep"):
         find_sweeps([tmp_path])

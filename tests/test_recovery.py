@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pq_sweep import pruners, recovery, removal
-from pq_sweep.datasets import digits, image_folder
-from pq_sweep.models import digits_cnn
+from pq_sweep.compress import pruners, recovery, removal
+from pq_sweep.inputs.datasets import digits, image_folder
+from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.types import Data, Model, Preprocess, Split, UserError
 
 State = dict[str, Tensor]

@@ -36,11 +36,11 @@ from torchvision.models.swin_transformer import (
     SwinTransformerBlockV2,
 )
 
-from pq_sweep import removal
-from pq_sweep.choices import IMPORTANCES
-from pq_sweep.datasets import digits
-from pq_sweep.export import check_export, export_onnx
-from pq_sweep.models import digits_cnn, torchvision_model
+from pq_sweep.compress import removal
+from pq_sweep.compress.choices import IMPORTANCES
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.models import digits_cnn, torchvision_model
+from pq_sweep.runtimes.export import check_export, export_onnx
 from pq_sweep.types import Data, Model, Preprocess, Split, UserError
 
 REMOVE: dict[str, Any] = {"amount": 0.5, "importance": "magnitude", "p": 2, "global_ranking": False, "round_to": None}

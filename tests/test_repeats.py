@@ -21,14 +21,15 @@ from commands import LAUNCH, SHORT, launch_in
 from conftest import ROOT, new_user
 from hydra import compose, initialize_config_dir
 
-from pq_sweep import job, repeats
-from pq_sweep.fingerprint import file_hash
-from pq_sweep.folder import PROGRESS
-from pq_sweep.fresh import KeptStages, check_artifact
-from pq_sweep.models import digits_cnn
-from pq_sweep.progress import Stages
-from pq_sweep.repeats import RepeatFailed, combine, share_network
-from pq_sweep.timing import DRIFT
+from pq_sweep.core.fingerprint import file_hash
+from pq_sweep.core.folder import PROGRESS
+from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.job import repeats
+from pq_sweep.job import run as job
+from pq_sweep.job.fresh import KeptStages, check_artifact
+from pq_sweep.job.repeats import RepeatFailed, combine, share_network
+from pq_sweep.job.stages import Stages
+from pq_sweep.measure.timing import DRIFT
 
 ONNX = ("pruner=l1", "quantizer=int8", "runtime=onnxruntime")
 TRAINED = ("pruner=remove", "recovery=finetune", "recovery.epochs=1")

@@ -14,14 +14,14 @@ from browser import Chromium, Seen, started
 from conftest import new_user, python
 from sweep_folders import announced, real_result, write_error, write_manifest, write_result
 
-from pq_sweep.commands import baselines
-from pq_sweep.comparison import aggregate
-from pq_sweep.decision import OBJECTIVES
-from pq_sweep.report.charts import COLOURS, figures
-from pq_sweep.report.frame import comparison
-from pq_sweep.report.page import report
-from pq_sweep.report.views import views
-from pq_sweep.results import Sweep, merge, read_sweep
+from pq_sweep.results.commands import baselines
+from pq_sweep.results.comparison import aggregate
+from pq_sweep.results.decision import OBJECTIVES
+from pq_sweep.results.report.charts import COLOURS, figures
+from pq_sweep.results.report.frame import comparison
+from pq_sweep.results.report.page import report
+from pq_sweep.results.report.views import views
+from pq_sweep.results.sweeps import Sweep, merge, read_sweep
 
 Done = subprocess.CompletedProcess[str]
 ODD = "<b>größer & 漢字</b> " + "very long " * 20

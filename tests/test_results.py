@@ -23,12 +23,13 @@ from sweep_folders import (
     write_status,
 )
 
-from pq_sweep import tables as drawing
-from pq_sweep.comparison import comparable, reference
-from pq_sweep.groups import job_name
-from pq_sweep.results import PQ_BENCH, find_sweeps, read_sweep, write_csv
-from pq_sweep.rows import metrics
-from pq_sweep.tables import speedups, tables
+from pq_sweep.core.groups import job_name
+from pq_sweep.results import terminal as drawing
+from pq_sweep.results.comparison import comparable, reference
+from pq_sweep.results.rows import metrics
+from pq_sweep.results.spreadsheet import PQ_BENCH, write_csv
+from pq_sweep.results.sweeps import find_sweeps, read_sweep
+from pq_sweep.results.terminal import speedups, tables
 from pq_sweep.types import UserError
 
 

@@ -23,22 +23,23 @@ from commands import LAUNCH, SHORT, Done, launch_in
 from conftest import ROOT, new_user
 from hydra import compose, initialize_config_dir
 
-from pq_sweep import job, resume
-from pq_sweep.folder import PROGRESS
-from pq_sweep.grid import Grid, announce
-from pq_sweep.models import digits_cnn
-from pq_sweep.progress import Stages
-from pq_sweep.pruners import l1_global
-from pq_sweep.recovery import finetune
-from pq_sweep.removal import remove
-from pq_sweep.resume import change_once
+from pq_sweep.compress.pruners import l1_global
+from pq_sweep.compress.recovery import finetune
+from pq_sweep.compress.removal import remove
+from pq_sweep.core.folder import PROGRESS
+from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.job import run as job
+from pq_sweep.job import steps as resume
+from pq_sweep.job.stages import Stages
+from pq_sweep.job.steps import change_once
+from pq_sweep.sweep.grid import Grid, announce
 from pq_sweep.types import Model, UserError
 
 # Runs launch.py and waits at the beginning of the stage PAUSE_IN for somebody to end the process.
 PAUSING = """
 import os, runpy, sys, time
 from contextlib import contextmanager
-from pq_sweep.progress import Stages
+from pq_sweep.job.stages import Stages
 
 enter = Stages.__call__
 
@@ -595,19 +596,19 @@ REMOVAL = {"amount": 0.5, "importance": "magnitude", "p": 2, "global_ranking": F
 
 
 def prune_by_removal(model: Model) -> Any:
-    from pq_sweep.datasets import digits
+    from pq_sweep.inputs.datasets import digits
 
     return remove(model, digits(model), **REMOVAL)
 
 
 def prune_by_zeros(model: Model) -> None:
-    from pq_sweep.datasets import digits
+    from pq_sweep.inputs.datasets import digits
 
     l1_global(model, digits(model), amount=0.5)
 
 
 def train(model: Model) -> None:
-    from pq_sweep.datasets import digits
+    from pq_sweep.inputs.datasets import digits
 
     finetune(model, digits(model), epochs=1, lr=0.001)
 

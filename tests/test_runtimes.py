@@ -24,11 +24,11 @@ from onnx import numpy_helper
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from pq_sweep import quantizers
-from pq_sweep.datasets import digits
-from pq_sweep.environment import resolve_device
-from pq_sweep.models import digits_cnn
-from pq_sweep.quantizers import quantizer
+from pq_sweep.compress import quantizers
+from pq_sweep.compress.quantizers import quantizer
+from pq_sweep.core.environment import resolve_device
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.runtimes import Auto, precision_of
 from pq_sweep.runtimes.session import BySize
 from pq_sweep.types import Data, Session, Stage, UserError
@@ -434,7 +434,7 @@ import torch
 from independent import relative_error, runtime, torch_logits, workspace
 from torchvision.models.vision_transformer import VisionTransformer
 
-from pq_sweep import quantizers
+from pq_sweep.compress import quantizers
 from pq_sweep.types import Model, Preprocess
 
 torch.manual_seed(0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from commands import SHORT, launch_in
 
-from pq_sweep.search import LargestAmount
+from pq_sweep.sweep.search import LargestAmount
 from pq_sweep.types import UserError
 
 

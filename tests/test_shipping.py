@@ -107,7 +107,7 @@ def test_the_card_says_what_it_is_and_how_it_came_to_be(tmp_path: Path, images: 
 def test_a_model_without_labels_has_their_numbers(tmp_path: Path) -> None:
     from sweep_folders import real_result
 
-    from pq_sweep.shipping import describe
+    from pq_sweep.results.shipping import describe
 
     told: dict[str, Any] = {"name": "n", "command": "c", "batch": 1, "pruning": None}
     result = real_result()

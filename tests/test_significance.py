@@ -9,7 +9,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 from scipy.stats import norm
 
-from pq_sweep.significance import drop_interval, mcnemar
+from pq_sweep.measure.significance import drop_interval, mcnemar
 
 RUNS = 1000
 # Images, and the shares of those that only the model before and only the one after gets right.

@@ -12,11 +12,12 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from pq_sweep import pruners, sizes
-from pq_sweep.datasets import digits
-from pq_sweep.models import digits_cnn
+from pq_sweep.compress import pruners
+from pq_sweep.core.weights import prunable
+from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.measure import sizes
 from pq_sweep.types import Model, Preprocess
-from pq_sweep.weights import prunable
 
 AMOUNTS = (0.0, 0.5, 0.9)
 

@@ -25,8 +25,9 @@ from stored_runs import artifact, artifacts, parent_and_jobs
 from sweep_folders import announced, write_error, write_manifest, write_result
 from test_report import finished, told
 
-from pq_sweep.results import read_sweep, write_csv
-from pq_sweep.tracking import Mlflow
+from pq_sweep.results.spreadsheet import write_csv
+from pq_sweep.results.sweeps import read_sweep
+from pq_sweep.tracking.tracker import Mlflow
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_a_summary_that_fails_does_not_leave_the_sweep_open(
     def broken(*_: Any) -> None:
         raise ArithmeticError("nothing can be drawn.")
 
-    monkeypatch.setattr("pq_sweep.report.summary.summary", broken)
+    monkeypatch.setattr("pq_sweep.tracking.summary.summary", broken)
     store = f"sqlite:///{tmp_path}/mlflow.db"
     Mlflow(store, "pq_sweep").sync(sweep)
 

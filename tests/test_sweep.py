@@ -29,10 +29,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from omegaconf import DictConfig, OmegaConf
 
-from pq_sweep.grid import compose_grid
-from pq_sweep.models import digits_cnn
-from pq_sweep.results import PQ_BENCH
-from pq_sweep.sweep import SweepCallback
+from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.results.spreadsheet import PQ_BENCH
+from pq_sweep.sweep.callback import SweepCallback
+from pq_sweep.sweep.grid import compose_grid
 
 GRID = ("-m", "pruner=none,l1_global,remove", "quantizer=none,fp16,int8", "runtime=onnxruntime")
 METRICS = {
@@ -418,7 +418,7 @@ def test_jobs_run_in_the_order_of_their_numbers(tmp_path: Path, launch: Launch) 
     assert done.returncode == 0, done.stdout + done.stderr
     ran = sorted(results(only_sweep(tmp_path)), key=lambda result: result["started"])
     choices = [(result["config"]["pruner"]["_target_"], result["session"]["precision"]) for result in ran]
-    pruners = ("pq_sweep.pruners.none", "pq_sweep.pruners.l1_global")
+    pruners = ("pq_sweep.compress.pruners.none", "pq_sweep.compress.pruners.l1_global")
     assert choices == [*product(pruners, ("fp32", "int8"))]
     assert ["export" in result["from_cache"] for result in ran] == [False, True, False, True]
     assert [row["job"] for row in rows_of(only_sweep(tmp_path))] == ["0", "1", "2", "3"]

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from protocols import protocol
 from scipy.stats import binom, quantile_test
 
-from pq_sweep.timing import (
+from pq_sweep.measure.timing import (
     SAMPLES_FOR,
     Protocol,
     half_width,

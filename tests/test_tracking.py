@@ -27,14 +27,19 @@ from omegaconf import OmegaConf
 from stored_runs import EXPERIMENT, all_runs, artifact, artifacts, parent_and_jobs
 from sweep_folders import announced, real_result, write_error, write_manifest, write_result, write_status
 
-from pq_sweep import runs, sqlite, stores, tracking
-from pq_sweep.files import shared_file_system
-from pq_sweep.limits import bounded
-from pq_sweep.results import read_sweep, write_csv
-from pq_sweep.rows import metrics
-from pq_sweep.sentences import without_password
-from pq_sweep.stores import Store, held
-from pq_sweep.tracking import Mlflow, NoTracking
+from pq_sweep.core.files import shared_file_system
+from pq_sweep.core.limits import bounded
+from pq_sweep.core.sentences import without_password
+from pq_sweep.results.rows import metrics
+from pq_sweep.results.spreadsheet import write_csv
+from pq_sweep.results.sweeps import read_sweep
+from pq_sweep.tracking import __main__ as command
+from pq_sweep.tracking import sqlite
+from pq_sweep.tracking import store as stores
+from pq_sweep.tracking import tracker as tracking
+from pq_sweep.tracking import view as runs
+from pq_sweep.tracking.store import Store, held
+from pq_sweep.tracking.tracker import Mlflow, NoTracking
 
 NO_DATABASE = "postgresql+psycopg2://user:s3cret@127.0.0.1:9/pq"
 DOWN = {
@@ -205,13 +210,13 @@ def test_second_sync_uploads_nothing(uri: str, tracker: Mlflow, sweep: Path) -> 
 def test_a_sweep_is_known_whole_however_many_pages_its_runs_are(
     uri: str, tracker: Mlflow, sweep: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pq_sweep.runs.PAGE", 2)
+    monkeypatch.setattr("pq_sweep.tracking.view.PAGE", 2)
     write_manifest(sweep, *(announced(str(number)) for number in range(5)))
     for number in range(2, 5):
         write_result(sweep, str(number))
     assert tracker.sync(sweep) == 5
     looked_up = []
-    monkeypatch.setattr("pq_sweep.runs.View._only", lambda *arguments: looked_up.append(arguments))
+    monkeypatch.setattr("pq_sweep.tracking.view.View._only", lambda *arguments: looked_up.append(arguments))
     assert tracker.sync(sweep) == 0
     assert not looked_up
     assert set(parent_and_jobs(uri)[1]) == {"0", "1", "2", "3", "4"}
@@ -406,10 +411,10 @@ def test_postgresql_without_a_driver_says_what_to_install(
 # Imports all of pq_sweep, then MLflow as pq_sweep does.
 IMPORT = """
 import os, pkgutil, sys, importlib, pq_sweep
-for module in pkgutil.iter_modules(pq_sweep.__path__):
-    importlib.import_module(f"pq_sweep.{module.name}")
+for module in pkgutil.walk_packages(pq_sweep.__path__, "pq_sweep."):
+    importlib.import_module(module.name)
 assert "mlflow" not in sys.modules
-pq_sweep.stores.import_mlflow()
+pq_sweep.tracking.store.import_mlflow()
 from mlflow.telemetry.utils import is_telemetry_disabled
 print(is_telemetry_disabled(), os.environ["DO_NOT_TRACK"], os.environ["MLFLOW_DISABLE_TELEMETRY"])
 """
@@ -680,7 +685,7 @@ def hanging_server() -> Iterator[str]:
 LOG = """
 import sys, time
 from pathlib import Path
-from pq_sweep import tracking
+from pq_sweep.tracking import tracker as tracking
 tracking.PATIENCE_S = 1
 job = Path(sys.argv[2])
 tracking.import_mlflow()
@@ -802,7 +807,7 @@ def test_sync_honours_the_environment_variable(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setattr(sys, "argv", ["tracking", "sync", "multirun"])
-    tracking.main()
+    command.main()
     assert len(all_runs(uri)) == 3
     assert not (tmp_path / "mlflow.db").exists()
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import new_user
 
-from pq_sweep.progress import Stages
-from pq_sweep.turns import Turns
+from pq_sweep.job.stages import Stages
+from pq_sweep.job.turns import Turns
 
 # Takes turns again and again, and writes when each began and ended.
 WORKER = """
 import sys, time
-from pq_sweep.turns import Turns
+from pq_sweep.job.turns import Turns
 
 turns, alone, seconds, times = Turns("cpu"), sys.argv[1] == "alone", float(sys.argv[2]), int(sys.argv[3])
 print("ready", flush=True)

@@ -24,16 +24,16 @@ from conftest import new_user, python, refused
 from rich.console import Console
 from sweep_folders import announced, dead_pid, write_error, write_manifest, write_result, write_status
 
-from pq_sweep import slurm, watch
-from pq_sweep.commands import start_again
-from pq_sweep.files import read_json, tail, write_json
-from pq_sweep.folder import read_error
-from pq_sweep.results import Sweep, read_sweep
-from pq_sweep.rows import Row
-from pq_sweep.slurm import Ended, Queued
-from pq_sweep.standing import SUBMITTED, WATCHED, WATCHED_S, Watch, is_logged, remember
-from pq_sweep.tracking import Mlflow, NoTracking, tracker_of
-from pq_sweep.watch import Logger, table
+from pq_sweep.core.files import read_json, tail, write_json
+from pq_sweep.core.folder import read_error
+from pq_sweep.results import slurm, watch
+from pq_sweep.results.commands import start_again
+from pq_sweep.results.rows import Row
+from pq_sweep.results.slurm import Ended, Queued
+from pq_sweep.results.standing import SUBMITTED, WATCHED, WATCHED_S, Watch, is_logged, remember
+from pq_sweep.results.sweeps import Sweep, read_sweep
+from pq_sweep.results.watch import Logger, table
+from pq_sweep.tracking.tracker import Mlflow, NoTracking, tracker_of
 
 UNKNOWN = "it left the queue without a result, and SLURM keeps no record of why"
 LATER = 60.0  # seconds that a job may be gone without a word

@@ -1,6 +1,6 @@
 """Our launchers and our sweeper where Hydra looks for them; what they do is in `pq_sweep.sweep`."""
 
-from pq_sweep import launchers, sweeper
+from pq_sweep.sweep import launchers, sweeper
 
 
 class CheckedSweeper(sweeper.CheckedSweeper):

@@ -11,8 +11,8 @@ from importlib import import_module
 from threading import Lock
 from typing import Any
 
-from pq_sweep.limits import bounded
-from pq_sweep.sentences import without_password
+from pq_sweep.core.limits import bounded
+from pq_sweep.core.sentences import without_password
 
 CHILD_S = 90.0  # for a process that imports torch or TensorRT from a slow file system
 UNKILLABLE_S = 5.0  # more than that for one that the kernel does not let go

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
+from pq_sweep.core.limits import bounded
 from pq_sweep.doctor import Facts, Section, accelerators, judge
 from pq_sweep.doctor.accelerators import look_at_onnxruntime, look_at_tensorrt
 from pq_sweep.doctor.children import CHILD_S, alone, first_line, in_child
 from pq_sweep.doctor.machine import look_at_cpu, look_at_disk, look_at_python, look_at_slurm, look_at_tracking
 from pq_sweep.doctor.precisions import judge_precisions
-from pq_sweep.limits import bounded
 
 LOOK_S = 4 * CHILD_S  # for all that one section looks at and waits for
 

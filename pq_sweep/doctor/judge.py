@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
+from pq_sweep.core.hardware import Capability, capability
 from pq_sweep.doctor import Facts, Section
 from pq_sweep.doctor.accelerators import NO_TENSORRT
-from pq_sweep.hardware import Capability, capability
 from pq_sweep.runtimes.ort import CPU, CUDA
 
 LEAST_FREE_GB = 1.0

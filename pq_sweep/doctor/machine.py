@@ -14,13 +14,13 @@ from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 
+from pq_sweep.core.environment import cache_home, device_name, git_state, slurm, versions
+from pq_sweep.core.files import shared_file_system
+from pq_sweep.core.hardware import CPU, cpu_flags
+from pq_sweep.core.sentences import reason, without_password
 from pq_sweep.doctor import Facts
 from pq_sweep.doctor.children import first_line, last_line
-from pq_sweep.environment import cache_home, device_name, git_state, slurm, versions
-from pq_sweep.files import shared_file_system
-from pq_sweep.hardware import CPU, cpu_flags
-from pq_sweep.sentences import reason, without_password
-from pq_sweep.stores import Store
+from pq_sweep.tracking.store import Store
 
 SLURM_S = 8.0  # for an answer of the controller, or of the accounting
 CGROUPS = Path("/sys/fs/cgroup")
@@ -158,7 +158,7 @@ def _ask(*command: str) -> tuple[bool, str]:
 
 def look_at_tracking() -> Facts:
     """Reach for the store that a sweep would log to."""
-    from pq_sweep.tracking import Mlflow
+    from pq_sweep.tracking.tracker import Mlflow
 
     store, error = Store(Mlflow(None, "").store), ""
     try:

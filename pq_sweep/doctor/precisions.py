@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pq_sweep import hardware
+from pq_sweep.core import hardware
+from pq_sweep.core.hardware import Cpu, Gpu, capability, missing
 from pq_sweep.doctor import Facts, Section
 from pq_sweep.doctor.judge import gpus_of, misfit
-from pq_sweep.hardware import Cpu, Gpu, capability, missing
 from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, Torch
 from pq_sweep.runtimes.ort import CPU, CUDA, TENSORRT
 

@@ -14,10 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pq_sweep.environment import device_name
-from pq_sweep.files import read_json, write_json
-from pq_sweep.fingerprint import file_hash
-from pq_sweep.hardware import GPU, Gpu
+from pq_sweep.core.environment import device_name
+from pq_sweep.core.files import read_json, write_json
+from pq_sweep.core.fingerprint import file_hash
+from pq_sweep.core.hardware import GPU, Gpu
 from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch
 from pq_sweep.runtimes.ort import ENVIRONMENTS
 from pq_sweep.types import Model, Runtime, Stage, UserError, Workspace, choose

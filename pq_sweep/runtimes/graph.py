@@ -29,8 +29,8 @@ def precision_of(quantizer: Callable[..., Any]) -> str:
 
 def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, form: str) -> tuple[Path, dict[str, Any]]:
     """Export the network, prove the export, and let the quantizer write `model.onnx`, once for all jobs."""
-    from pq_sweep.export import check_export, fill, trace
-    from pq_sweep.weights import network_state, network_structure
+    from pq_sweep.core.weights import network_state, network_structure
+    from pq_sweep.runtimes.export import check_export, fill, trace
 
     traced, source, target = (work.folder / f"{name}.onnx" for name in ("traced", "export", "model"))
     network = cache(partial(network_state, model))
@@ -64,7 +64,7 @@ def graph_options(quantizer: Any, data: Data, form: str) -> dict[str, Any]:
     """Return what a graph depends on beside its network; calibration runs on a CPU, whose sums follow its threads."""
     import torch
 
-    from pq_sweep.environment import device_name
+    from pq_sweep.core.environment import device_name
 
     function = getattr(quantizer, "func", quantizer)
     about = {

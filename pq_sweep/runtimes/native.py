@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pq_sweep.files import read_json, write_json
+from pq_sweep.core.files import read_json, write_json
 from pq_sweep.runtimes.cuda import own_stream, record_graph, use_tf32
 from pq_sweep.runtimes.engines import EngineBuilder, built, import_tensorrt, need, shape_of
 from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of

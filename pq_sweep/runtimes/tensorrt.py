@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pq_sweep.runtimes.cuda import override_tf32
-from pq_sweep.runtimes.engines import (
-    EngineBuilder,
-    Shape,
-    built,
-    import_tensorrt,
-    need,
-    shape_of,
-)
+from pq_sweep.runtimes.engines import EngineBuilder, Shape, built, import_tensorrt, need, shape_of
 from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.ort import (
     TENSORRT,

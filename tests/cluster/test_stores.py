@@ -15,10 +15,11 @@ from stored_runs import artifacts, parent_and_jobs
 from sweep_folders import announced, write_error, write_manifest, write_result
 
 from cluster.services import Postgres, Server
-from pq_sweep import stores, tracking
-from pq_sweep.runs import View
-from pq_sweep.stores import Store
-from pq_sweep.tracking import Mlflow
+from pq_sweep.tracking import store as stores
+from pq_sweep.tracking import tracker as tracking
+from pq_sweep.tracking.store import Store
+from pq_sweep.tracking.tracker import Mlflow
+from pq_sweep.tracking.view import View
 
 pytestmark = pytest.mark.slurm
 
@@ -28,7 +29,7 @@ JOBS = ("0", "1", "2", "3")
 CLIENTS = """
 import os, sys, time
 from pathlib import Path
-from pq_sweep.stores import import_mlflow
+from pq_sweep.tracking.store import import_mlflow
 from pq_sweep.tracking import Mlflow
 
 import_mlflow()

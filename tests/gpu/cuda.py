@@ -11,11 +11,11 @@ import pytest
 from conftest import ROOT
 from omegaconf import OmegaConf
 
-from pq_sweep.datasets import fake
-from pq_sweep.gpu_check.jobs import why_not
-from pq_sweep.job import component
-from pq_sweep.models import torchvision_model
-from pq_sweep.progress import Stages
+from pq_sweep.doctor.gpu_check.jobs import why_not
+from pq_sweep.inputs.datasets import fake
+from pq_sweep.inputs.models import torchvision_model
+from pq_sweep.job.run import component
+from pq_sweep.job.stages import Stages
 from pq_sweep.types import Model, Session, Workspace
 
 DEVICE = "cuda:0"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gpu.cuda import opened, resnet50
-from pq_sweep.timing import CudaClock
+from pq_sweep.measure.timing import CudaClock
 
 pytestmark = pytest.mark.gpu
 

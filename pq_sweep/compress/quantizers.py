@@ -1,0 +1,155 @@
+"""Quantizers: each says its precision and writes the ONNX graph in that precision.
+
+A quantizer is a function `(source, target, data, *, form, stage, ...options)` marked by `@quantizer(precision)`: it
+reads the FP32 graph at `source`, writes `target` and may return a record for the result. `form` is what the runtime
+executes fastest: "cpu" (U8 activations, S8 weights) or "tensorrt" (S8 both, symmetric). The torch runtime realises a
+precision without a graph. Frameworks are imported when a quantizer runs, so that composing stays fast.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pq_sweep.compress.choices import KEPT_PRECISIONS
+from pq_sweep.compress.mixed import plan_precisions
+from pq_sweep.compress.qdq import calibrate, layer_weights, prepare
+from pq_sweep.types import Data, Stage, UserError, choose
+
+if TYPE_CHECKING:
+    import onnx
+
+F = TypeVar("F", bound=Callable[..., Any])
+Record = dict[str, Any]
+
+
+def quantizer(precision: str, *, calibrated: bool = True) -> Callable[[F], F]:
+    """Mark a function as a quantizer to `precision`; unless `calibrated`, it looks at no images."""
+
+    def mark(function: F) -> F:
+        function.precision = precision  # type: ignore[attr-defined]
+        function.calibrated = calibrated  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+@quantizer("fp32", calibrated=False)
+def none(source: Path, target: Path, data: Data, *, form: str, stage: Stage) -> Record:
+    """Keep the FP32 graph."""
+    shutil.copyfile(source, target)
+    return {}
+
+
+@quantizer("fp16", calibrated=False)
+def fp16(source: Path, target: Path, data: Data, *, form: str, stage: Stage, exclude: list[str]) -> Record:
+    """Convert weights and activations to half precision; inputs and logits stay FP32."""
+    import onnx
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    with stage("quantize"):
+        graph = onnx.load(source)
+        excluded = match_layers(graph, exclude)
+        onnx.save(convert_float_to_float16(graph, keep_io_types=True, node_block_list=excluded), target)
+    return {"excluded_nodes": excluded}
+
+
+@quantizer("bf16", calibrated=False)
+def bf16(source: Path, target: Path, data: Data, *, form: str, stage: Stage) -> Record:
+    """Keep the FP32 graph, for which TensorRT may choose bfloat16; the torch runtime converts the network."""
+    if form != "tensorrt":
+        raise UserError("quantizer=bf16 has no graph for ONNX Runtime; use runtime=torch, or TensorRT on a GPU.")
+    return none(source, target, data, form=form, stage=stage)
+
+
+@quantizer("int8")
+def int8(
+    source: Path,
+    target: Path,
+    data: Data,
+    *,
+    form: str,
+    stage: Stage,
+    calibration: str,
+    images: int,
+    exclude: list[str],
+    percentile: float,
+) -> Record:
+    """Quantize statically to 8 bit (Q/DQ), activations by `calibration` on `images` calibration images.
+
+    Weights are symmetric per output channel. `exclude` names layers to leave in FP32: patterns of parameter names
+    such as `layer4.*`, or `first` and `last`. `percentile` is used by calibration=percentile.
+    """
+    graph = calibrate(source, data, form=form, stage=stage, method=calibration, images=images, percentile=percentile)
+    with stage("quantize"):
+        excluded = match_layers(graph.model, exclude)
+        graph.write(target, exclude=excluded)
+    return {"excluded_nodes": excluded, **graph.record}
+
+
+@quantizer("mixed")
+def mixed(
+    source: Path,
+    target: Path,
+    data: Data,
+    *,
+    form: str,
+    stage: Stage,
+    calibration: str,
+    images: int,
+    percentile: float,
+    max_drop: float,
+    keep: str,
+) -> Record:
+    """Quantize to 8 bit, but keep the layers that lose most in `keep` (fp32 or fp16) until little enough is lost.
+
+    Layers are ranked by the noise that each alone adds to the logits. As few as possible stay: the drop of top-1, in
+    points on the calibration images, is at most `max_drop`. The evaluation images are never looked at.
+    """
+    graph = calibrate(source, data, form=form, stage=stage, method=calibration, images=images, percentile=percentile)
+    with stage("sensitivity"):
+        plan = plan_precisions(graph, data, max_drop=max_drop, keep=choose("quantizer.keep", keep, KEPT_PRECISIONS))
+    with stage("quantize"):
+        plan.write(target)
+        plan.draw(target.with_name("precisions.svg"))
+    return plan.record | graph.record
+
+
+@quantizer("int8_dynamic")
+def int8_dynamic(source: Path, target: Path, data: Data, *, form: str, stage: Stage, exclude: list[str]) -> Record:
+    """Quantize weights to 8 bit; activations get their range while the model runs, so nothing is calibrated."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    prepared = target.with_suffix(".prepared.onnx")
+    with stage("quantize"):
+        excluded = match_layers(prepare(source, prepared), exclude)
+        # A Gemm becomes a MatMul of this name before it is quantized.
+        names = [*excluded, *(f"{node}_MatMul" for node in excluded)]
+        # The CPU kernel of ConvInteger takes unsigned weights only.
+        quantize_dynamic(prepared, target, weight_type=QuantType.QUInt8, nodes_to_exclude=names)
+    prepared.unlink()
+    return {"excluded_nodes": excluded}
+
+
+def match_layers(graph: onnx.ModelProto, patterns: list[str]) -> list[str]:
+    """Return the names of the nodes with weights that match; `first` and `last` stand for the ends of the network."""
+    layers = layer_weights(graph)
+    order = list(layers)
+    found: list[str] = []
+    for pattern in patterns:
+        if pattern in ("first", "last"):
+            found.append(order[0 if pattern == "first" else -1])
+            continue
+        matches = [
+            node
+            for node, names in layers.items()
+            if any(fnmatch.fnmatch(name, pattern) or name.startswith(f"{pattern}.") for name in [node, *names])
+        ]
+        if not matches:
+            known = ", ".join(names[0] for names in layers.values())
+            raise UserError(f"quantizer.exclude={pattern} matches no layer; layers are first, last, {known}.")
+        found += matches
+    return list(dict.fromkeys(found))

@@ -1,0 +1,1 @@
+"""Facts and files that all share."""

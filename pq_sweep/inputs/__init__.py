@@ -1,0 +1,1 @@
+"""What a job is given: models, data sets and images."""

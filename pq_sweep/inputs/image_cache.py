@@ -1,0 +1,316 @@
+"""Image files decoded and resized once, kept as pixels in a memory-mapped cache over jobs and sweeps."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from filelock import FileLock
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from pq_sweep.core.environment import cache_home
+from pq_sweep.types import Preprocess, UserError
+
+# Instead of a warning, an image that is too large is left out by a sentence.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+log = logging.getLogger(__name__)
+
+# Raise it when the same file and transform give other pixels than before.
+CACHE_FORMAT = 1
+CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the cache knows of a file: its state when it was decoded, and the row of its pixels or why it has none."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    digest: str
+    row: int | None
+    error: str | None = None
+
+    def describes(self, stat: os.stat_result) -> bool:
+        """Say whether the file is untouched; a user can set the time of modification, but not that of change."""
+        return (self.size, self.mtime_ns, self.ctime_ns) == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@dataclass
+class ImageCache:
+    """Pixels (H, W, C) uint8 of image files under `root` after resizing and cropping, kept over jobs and sweeps.
+
+    Two files that only grow: rows of pixels, and a line of JSON per decoded file, of which the last one counts. A line
+    is written after its row, by one process at a time, so a reader or a killed writer never sees half an image.
+    """
+
+    root: Path
+    preprocess: Preprocess
+    decoded: set[Path] = field(default_factory=set)
+    used: set[Path] = field(default_factory=set)
+    excluded: dict[Path, str] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)
+    names: dict[Path, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        transform = {
+            "size": self.preprocess.size,
+            "resize": self.preprocess.resize,
+            "channels": self.preprocess.channels,
+            "interpolation": self.preprocess.interpolation,
+        }
+        pixels = {**transform, "pillow": PIL.__version__, "format": CACHE_FORMAT}
+        about = {"root": str(self.root.resolve()), **pixels}
+        key = _hash(about)[:12]
+        self.transform = _hash([pixels, list(self.preprocess.mean), list(self.preprocess.std)])
+        self.folder = cache_home() / "images" / f"{self.root.resolve().name}-{self.preprocess.size}px-{key}"
+        with _writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "about.json").write_text(json.dumps(about, indent=1))
+            self._load()
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Return the shape of an image."""
+        return self.preprocess.size, self.preprocess.size, self.preprocess.channels
+
+    def prepare(self, paths: list[Path]) -> None:
+        """Decode what is new or has changed since it was decoded; jobs that start at once wait for one of them."""
+        paths = list(dict.fromkeys(paths))
+        self.used.update(paths)
+        if not self._stale(paths):
+            return
+        with _writing(self.folder), FileLock(self.folder / "lock"):
+            self._load()  # another job may have decoded them meanwhile
+            stale = self._stale(paths)
+            with tqdm(total=len(stale), desc="decoding images", disable=None, leave=False) as bar:
+                for chunk in _chunks(stale, CHUNK):
+                    self._append(chunk)
+                    bar.update(len(chunk))
+
+    def usable(self, path: Path, others: frozenset[str] = frozenset()) -> bool:
+        """Say whether a prepared image can be used; name and count one that is unreadable, or a copy of `others`."""
+        entry = self.entries[self._name(path)]
+        reason = entry.error or ("a file of the same bytes is in the other split" if entry.digest in others else None)
+        if reason and path not in self.excluded:
+            self.excluded[path] = reason
+            log.warning("image %s is left out: %s", path, reason)
+        return reason is None
+
+    def digests(self, paths: Iterable[Path]) -> frozenset[str]:
+        """Return the SHA-256 of prepared files."""
+        return frozenset(self.entries[self._name(path)].digest for path in paths)
+
+    def pixels(self, paths: list[Path]) -> Tensor:
+        """Return prepared images as they are kept, (B, H, W, C) uint8."""
+        rows = np.array([self.entries[self._name(path)].row for path in paths], dtype=np.int64)
+        # Whole rows only, as another job may be in the middle of one.
+        kept = np.memmap(self.folder / "pixels.u8", np.uint8, "r", shape=(self._rows(), *self.shape))
+        return torch.from_numpy(kept[rows])
+
+    def inputs(self, paths: list[Path]) -> Tensor:
+        """Return prepared images as normalised float32 (B, C, H, W)."""
+        return normalise(self.pixels(paths), self.preprocess)
+
+    def marks(self, paths: Iterable[Path]) -> Iterator[str]:
+        """Yield for each prepared image a hash of its file and of how it is made an input, wherever the file lies."""
+        for path in paths:
+            yield f"{self.entries[self._name(path)].digest} {self.transform}"
+
+    def marks_unread(self, paths: Iterable[Path], others: frozenset[str] = frozenset()) -> Iterator[str]:
+        """Yield such a hash without reading the file: its path below the root, size and times stand for its bytes."""
+        about = _hash([self.transform, sorted(others)])
+        for path in paths:
+            stat = _stat(path)
+            yield _hash([about, self._name(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+
+    def record(self) -> dict[str, Any]:
+        """Return how many images were decoded and how many came from the cache, and which were left out and why."""
+        read = {path for path in self.used if self.entries[self._name(path)].digest}
+        return {
+            "decoded": len(self.decoded),
+            "from_cache": len(read - self.decoded),
+            "left_out": {str(path): reason for path, reason in sorted(self.excluded.items())},
+            "cache": str(self.folder),
+        }
+
+    def _name(self, path: Path) -> str:
+        name = self.names.get(path)
+        if name is None:  # which takes pathlib half as long as to copy an image
+            name = self.names[path] = str(path.relative_to(self.root))
+        return name
+
+    def _stale(self, paths: list[Path]) -> list[Path]:
+        known = ((path, self.entries.get(self._name(path))) for path in paths)
+        return [path for path, entry in known if entry is None or not entry.describes(_stat(path))]
+
+    def _load(self) -> None:
+        """Read the index; a torn last line is that of a writer that was killed.
+
+        Rows only grow, so a line whose row is not above all before it says that those from it on were lost by then.
+        """
+        rows, top = self._rows(), -1
+        index = self.folder / "index.jsonl"
+        self.entries = {name: entry for name, entry in self.entries.items() if not entry.digest}  # never in the index
+        for line in index.read_text(errors="replace").splitlines() if index.exists() else []:
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+                values = json.loads(line)
+                name, entry = values.pop("path"), Entry(**values)
+                if entry.row is not None:
+                    if entry.row <= top:
+                        self._forget(entry.row)
+                    top = entry.row
+                self.entries[name] = entry
+        self._forget(rows)
+
+    def _forget(self, first: int) -> None:
+        """Drop what has its pixels in this row or after it."""
+        self.entries = {name: entry for name, entry in self.entries.items() if entry.row is None or entry.row < first}
+
+    def _rows(self) -> int:
+        pixels = self.folder / "pixels.u8"
+        return pixels.stat().st_size // int(np.prod(self.shape)) if pixels.exists() else 0
+
+    def _append(self, paths: list[Path]) -> None:
+        """Decode files on all cores and add them: pixels first, then the lines that point to them."""
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            read = list(pool.map(self._read, paths))
+        row = self._rows()
+        added = {}
+        lines = [""]  # ends a line that a killed writer left open
+        with (self.folder / "pixels.u8").open("ab") as pixels:
+            pixels.truncate(row * int(np.prod(self.shape)))
+            for path, (entry, image) in zip(paths, read, strict=True):
+                if image is not None:
+                    pixels.write(image.tobytes())
+                    entry, row = replace(entry, row=row), row + 1
+                added[self._name(path)] = entry
+                if entry.digest:  # else it could not be read, which another time it perhaps can
+                    self.decoded.add(path)
+                    lines.append(json.dumps({"path": self._name(path), **asdict(entry)}))
+            pixels.flush()
+            os.fsync(pixels.fileno())
+        with (self.folder / "index.jsonl").open("a") as index:
+            index.write("\n".join([*lines, ""]))
+        self.entries |= added
+
+    def _read(self, path: Path) -> tuple[Entry, np.ndarray | None]:
+        """Read and decode one file; the state is taken first, so that a later change is noticed."""
+        stat = _stat(path)
+        digest, image, error = "", None, None
+        try:
+            content = path.read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            image = decode(content, self.preprocess)
+        except UserError as problem:
+            error = str(problem)
+        except OSError as problem:
+            error = problem.strerror or str(problem)
+        return Entry(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, digest, None, error), image
+
+
+def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    """Turn (B, H, W, C) uint8 into normalised float32 (B, C, H, W) on its device; the bits are the same on all.
+
+    Every divisor is a tensor on the device: by a plain number, CUDA multiplies by the reciprocal instead. One for all
+    channels would be slower on a CPU.
+    """
+    white = [255.0] * len(preprocess.mean)
+    values = (torch.tensor(value, device=pixels.device) for value in (white, preprocess.mean, preprocess.std))
+    scale, mean, std = (value.view(-1, 1, 1) for value in values)
+    images = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32)  # bytes are the quickest to put in order
+    return images.div_(scale).sub_(mean).div_(std)
+
+
+def decode(content: bytes, preprocess: Preprocess) -> np.ndarray:
+    """Decode, orient, resize and crop an image file: (H, W, C) uint8; a UserError says why it cannot."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+
+    if not content:
+        raise UserError("the file is empty")
+    try:
+        with Image.open(io.BytesIO(content)) as file:
+            _refuse_huge(*file.size, preprocess.resize)
+            image = _eight_bit(_upright(file)).convert("RGB" if preprocess.channels == 3 else "L")
+    except UnidentifiedImageError as error:
+        raise UserError("it is no image that Pillow can read") from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises almost anything on a damaged file
+        raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
+    image = F.resize(image, [preprocess.resize], InterpolationMode(preprocess.interpolation), antialias=True)
+    pixels = np.asarray(F.center_crop(image, [preprocess.size]))
+    return pixels.reshape(preprocess.size, preprocess.size, preprocess.channels)
+
+
+def _hash(content: Any) -> str:
+    """Return the SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_huge(width: int, height: int, resize: int) -> None:
+    """Refuse what would fill the memory: too many pixels, or so long that it is huge when its short side fits."""
+    limit = Image.MAX_IMAGE_PIXELS or 0
+    resized = resize * resize * max(width, height) // min(width, height)
+    if limit and max(width * height, resized) > limit:
+        raise UserError(
+            f"{width}x{height} pixels are too many, or too long for a short side of {resize}"
+            f" (PIL.Image.MAX_IMAGE_PIXELS is {limit})"
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn a photograph as its EXIF block says; if only that is damaged, the image is used as it lies."""
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow also writes the block anew, which raises almost anything
+        return image
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bit; Pillow's own conversion would cut it off at 255."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+
+
+def _stat(path: Path) -> os.stat_result:
+    """Return a file's state; a dangling link or a file that vanished is a file of no bytes."""
+    try:
+        return path.stat()
+    except OSError:
+        return os.stat_result([0] * 10)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the image cache {folder} cannot be written ({error.strerror or error}); set PQ_SWEEP_CACHE to a folder"
+            " that can and has room."
+        ) from error
+
+
+def _chunks(items: list[Path], size: int) -> Iterator[list[Path]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,199 @@
+"""What can be refused before anything is loaded: values out of range and combinations that cannot exist."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_method, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from pq_sweep.compress.choices import CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS
+from pq_sweep.runtimes import precision_of
+from pq_sweep.types import UserError
+
+COMPONENTS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime", "measure", "tracking")
+DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+CHOICES = {
+    "dataset.size": ("160", "320", "full"),
+    "quantizer.calibration": CALIBRATIONS,
+    "quantizer.keep": KEPT_PRECISIONS,
+    "pruner.importance": IMPORTANCES,
+}
+
+WEIGHT_FILES = (".pt", ".pth", ".safetensors")
+# Options of this package's components: the least and largest value, and whether it is a whole number.
+WHOLE_FROM_ONE = ("evaluation", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
+                  "epochs", "round_to", "num_classes", "window", "p", "repeats")  # fmt: skip
+FROM_ZERO = ("warmup_s", "warmup_max_s", "min_s", "max_s", "agreement", "interval", "lr", "n", "max_drop")
+RANGES: dict[str, tuple[float, float, bool]] = {
+    **dict.fromkeys(WHOLE_FROM_ONE, (1, math.inf, True)),
+    **dict.fromkeys(FROM_ZERO, (0, math.inf, False)),
+    "calibration": (0, math.inf, True),
+    "warmup_iterations": (0, math.inf, True),
+    "retries": (0, math.inf, True),
+    "dim": (0, 1, True),
+    "percentile": (50, 100, False),
+}
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise a UserError that says all that is wrong with a job's config."""
+    refuse(" ".join(problems(cfg)))
+
+
+def refuse(problem: str | None) -> None:
+    """Raise a UserError if there is a problem."""
+    if problem:
+        raise UserError(problem)
+
+
+def problems(cfg: DictConfig) -> list[str]:
+    """List what is wrong with a job's config, one sentence each."""
+    found = [f"{key} has no value; give {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
+    found += [
+        f"{group} is not chosen; give {group}=..., none where it is to do nothing."
+        for group in COMPONENTS
+        if not cfg.get(group)
+    ]
+    found = found or [*_targets(cfg)]
+    return found or [*_values(cfg), *_files(cfg), *_combination(cfg)]
+
+
+def _values(cfg: DictConfig) -> Iterator[str]:
+    """Check single values."""
+    amount = cfg.pruner.get("amount", 0)
+    if not (_is_number(amount) and 0 <= amount < 1):
+        yield f"pruner.amount={amount} is out of range; give the share to prune, 0 <= amount < 1."
+    if not DEVICE.fullmatch(str(cfg.device)):
+        yield f"device={cfg.device} is not known; valid are: auto, cpu, cuda, cuda:N."
+    if not (_is_number(cfg.seed, whole=True) and 0 <= cfg.seed < 2**32):
+        yield f"seed={cfg.seed} is out of range; give a whole number from 0 to 2^32 - 1."
+    sizes = cfg.measure.batch_sizes
+    if (
+        not isinstance(sizes, ListConfig)
+        or not sizes
+        or not all(_is_number(size, whole=True) and size > 0 for size in sizes)
+    ):
+        yield f"measure.batch_sizes={sizes} is not valid; give whole numbers from 1 on, such as [1,8]."
+    for key, valid in CHOICES.items():
+        value, group = OmegaConf.select(cfg, key), cfg[key.partition(".")[0]]
+        if value is not None and _is_ours(group) and str(value) not in valid:
+            yield f"{key}={value} is not known; valid are: {', '.join(valid)}."
+    images, available = OmegaConf.select(cfg, "quantizer.images"), cfg.dataset.get("calibration")
+    if _is_number(images) and _is_number(available) and images > available:
+        yield f"quantizer.images={images} is more than dataset.calibration={available}; lower it or raise that."
+    for group in COMPONENTS:
+        yield from _numbers(group, cfg[group])
+    yield from _pattern(cfg.pruner)
+
+
+def _numbers(group: str, options: DictConfig) -> Iterator[str]:
+    """Check the options of our own components by name; null is left to the component."""
+    if not _is_ours(options):
+        return
+    for name, (least, most, whole) in RANGES.items():
+        value = options.get(name)
+        if value is None or f"{group}.{name}" in CHOICES or (name == "n" and "m" in options):
+            continue
+        if not _is_number(value, whole=whole) or not least <= value <= most:
+            kind = "a whole number" if whole else "a number"
+            reach = f"from {least} on" if most == math.inf else f"from {least} to {most}"
+            yield f"{group}.{name}={value} is out of range; give {kind} {reach}."
+
+
+def _pattern(pruner: DictConfig) -> Iterator[str]:
+    """Check an n that comes with an m: so many of m weights stay. Without an m it is the order of a norm."""
+    if not _is_ours(pruner) or "m" not in pruner:
+        return
+    n, m = pruner.get("n"), pruner.m
+    if not (_is_number(n, whole=True) and _is_number(m, whole=True) and 0 < n < m):
+        yield f"pruner.n={n} of pruner.m={m} is no pattern; give whole numbers with 0 < n < m, such as 2 of 4."
+    if "amount" in pruner:
+        yield "pruner.amount has no meaning beside pruner.n and pruner.m, which say how much goes; leave it out."
+
+
+def _targets(cfg: DictConfig) -> Iterator[str]:
+    """Check that the modules of all components are there, without importing them."""
+    for group in COMPONENTS:
+        target = str(cfg[group].get("_target_"))
+        try:
+            found = find_spec(target.rpartition(".")[0])
+        except (ImportError, ValueError):
+            found = None
+        if found is None:
+            yield f"{group}._target_={target} cannot be found; give module.function of a module on the Python path."
+
+
+def _files(cfg: DictConfig) -> Iterator[str]:
+    """Check that files and folders are there."""
+    root = cfg.dataset.get("root")
+    if root is not None and not Path(root).expanduser().is_dir():
+        yield f"dataset.root={root} is not a folder; give a folder with one sub-folder of images per class."
+    weights = cfg.model.get("weights")
+    if weights == "" or (
+        weights is not None and _looks_like_path(str(weights)) and not Path(weights).expanduser().is_file()
+    ):
+        yield f"model.weights={weights} is no file; give DEFAULT, null or the path of a state_dict."
+
+
+def _combination(cfg: DictConfig) -> Iterator[str]:
+    """Check that the runtime realises the quantizer's precision on the device, or on any if the device is open."""
+    if not DEVICE.fullmatch(str(cfg.device)):
+        return
+    try:
+        precision = precision_of(get_method(cfg.quantizer._target_))
+        runtime: Any = instantiate(cfg.runtime, _convert_="all")
+        if cfg.device != "auto":
+            runtime.resolve(precision, str(cfg.device))
+    except Exception as error:
+        # Hydra wraps what a component says about its options.
+        yield " ".join(str(error.__cause__ if isinstance(error.__cause__, UserError) else error).split())
+        return
+    kinds = ("cpu", "cuda") if cfg.device == "auto" else (str(cfg.device),)
+    refusals = [impossible(runtime, precision, kind) for kind in kinds]
+    if all(refusals):
+        yield str(refusals[0])
+
+
+def impossible(runtime: Any, precision: str, device: str) -> str | None:
+    """Say why a runtime cannot run a precision on a device, or None if it can."""
+    if precision in runtime.precisions.get(device.partition(":")[0], ()):
+        return None
+    name = _name(type(runtime))
+    possible = [f"{', '.join(names)} on {kind}" for kind, names in runtime.precisions.items() if names]
+    return (
+        f"runtime={name} cannot run precision {precision} on device={device}; it runs {' and '.join(possible)}."
+        f" Precision {precision} runs with: {', '.join(_realisers(precision)) or 'none'}."
+    )
+
+
+def _realisers(precision: str) -> list[str]:
+    """Name the runtimes and devices of this package that realise a precision."""
+    from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, Torch
+
+    runtimes = (Torch, OnnxRuntime, TensorRT, TensorRTNative)
+    return [f"runtime={_name(runtime)} device={kind}" for runtime in runtimes
+            for kind, names in runtime.precisions.items() if precision in names]  # fmt: skip
+
+
+def _name(runtime: type[Any]) -> str:
+    """Return the name by which a runtime is chosen."""
+    return getattr(runtime, "name", runtime.__name__.lower())
+
+
+def _is_ours(options: DictConfig) -> bool:
+    """Say whether a component is this package's: another's options of the same names mean what they like."""
+    return str(options._target_).startswith("pq_sweep.")
+
+
+def _is_number(value: Any, *, whole: bool = False) -> bool:
+    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+
+
+def _looks_like_path(weights: str) -> bool:
+    return "://" not in weights and ("/" in weights or weights.endswith(WEIGHT_FILES))

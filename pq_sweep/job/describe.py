@@ -1,0 +1,107 @@
+"""What a result says of the network, the images, the session and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pq_sweep.core.environment import _cpu_name, command_line, device_name, git_state, gpu_uuid, slurm, versions
+from pq_sweep.core.fingerprint import file_hash
+from pq_sweep.core.hardware import Cpu, Gpu, capability, cpu_flags, lacks
+from pq_sweep.measure.network import count
+from pq_sweep.measure.sizes import compressed_size, storage_sizes
+from pq_sweep.measure.timing import Result
+from pq_sweep.types import Data, Model, Session
+
+
+def describe(device: str, threads: int) -> dict[str, Any]:
+    """Return the environment of this process as plain values."""
+    return {
+        "host": socket.gethostname(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "git": git_state(),
+        "command": command_line(),
+        "cpu": {"name": _cpu_name(), "cores_usable": len(os.sched_getaffinity(0)), "threads": threads},
+        "device": device_name(device),
+        "gpu": _gpu(device),
+        "slurm": slurm(),
+    }
+
+
+def _gpu(device: str) -> dict[str, Any] | None:
+    if device == "cpu":
+        return None
+    import torch
+
+    from pq_sweep.measure.monitor import identify
+
+    properties, uuid = torch.cuda.get_device_properties(device), gpu_uuid(device)
+    return {
+        "name": properties.name,
+        "uuid": uuid,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "memory_mb": properties.total_memory / 1e6,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nvml": identify(uuid),
+    }
+
+
+def describe_network(model: Model, data: Data, dense: Result, folder: Path) -> tuple[Result, dict[str, int]]:
+    """Return what the network takes and gives, its terms and its figures; and its bytes in each format of storage.
+
+    `labels` are the classes of the logits in order, if model or data say them.
+    """
+    labels = model.classes or (data.classes if data.columns is None else None)
+    about = {
+        "input": [model.preprocess.channels, model.preprocess.size, model.preprocess.size],
+        "preprocess": asdict(model.preprocess),
+        "classes": model.num_classes,
+        "labels": labels and list(labels),
+        "licence": model.licence,
+    }
+    return about | count(model, dense), storage_sizes(model, folder)
+
+
+def describe_images(data: Data) -> Result:
+    """Return how many images there were for what, and where they came from."""
+    parts = {"evaluation": data.evaluation, "calibration": data.calibration, "train": data.train}
+    return {name: len(part) if part else 0 for name, part in parts.items()} | data.record()
+
+
+def describe_sizes(session: Session, original: int, formats: dict[str, int]) -> Result:
+    """Return the bytes of the original, of the file to deploy, and of the pruned FP32 network in each format."""
+    compressed = session.artifact.stat().st_size
+    return {
+        "original": original,
+        "compressed": compressed,
+        "compressed_zstd": compressed_size(session.artifact),
+        "formats": formats,
+        "smallest_format": min(formats, key=lambda name: formats[name]),
+    }
+
+
+def describe_session(session: Session, precision: str, folder: Path) -> Result:
+    """Return what really ran."""
+    return {
+        "runtime": session.runtime,
+        "device": session.device,
+        "engine": session.engine,
+        "precision": precision,
+        "artifact": str(session.artifact.relative_to(folder)),
+        "sha256": file_hash(session.artifact),
+        **session.details,
+    }
+
+
+def unaccelerated(ran: Result, environment: Result) -> list[str]:
+    """Return a sentence for each thing that ran and that its device has no fast units for."""
+    gpu = environment["gpu"]
+    device = Gpu(gpu["name"], capability(gpu["compute_capability"])) if gpu else Cpu(environment["device"], cpu_flags())
+    return lacks(ran["precision"], device, sparse=bool(ran.get("sparsity")), tf32=bool(ran.get("tf32")))

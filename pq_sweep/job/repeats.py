@@ -1,0 +1,143 @@
+"""Latency measured again in fresh processes, one after another.
+
+Where memory lies, which kernels a library picks and how threads are placed is decided once per process, so that one
+process, however long it measures, may be faster or slower than the next by more than its samples tell.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Any
+
+from pq_sweep.core.files import tail
+from pq_sweep.job.stages import Stages
+from pq_sweep.measure.timing import Result, middle
+
+if TYPE_CHECKING:
+    from pq_sweep.measure.latency import Samples
+    from pq_sweep.types import Model
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+class RepeatFailed(RuntimeError):
+    """A fresh process found nothing; the end of what it wrote to stderr is in the notes."""
+
+
+def share_network(stage: Stages, model: Model) -> None:
+    """Keep the compressed network for other processes, or become the one that was kept.
+
+    A quick step is repeated from the seed, and what a GPU sums up in another order need not be the same weights.
+    """
+    import torch
+
+    path = stage.folder / "network.kept.pt"
+    stage.keep("network", lambda: torch.save(model.module.state_dict(), path), path)
+    device = next(model.module.parameters()).device
+    model.module.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+
+
+def measure_apart(stage: Stages, config: Result, artifact: str, count: int) -> tuple[Result, Samples]:
+    """Measure `count` times, each in a process of its own; return the middle ones and all samples.
+
+    `artifact` is the hash of what is measured. What an earlier try of the job measured is not measured again.
+    """
+    import torch
+
+    from pq_sweep.measure.memory import release_memory
+
+    release_memory()  # a GPU's memory too: each process is to find it as this one did
+    stage.turns = None  # they take turns on the device themselves, and would wait for this process for ever
+    found: list[Result] = []
+    samples: Samples = {}
+    for number in range(1, count + 1):
+        path = stage.folder / f"repeat-{number}.kept.pt"
+        wanted = {"config": config, "folder": str(stage.folder), "artifact": artifact, "samples": path.name}
+        apart = partial(_measure, stage, wanted, f"repeat {number}/{count}")
+        found.append(stage.keep(f"repeat {number}", apart, path))
+        taken = torch.load(path, weights_only=True)
+        samples |= {f"repeat{number}_{name}": values.numpy() for name, values in taken.items()}
+    return combine(found), samples
+
+
+def combine(found: list[Result]) -> Result:
+    """Return of each latency and ratio the repeat with the middle one, and the highest of the peaks of memory."""
+    combined: Result = {}
+    for kind, figure in (("latency", "p50_ms"), ("paired", "speedup")):
+        if kind in found[0]:
+            combined[kind] = {size: middle([one[kind][size] for one in found], figure) for size in found[0][kind]}
+    combined["peak_memory_mb"] = _highest([one["peak_memory_mb"] for one in found])
+    if "memory" in found[0]:
+        combined["memory"] = {name: _highest([one["memory"][name] for one in found]) for name in found[0]["memory"]}
+    return combined
+
+
+def _highest(values: list[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _measure(stage: Stages, wanted: dict[str, Any], name: str) -> Result:
+    """Return what a fresh process measures; it ends with this one, however this one ends."""
+    with NamedTemporaryFile() as errors, _fresh_process(errors) as process:
+        with suppress(BrokenPipeError):  # it could not even start: its stderr says why
+            process.stdin.write(json.dumps(wanted) + "\n")
+            process.stdin.flush()
+        said = _follow(process.stdout, stage, name)
+        if "speed" not in said:
+            raise _failure(name, said, process, Path(errors.name))
+        return said["speed"]
+
+
+@contextmanager
+def _fresh_process(errors: Any) -> Iterator[Any]:
+    """Start a process that finds the same modules as this one, and kill it in the end: all it had to do is done."""
+    path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "pq_sweep.job.fresh"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env=os.environ | {"PYTHONPATH": path},
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _follow(lines: Iterable[str], stage: Stages, name: str) -> dict[str, Any]:
+    """Enter each stage that a process tells of, such as "latency repeat 2/3 b8"; return what it said in the end."""
+    said: dict[str, Any] = {}
+    with ExitStack() as inside:
+        inside.enter_context(stage(f"start {name}"))
+        for line in lines:
+            said = json.loads(line)
+            if "stage" not in said:
+                break
+            what, _, which = said["stage"].partition(" ")
+            inside.close()
+            inside.enter_context(stage(f"{what} {name} {which}".rstrip()))
+    return said
+
+
+def _failure(name: str, said: dict[str, Any], process: subprocess.Popen[str], errors: Path) -> RepeatFailed:
+    """Return the error of a process that told of one, or that ended without a word."""
+    if "error" in said:
+        failure = RepeatFailed(f"{name}: {said['error']}")
+    else:
+        code = process.wait()
+        ending = f"signal {-code}" + (" (often: out of memory)" if code == -9 else "")
+        failure = RepeatFailed(f"{name} ended without a result, {ending if code < 0 else f'exit code {code}'}.")
+    for line in tail(errors):
+        failure.add_note(line)
+    return failure

@@ -1,0 +1,195 @@
+"""Which stage a job is in: shown as a log line, kept in `status.json`, timed, and not repeated by a continued job."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pq_sweep.core.environment import slurm
+from pq_sweep.core.files import read_json, write_json
+from pq_sweep.core.folder import PROGRESS, forget_error, write_error
+from pq_sweep.types import About, Stopped
+
+if TYPE_CHECKING:
+    from pq_sweep.job.turns import Turns
+    from pq_sweep.types import Cache
+
+log = logging.getLogger(__name__)
+
+
+LEFT_BY_JOBS = (
+    "pruning.json",
+    "predictions.npy",
+    "precisions.svg",
+    "samples.npz",
+    "traced.onnx",
+    "export.onnx",
+    "model.pt",
+    "model.onnx",
+)
+PREP = ("prune", "recover", "trace", "export", "calibrate", "sensitivity", "quantize", "build")
+
+
+class Stages:
+    """Times stages by name, `with stages("export"): ...`, and keeps what was finished in case the job is continued.
+
+    A job is continued when it starts again in its folder with the same key: after a time limit, preemption, the death
+    of its node, or a new start of the sweep. `progress.json` then holds what each finished part returned.
+    """
+
+    # Set when the process ends only to be started again by SLURM: that is no failure.
+    leaving: ClassVar[bool] = False
+
+    def __init__(self, folder: Path, label: str, cache: Cache | None = None) -> None:
+        self.folder = folder
+        self.label = label
+        self.cache = cache
+        self.turns: Turns | None = None
+        self.started = time.time()
+        self.seconds: dict[str, float] = {}
+        self.current = "start"
+        self.key = ""
+        self.tries: list[dict[str, Any]] = []
+        self.kept: dict[str, Any] = {}
+        self.timed_before: frozenset[str] = frozenset()
+        self.from_cache: list[str] = []
+
+    @contextmanager
+    def __call__(self, name: str, *, alone: bool = False) -> Iterator[None]:
+        """Time what is inside, `alone` on the device or among other jobs; to wait for them takes no time of a stage."""
+        log.info("%s | %s", self.label, name)
+        self.current = name
+        where = {"pid": os.getpid(), "host": os.uname().nodename, "slurm": slurm()}
+        write_json(self.folder / "status.json", {"stage": name, "since": time.time(), **where})
+        with self.turns.take(alone) if self.turns else nullcontext():
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                if name not in self.timed_before:  # what an earlier try took counts, not what is left of it to do
+                    self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def resume(self, key: str) -> None:
+        """Take over what an earlier try of the same job finished, or clear away what another job left."""
+        earlier = read_json(self.folder / PROGRESS) or {}
+        if earlier.get("key") != key:
+            earlier = {}
+            self._clear()
+        self.key, self.kept = key, earlier.get("kept", {})
+        self.seconds = earlier.get("seconds", {})
+        self.timed_before = frozenset(self.seconds)
+        self.tries = [*earlier.get("tries", ()), {"started": self.started, "host": os.uname().nodename, **slurm()}]
+        if self.kept:
+            log.info("%s | continued after: %s", self.label, ", ".join(self.kept))
+        self._write()
+
+    def has(self, name: str) -> bool:
+        """Say whether a part is finished and its files are as they were then."""
+        files = self.kept.get(name, {}).get("files", {})
+        return name in self.kept and all(_size(self.folder / file) == size for file, size in files.items())
+
+    def keep(self, name: str, make: Callable[[], Any], *files: Path) -> Any:
+        """Return the plain value of `make`, which also writes `files`; a continued job does not make it again."""
+        if self.has(name):
+            return self.kept[name]["value"]
+        value = make()
+        self.kept[name] = {"value": value, "files": {file.name: _size(file) for file in files}}
+        self._write()
+        return value
+
+    def once(self, name: str, make: Callable[[], Any], *files: Path) -> Any:
+        """Do as `keep` in a stage of that name."""
+
+        def timed() -> Any:
+            with self(name):
+                return make()
+
+        return self.keep(name, timed, *files)
+
+    def share(self, name: str, about: About, make: Callable[[], Any], *files: Path) -> Any:
+        """Do as `keep`, but take what any job, also of another sweep, made from what `about` returns."""
+        return self.keep(name, partial(self.shared, name, about, make, *files), *files)
+
+    def shared(self, kind: str, about: About, make: Callable[[], Any], *files: Path) -> Any:
+        """Do as `share`, for what a continued job may make again; all files that are there lie in one folder."""
+        if self.cache is None:
+            return make()
+        folder, known = files[0].parent, about()
+        with self.cache.alone(kind, known):
+            if record := self.cache.take(kind, known, folder):
+                for stage, seconds in record["seconds"].items():
+                    self.cached(stage, seconds)
+                return record["value"]
+            before = dict(self.seconds)
+            value = make()
+            spent = {name: took - before.get(name, 0.0) for name, took in self.seconds.items()}
+            seconds = {name: took for name, took in spent.items() if took > 0}
+            there = [file.name for file in files if file.exists()]
+            self.cache.put(kind, known, folder, {"value": value, "seconds": seconds}, there)
+            return value
+
+    def cached(self, name: str, seconds: float) -> None:
+        """Count a stage whose outcome came out of a cache with the seconds that it took when it was made."""
+        self.from_cache.append(name)
+        if name not in self.timed_before:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def finish(self) -> None:
+        """Forget what was only needed to continue."""
+        for kept in [*self.folder.glob("*.kept.pt"), self.folder / PROGRESS]:
+            kept.unlink(missing_ok=True)
+
+    def _write(self) -> None:
+        state = {"key": self.key, "tries": self.tries, "seconds": self.seconds, "kept": self.kept}
+        write_json(self.folder / PROGRESS, state)
+
+    def _clear(self) -> None:
+        self.finish()
+        for name in LEFT_BY_JOBS:
+            (self.folder / name).unlink(missing_ok=True)
+        for name in ("engine", "dense"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+
+    @contextmanager
+    def keeping_errors(self) -> Iterator[None]:
+        """Write `error.json` if what is inside fails, and let the error go on."""
+        forget_error(self.folder)
+        (self.folder / "result.json").unlink(missing_ok=True)
+        try:
+            yield
+        except (Exception, SystemExit, Stopped) as error:
+            if not is_leaving(error):
+                self._record(error)
+            raise
+
+    def _record(self, error: BaseException) -> None:
+        message = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, SystemExit):
+            message = f"the job called sys.exit({error.code!r}) instead of raising an error."
+        if type(error).__name__ == "UncompletedJobError":  # raised by submitit in the middle of whatever ran
+            message = f"{message.rstrip('.')}; raise hydra.launcher.timeout_min or max_num_timeout."
+        record = {"type": type(error).__name__, "message": message, "stage": self.current, "started": self.started}
+        record |= {"slurm": slurm(), "stderr": getattr(error, "__notes__", []), "traceback": traceback.format_exc()}
+        write_error(self.folder, record)
+
+    @property
+    def prep(self) -> dict[str, float]:
+        """Return the seconds of the stages that make the compressed model."""
+        return {name: self.seconds[name] for name in PREP if name in self.seconds}
+
+
+def is_leaving(error: BaseException) -> bool:
+    """Say whether submitit ends the process because SLURM will start it again."""
+    return Stages.leaving and isinstance(error, SystemExit)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None

@@ -1,0 +1,120 @@
+"""Steps that change the network, which a job takes from disk where it or another did them before."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch.nn import Module
+
+from pq_sweep.core.environment import device_name
+from pq_sweep.core.weights import network_state, structure
+from pq_sweep.job.stages import Stages
+from pq_sweep.types import Cache, Data, Model
+
+# What takes less is repeated from the seed: that is quicker than writing the weights of a large network.
+WORTH_KEEPING_S = 0.3
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a step's outcome depends on, beside the network: plain values, and the images, which take time to tell."""
+
+    about: dict[str, Any]
+    images: Callable[[], Any]
+
+
+def origin_of(component: DictConfig, data: Data, device: str) -> Origin:
+    """Return what a component's outcome depends on; the random numbers are those at this moment."""
+    options = OmegaConf.to_container(component, resolve=True)
+    random = [hashlib.sha256(state.numpy().tobytes()).hexdigest() for state in _random_states().values()]
+    where = {"device": device_name(device), "threads": torch.get_num_threads()}
+    return Origin({"component": options, "random": random} | where, lambda: data.identity(data.calibration, data.train))
+
+
+def change_once(stage: Stages, name: str, model: Model, step: Callable[[], Any], origin: Origin | None = None) -> Any:
+    """Run a step that changes the network in place and return its record, or restore what was kept of an earlier time.
+
+    An earlier try of the job keeps it, and with an `origin` any other job that took long for the same.
+    """
+    path = stage.folder / f"{name}.kept.pt"
+    if stage.has(name):
+        record = stage.keep(name, step)
+        _restore(model, path, record)
+        return record
+    if origin and stage.cache:
+        return _share(stage, stage.cache, name, model, step, origin)
+    return _change(stage, name, model, step)
+
+
+def _share(stage: Stages, cache: Cache, name: str, model: Model, step: Callable[[], Any], origin: Origin) -> Any:
+    """Change the network or take over what another job made of it.
+
+    Most steps are quicker than telling their images apart, so those are looked at only where a step was slow before.
+    """
+    path = stage.folder / f"{name}.kept.pt"
+    about = {"network": network_state(model), **origin.about}
+    with cache.alone(name, about):
+        slow = cache.take("slow", {"step": name, **about}, stage.folder)
+        whole = about | {"images": origin.images()} if slow else about
+        if slow and (found := cache.take(name, whole, stage.folder)):
+            stage.cached(name, found["seconds"])
+            stage.keep(name, lambda: found["value"], path)
+            _restore(model, path, found["value"])
+            return found["value"]
+        record = _change(stage, name, model, step)
+        if stage.has(name):  # it was slow
+            whole = about | {"images": origin.images()}
+            cache.put(name, whole, stage.folder, {"value": record, "seconds": stage.seconds[name]}, [path.name])
+            cache.put("slow", {"step": name, **about}, stage.folder, {}, [])
+        return record
+
+
+def _change(stage: Stages, name: str, model: Model, step: Callable[[], Any]) -> Any:
+    """Run a step and keep what it made of the network if that took long and can be restored."""
+    path, before = stage.folder / f"{name}.kept.pt", structure(model)
+    order = {part: [*part._parameters] for part in model.module.modules()}
+    with stage(name):
+        record = step()
+    _reorder(order)
+    restorable = "history" in (record or {}) or structure(model) == before
+    if restorable and stage.seconds[name] >= WORTH_KEEPING_S:
+        stage.keep(name, partial(_save, model, path, record), path)
+    return record
+
+
+def _reorder(names: dict[Module, list[str]]) -> None:
+    """Put the parameters of layers back in their order, which torch's pruning changes: graphs list them in it."""
+    for part, order in names.items():
+        if part._parameters.keys() == set(order):
+            part._parameters.update({name: part._parameters.pop(name) for name in order})
+
+
+def _save(model: Model, path: Path, record: Any) -> Any:
+    """Save weights and the state of the random numbers, so that a continued job goes on as this one would have."""
+    torch.save({"network": model.module.state_dict(), **_random_states()}, path)
+    return record
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    states = {"random": torch.get_rng_state()}
+    return states | ({"random_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _restore(model: Model, path: Path, record: Any) -> None:
+    device = next(model.module.parameters()).device
+    state = torch.load(path, map_location=device, weights_only=True)
+    if "history" in (record or {}):  # channels were removed: the network has to get that shape first
+        from pq_sweep.compress.removal import replay
+
+        replay(model, record)
+    model.module.load_state_dict(state["network"])
+    torch.set_rng_state(state["random"].cpu())
+    if "random_cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random_cuda"].cpu())

@@ -1,0 +1,66 @@
+"""Turns on a device: what a job does may overlap with what others do, but for latency a job has the device alone."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from pq_sweep.core.environment import gpu_uuid
+from pq_sweep.core.fingerprint import digest
+
+log = logging.getLogger(__name__)
+
+
+class Turns:
+    """Locks of this machine for one of its devices; they go with the process that holds them, however it ends.
+
+    A GPU is the same for all jobs that see it. Jobs share a CPU if they may use the same cores and SLURM has not given
+    each its own.
+    """
+
+    def __init__(self, device: str) -> None:
+        cores = [sorted(os.sched_getaffinity(0)), os.environ.get("SLURM_JOB_ID")]
+        name = digest([os.uname().nodename, gpu_uuid(device) or cores])
+        self.folder = Path(tempfile.gettempdir()) / f"pq_sweep-{os.getuid()}" / name
+        self.depth = 0
+
+    @contextmanager
+    def take(self, alone: bool) -> Iterator[None]:
+        """Hold the device alone or among others; what is inside of a turn belongs to it."""
+        with ExitStack() as held:
+            if self.depth == 0:
+                try:
+                    self._lock(held, alone)
+                except OSError as error:
+                    log.warning("other jobs cannot be kept off the device (%s: %s)", self.folder, error.strerror)
+            self.depth += 1
+            held.callback(self._leave)
+            yield
+
+    def _leave(self) -> None:
+        self.depth -= 1
+
+    def _lock(self, held: ExitStack, alone: bool) -> None:
+        """Go through the gate, which who wants to be alone keeps shut behind him: others could go first for ever."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mode = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
+        gate, device = (held.enter_context((self.folder / name).open("a")) for name in ("gate", "device"))
+        for lock in (gate, device):
+            _wait(lock, mode)
+        if not alone:
+            fcntl.flock(gate, fcntl.LOCK_UN)
+
+
+def _wait(lock: IO[str], mode: int) -> None:
+    """Take a lock, and say so where that takes its time."""
+    try:
+        fcntl.flock(lock, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.info("waiting for other jobs on the device")
+        fcntl.flock(lock, mode)

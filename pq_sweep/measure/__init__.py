@@ -1,0 +1,1 @@
+"""Accuracy, latency, memory, size, layers, and the state of the device."""

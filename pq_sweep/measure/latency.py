@@ -1,0 +1,165 @@
+"""Latency at each batch size, of a session alone or in turn with the uncompressed one, and what the device did."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pq_sweep.core.environment import gpu_uuid
+from pq_sweep.core.result import NOISY_LOAD
+from pq_sweep.measure.memory import allocated, peak_memory_mb, release_memory, reset_peak_memory, watched_memory
+from pq_sweep.measure.monitor import Monitor
+from pq_sweep.measure.timing import Call, Clock, CudaClock, HostClock, Protocol, Result, paired, timed
+from pq_sweep.types import Data, Session, Stage
+
+# Share of the device's time from which on handing over a call is what limits (trtexec).
+HOST_BOUND = 0.8
+# What a monitor may say of a device that speaks against a median; at its power limit it is at work as usual.
+UNSETTLING = ("throttled", "shared")
+
+# Every sample of a measurement (N,) in ns and in order, by batch size and clock: "b8_host".
+Samples = dict[str, Any]
+Measure = Callable[[Session, Tensor, Protocol], tuple[Result, Samples]]
+
+
+def speed(
+    session: Session,
+    data: Data,
+    protocol: Protocol,
+    stage: Stage,
+    dense_session: Callable[[], AbstractContextManager[Session]],
+) -> tuple[Result, Samples]:
+    """Measure latency at every batch size of the protocol, and the peak memory meanwhile; return all samples too."""
+    release_memory()
+    resettable = reset_peak_memory(session.device)
+    samples: Samples = {}
+    measured = _each_size("latency", latency, session, data, protocol, stage, samples)
+    result = {"latency": measured, "peak_memory_mb": peak_memory_mb(session.device) if resettable else None}
+    if session.device != "cpu":
+        result["memory"] = allocated(session.device) | watched_memory(measured)
+    if protocol.paired:
+        with dense_session() as dense:
+            pair = partial(_paired, dense)
+            result["paired"] = _each_size("paired", pair, session, data, protocol, stage, samples)
+    return result, samples
+
+
+def _each_size(
+    name: str, measure: Measure, session: Session, data: Data, protocol: Protocol, stage: Stage, samples: Samples
+) -> Result:
+    """Measure at every batch size as a stage of its own; add what was sampled to `samples`."""
+    measured = {}
+    for batch_size in protocol.batch_sizes:
+        with stage(f"{name} b{batch_size}", alone=True):
+            images = latency_images(data, batch_size, session.device)
+            measured[str(batch_size)], taken = measure(session, images, protocol)
+            samples |= {f"b{batch_size}_{clock}": values for clock, values in taken.items()}
+    return measured
+
+
+def _paired(dense: Session, session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
+    """Time a session in turn with that of the uncompressed model, on the device's clock."""
+    clock = HostClock() if session.device == "cpu" else CudaClock()
+    return paired(lambda: session(images), lambda: dense(images), clock, protocol)
+
+
+def latency(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
+    """Time `session` on `images`, which lie on its device; return the figures and the samples in ns of each clock.
+
+    On the CPU there is one latency, taken again, up to `protocol.retries` times, while other processes are busy; the
+    quietest counts and `loads` are those of all. On CUDA it is the device's time, and `host_to_host` that of a caller
+    whose images and answers are in host memory, copies included; `pipelined_throughput` is that of calls which do not
+    wait for each other.
+    """
+    if session.device != "cpu":
+        return _loaded(_on_cuda, session, images, protocol)
+    tries = [_loaded(_on_cpu, session, images, protocol)]
+    while tries[-1][0]["load_of_others"] > NOISY_LOAD and len(tries) <= protocol.retries:
+        tries.append(_loaded(_on_cpu, session, images, protocol))
+    loads = [figures["load_of_others"] for figures, _ in tries]
+    figures, samples = tries[loads.index(min(loads))]
+    return figures | {"loads": loads}, samples
+
+
+def _loaded(measure: Measure, session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
+    """Measure, and say what this process and the others used of the CPU meanwhile."""
+    others, cpu, start = _other_load(), time.process_time(), time.perf_counter()
+    figures, samples = measure(session, images, protocol)
+    seconds, calls = time.perf_counter() - start, sum(map(len, samples.values())) + figures["warmup"]["iterations"]
+    return figures | {
+        "cpu_time_per_iteration_ms": (time.process_time() - cpu) / calls * 1e3,
+        "load_of_others": max(0.0, _other_load() - others) / seconds,
+    }, samples
+
+
+def _on_cpu(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
+    figures, samples = _watched(session, lambda: session(images), HostClock(), protocol, len(images))
+    return figures, {"host": samples}
+
+
+def _watched(
+    session: Session, call: Call, clock: Clock, protocol: Protocol, batch_size: int
+) -> tuple[Result, np.ndarray]:
+    """Time a call and say what its device did meanwhile: a median taken on a throttled or shared one is not settled."""
+    monitor = Monitor(session.device, gpu_uuid(session.device))
+    figures, samples = timed(call, clock, protocol, batch_size, monitor)
+    energy = monitor.result.get("energy_j")
+    share = figures["duration_s"] / monitor.result.get("sampled_s", monitor.result["seconds"])
+    return figures | {
+        "energy_per_image_j": energy and energy * share / (len(samples) * batch_size),
+        "device_state": monitor.result,
+        "unstable": figures["unstable"] + [word for word in monitor.result["verdicts"] if word in UNSETTLING],
+    }, samples
+
+
+def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
+    """Time the device, then the way from host to host, then calls that are all handed over at once."""
+    clock, pinned = CudaClock(), images.cpu().pin_memory()
+    figures, device = _watched(session, lambda: session(images), clock, protocol, len(images))
+
+    def there_and_back() -> Tensor:
+        return session(pinned.to(session.device, non_blocking=True)).cpu()
+
+    host, way = timed(there_and_back, HostClock(), protocol, len(images), nullcontext())
+    enqueue = float(np.median(clock.enqueue_ns[-len(device) :])) / 1e6
+    return figures | {
+        "host_to_host": host,
+        "enqueue_ms": enqueue,
+        # trtexec's rule: the device waits for its host.
+        "host_bound": enqueue > HOST_BOUND * figures["p50_ms"],
+        "pipelined_throughput": _pipelined(session, images, len(device)),
+    }, {"device": device, "host": way}
+
+
+def _pipelined(session: Session, images: Tensor, calls: int) -> float:
+    """Return images per second of calls on the current stream that wait for none but the last."""
+    torch.cuda.synchronize(session.device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        session(images)
+    torch.cuda.synchronize(session.device)
+    return calls * len(images) / (time.perf_counter() - start)
+
+
+def latency_images(data: Data, batch_size: int, device: str) -> Tensor:
+    """Return the first evaluation images as a batch on `device`, repeated if there are fewer."""
+    indices = [index % len(data.evaluation) for index in range(batch_size)]
+    return data.evaluation.fetch(indices).to(device)
+
+
+def _other_load() -> float:
+    """Return the CPU seconds used so far on this machine by everything but this process."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    user, nice, system, _, _, irq, softirq, steal = (ticks + [0] * 8)[:8]
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - own.ru_utime - own.ru_stime

@@ -1,0 +1,45 @@
+"""The size of a network itself: parameters, zeros, and arithmetic."""
+
+from __future__ import annotations
+
+import torch
+
+from pq_sweep.core.weights import prunable, structure
+from pq_sweep.measure.timing import Result
+from pq_sweep.types import Model
+
+
+def count(model: Model, known: Result | None = None) -> Result:
+    """Count parameters, multiply-accumulates of one image, and zeros among the prunable weights.
+
+    `known` are the figures of the network before it was changed: while all shapes are the same, so is the arithmetic.
+    """
+    shapes = structure(model)
+    weights = [getattr(part, name) for part, name in prunable(model.module)]
+    zeros, total = (
+        sum(int(n) for n in counts) for counts in zip(*((w.eq(0).sum(), w.numel()) for w in weights), strict=True)
+    )
+    return {
+        "params": sum(parameter.numel() for parameter in model.module.parameters()),
+        "nonzero_params": sum(int(parameter.count_nonzero()) for parameter in model.module.parameters()),
+        "weights": total,
+        "sparsity": zeros / total,
+        "structure": shapes,
+        "macs": known["macs"] if known and known["structure"] == shapes else macs(model),
+    }
+
+
+def macs(model: Model) -> int:
+    """Count the multiply-accumulates of one image in convolutions and matrix products."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # Attention's fast path is one operator that the counter does not know, nor does torch 2.10's its fused kernel.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model.module(model.sample(1))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return int(counter.get_total_flops() // 2)

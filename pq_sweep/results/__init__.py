@@ -1,0 +1,1 @@
+"""What job folders say: read, watch, compare, decide, draw."""

@@ -1,0 +1,79 @@
+"""Commands that run a job or a sweep again, or the uncompressed job that is lacking."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from pq_sweep.core.files import read_json
+from pq_sweep.core.groups import COMPRESSING
+from pq_sweep.results.comparison import unreferenced
+from pq_sweep.results.rows import Row
+from pq_sweep.results.sweeps import Sweep
+from pq_sweep.types import UserError
+
+
+def command(row: Row) -> str:
+    """Return the command that makes a job's model again."""
+    manifest = _manifest(_sweep_folder(row))
+    return _command(manifest, _overrides(manifest, row))
+
+
+def baselines(sweep: Sweep) -> list[str]:
+    """Return the commands that run the uncompressed jobs which are missing for a comparison."""
+    manifest = cache(_manifest)  # of many jobs one
+    found = [_baseline(manifest(_sweep_folder(row)), row) for row in unreferenced(sweep)]
+    return list(dict.fromkeys(found))
+
+
+def _baseline(manifest: Row, row: Row) -> str:
+    kept = [word for word in _overrides(manifest, row) if re.split(r"[.=@]", word.lstrip("+~"))[0] not in COMPRESSING]
+    return _command(manifest, [*kept, *(f"{group}=none" for group in COMPRESSING)])
+
+
+def _sweep_folder(row: Row) -> Path:
+    return Path(row["folder"]).parent
+
+
+def _manifest(folder: Path) -> Row:
+    return read_json(folder / "sweep.json") or {}
+
+
+def _overrides(manifest: Row, row: Row) -> list[str]:
+    jobs = manifest.get("jobs") or ()
+    return next((job["overrides"] for job in jobs if job["folder"] == Path(row["folder"]).name), [])
+
+
+def _command(manifest: Row, overrides: list[str]) -> str:
+    arguments = manifest.get("arguments") or ["launch.py"]
+    return shlex.join(["python", Path(arguments[0]).name, *_config_folders(arguments), *overrides])
+
+
+def _config_folders(arguments: list[str]) -> Iterator[str]:
+    """Yield the options that say where further components are."""
+    for number, argument in enumerate(arguments):
+        if argument.startswith("--config-dir"):
+            yield argument
+            if "=" not in argument:
+                yield arguments[number + 1]
+
+
+def start_again(folder: Path) -> int:
+    """Start a sweep once more by its own command, in its folder, and return the exit code; what is done stays."""
+    manifest = read_json(folder / "sweep.json") or {}
+    given = manifest.get("arguments", ())
+    arguments = [word for word in given if not word.startswith("hydra.sweep.dir=") and word != "resume=false"]
+    if not arguments or any("***" in word for word in arguments):
+        raise UserError(
+            f"{folder} cannot be started again from here: its command is not known, or held a password; repeat the"
+            f" command with hydra.sweep.dir={folder}."
+        )
+    # Overrides have to stand together, options before or behind them.
+    place = next((number for number, word in enumerate(arguments[1:], 1) if "=" in word.lstrip("-")), len(arguments))
+    arguments.insert(place, f"hydra.sweep.dir={folder.absolute()}")
+    return subprocess.run([sys.executable, *arguments], cwd=manifest["working_folder"], check=False).returncode

@@ -1,0 +1,23 @@
+"""The end of a sweep: its table, its CSV, and its place in the store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pq_sweep.results.sweeps import Sweep
+from pq_sweep.results.terminal import show
+
+
+def conclude(sweep: Sweep, log: Callable[[Path], str], found: Iterable[str] = ()) -> bool:
+    """Draw results, write the CSV and bring the store up to date; say whether every job finished.
+
+    `log` logs what is missing and says where to look at it; `found` is what a search came to.
+    """
+    show(sweep)
+    print(log(sweep.folder))
+    for line in found:
+        print(line)
+    if sweep.count("pending", "running"):
+        print(f"jobs go on; watch them by: python -m pq_sweep.results {sweep.folder} --watch")
+    return sweep.count("finished") == len(sweep.rows)

@@ -1,0 +1,131 @@
+"""How a sweep stands, by the folders of its jobs, and by SLURM's queue if they were submitted to it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pq_sweep.core.files import read_json, tail, write_json
+from pq_sweep.core.folder import read_error, write_error
+from pq_sweep.results import slurm
+from pq_sweep.results.slurm import Ended, Queued
+from pq_sweep.results.sweeps import Sweep, read_sweep
+
+SUBMITTED = "submitted.json"
+
+WATCHED = ".watched"  # in a sweep's folder, touched at each look by who logs its jobs
+
+# How long a file may take to be seen on another host; network file systems look again after a minute at the latest.
+GRACE_S = 75.0
+
+# Who watches looks at least every LONGEST_PAUSE_S; a minute more until another host sees it, and some for a slow queue.
+WATCHED_S = 120.0
+
+
+@dataclass
+class Watch:
+    """What is going on in a sweep; `look` again and again, each time with fresh eyes."""
+
+    folder: Path
+    grace_s: float = GRACE_S
+    # Whether there will be another look: without one, a job that has been silent for long enough is dead.
+    patient: bool = True
+    gone_since: dict[str, float] = field(default_factory=dict)
+    queue: dict[str, Queued] = field(default_factory=dict)
+    answers: bool = True
+
+    def look(self) -> Sweep:
+        """Read the sweep, and write `error.json` for every job that SLURM ended without one."""
+        submitted = (read_json(self.folder / SUBMITTED) or {}).get("jobs", {})
+        if submitted:
+            self._ask_queue()
+        states = {name: state for name, job in submitted.items() if (state := self._state(name, job))}
+        return read_sweep(self.folder, states)
+
+    def _ask_queue(self) -> None:
+        """Ask for the jobs of whoever owns the sweep; while SLURM does not answer, what it said last holds."""
+        queue = slurm.queue(self.folder.stat().st_uid)
+        self.answers = queue is not None
+        if queue is not None:
+            self.queue = queue
+
+    def _state(self, name: str, job: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the row of a job that is not over, or None if its files say all there is to say."""
+        if (self.folder / job["pickle"]).exists():
+            self._settle(name, job, None)
+            return None
+        queued = self.queue.get(job["id"])
+        if queued is not None:
+            self.gone_since.pop(name, None)
+            waiting = queued.state in ("PENDING", "CONFIGURING", "REQUEUED", "SPECIAL_EXIT")
+            detail = {"node": queued.node, "reason": queued.reason if waiting else "", "error": ""}
+            return {"status": "pending" if waiting else "running", **detail}
+        if not self.answers and not _settled(self.folder / name):
+            return {"status": "running", "reason": "SLURM does not answer"}
+        return self._gone(name, job)
+
+    def _gone(self, name: str, job: dict[str, Any]) -> dict[str, Any] | None:
+        """Judge a job that is not in the queue and did not say goodbye."""
+        if (self.folder / name / "result.json").exists() or _settled(self.folder / name):
+            return None
+        ended = slurm.ended(job["id"])
+        if not ended.final and self._seconds_gone(name, job) < self.grace_s:
+            return {"status": "running", "reason": "left the queue"}
+        self._settle(name, job, ended)
+        return None
+
+    def _seconds_gone(self, name: str, job: dict[str, Any]) -> float:
+        """Return for how long a job has not been in the queue, as far as one can know."""
+        if self.patient:
+            return time.monotonic() - self.gone_since.setdefault(name, time.monotonic())
+        signs = (self.folder / name / "status.json", self.folder / name / "job.log", self.folder / job["stderr"])
+        return time.time() - max([job["submitted"], *(path.stat().st_mtime for path in signs if path.exists())])
+
+    def _settle(self, name: str, job: dict[str, Any], ended: Ended | None) -> None:
+        """Write down how a job ended that left no word of it itself, or only that it was told to stop."""
+        error = read_error(self.folder / name)
+        if _settled(self.folder / name) or (ended is None and error):
+            return
+        reason = ended.explain(job["id"]) if ended else "The job could not start; see the end of its stderr."
+        facts = asdict(ended or Ended("FAILED"))
+        record_loss(self.folder, name, job, reason, {"slurm_job": job["id"]} | facts)
+
+
+def record_loss(sweep: Path, name: str, job: dict[str, Any], reason: str, slurm: dict[str, str] | None = None) -> None:
+    """Leave an `error.json` for a job that ended without a result: the reason and the end of its stderr."""
+    folder = sweep / name
+    if not (sweep / "sweep.json").exists() or (folder / "result.json").exists():
+        return
+    error, status = read_error(folder), read_json(folder / "status.json") or {}
+    started = status.get("since") or job["submitted"]
+    found = {"type": "Lost", "stage": status.get("stage", "start"), "started": started, "traceback": ""}
+    record = found | (error or {})
+    record["message"] = f"{error['message'].rstrip('.')}. {reason}" if error else reason
+    record["slurm"] = record.get("slurm", {}) | (slurm or {})
+    record["stderr"] = tail(sweep / job["stderr"])
+    write_error(folder, record)
+
+
+def _settled(folder: Path) -> bool:
+    """Say whether SLURM's reason is already in a job's `error.json`."""
+    return "state" in ((read_error(folder) or {}).get("slurm") or {})
+
+
+def is_logged(job: Path) -> bool:
+    """Say whether somebody watches the sweep who logs this job, which is over, so that the job need not.
+
+    Both times come from the file system: the clocks of hosts differ.
+    """
+    try:
+        return job.stat().st_mtime - (job.parent / WATCHED).stat().st_mtime < WATCHED_S
+    except OSError:
+        return False
+
+
+def remember(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
+    """Add submitted jobs to what is known of the sweep."""
+    known = read_json(folder / SUBMITTED) or {"jobs": {}}
+    write_json(folder / SUBMITTED, {"host": os.uname().nodename, "jobs": known["jobs"] | jobs})

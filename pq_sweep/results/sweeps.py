@@ -1,0 +1,124 @@
+"""Sweep folders as rows.
+
+The folders are the source of truth, so this works at any time: during a sweep, after a crash, on another machine.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from pq_sweep.core.files import read_json
+from pq_sweep.results.rows import Row, read_row
+from pq_sweep.types import UserError
+
+# Options that make another run of the same job.
+REPEATING = ("seed", "repeat")
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """One sweep folder, the rows of its jobs, and the options besides `amount` in which they differ.
+
+    Each is equal to itself alone, so that what is known of one can be looked up.
+    """
+
+    folder: Path
+    rows: list[Row]
+    options: tuple[str, ...] = ()
+
+    def count(self, *statuses: str) -> int:
+        """Count the jobs with one of the statuses: finished, failed, running, pending or missing."""
+        return sum(row["status"] in statuses for row in self.rows)
+
+    @property
+    def summary(self) -> str:
+        """Return how many jobs are done, failed, running, pending and missing."""
+        named = {"finished": "done", **{name: name for name in ("failed", "running", "pending", "missing")}}
+        return ", ".join(
+            f"{self.count(status)} {name}" for status, name in named.items() if self.count(status) or name == "done"
+        )
+
+
+def read_sweep(folder: Path, states: dict[str, Row] | None = None) -> Sweep:
+    """Read the jobs that `sweep.json` announces, and any other job folder that has a result or an error.
+
+    `states` are what SLURM's queue says of jobs that are not over, by folder; it knows better than what lies there.
+    """
+    manifest = read_json(folder / "sweep.json") or {}
+    announced = {job["folder"]: job for job in manifest.get("jobs") or []}
+    found = {
+        str(path.parent.relative_to(folder))
+        for name in ("result.json", "error.json")
+        for path in folder.glob(f"*/{name}")
+    }
+    extra = sorted(found - announced.keys(), key=_natural)
+    rows = [
+        _since(manifest, read_row(folder / name, job)) | {"given": _options(job)}
+        for name in [*announced, *extra]
+        for job in [announced.get(name, {})]
+    ]
+    rows = [row if row["status"] == "finished" else row | (states or {}).get(row["job"], {}) for row in rows]
+    return gather(folder, rows)
+
+
+def _since(manifest: Row, row: Row) -> Row:
+    """Mark a job that was finished before the sweep was last started, and did not run again."""
+    return row | ({"reused": "yes"} if row.get("started", math.inf) < manifest.get("started", -math.inf) else {})
+
+
+def gather(folder: Path, rows: list[Row]) -> Sweep:
+    """Return jobs as one sweep; the options in which they differ become columns."""
+    given = [row["given"] for row in rows]
+    swept = tuple(key for key in dict.fromkeys(chain(*given)) if len({options.get(key) for options in given}) > 1)
+    return Sweep(folder, [row | {key: row["given"].get(key, "") for key in swept} for row in rows], swept)
+
+
+def merge(sweeps: list[Sweep]) -> Sweep:
+    """Return the jobs of several sweeps as one, told apart by their folders; a single one stays as it is."""
+    if len(sweeps) == 1:
+        return sweeps[0]
+    return gather(Path(), [row | {"job": row["folder"]} for sweep in sweeps for row in sweep.rows])
+
+
+def _options(job: Row) -> dict[str, str]:
+    """Return the options that a job was given, such as {"pruner.n": "2"}; amounts have a column of their own."""
+    pairs = (override.lstrip("+").partition("=") for override in job.get("overrides", ()))
+    return {key: value for key, _, value in pairs if ("." in key or key in REPEATING) and key != "pruner.amount"}
+
+
+def read_job(folder: Path) -> Row:
+    """Read one job of a sweep, without the others."""
+    jobs = (read_json(folder.parent / "sweep.json") or {}).get("jobs") or []
+    return read_row(folder, next((job for job in jobs if job["folder"] == folder.name), {}))
+
+
+def find_sweeps(folders: list[Path]) -> list[Sweep]:
+    """Read the sweeps at, above (a job folder was given) or below the folders."""
+    return [read_sweep(folder) for folder in find_folders(folders)]
+
+
+def find_folders(folders: list[Path]) -> list[Path]:
+    """Find the folders of the sweeps at, above or below the given ones."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give a sweep folder such as multirun/<date>/<time>.")
+        given = folder.parent if (folder / "result.json").exists() or (folder / "error.json").exists() else folder
+        names = {Path(path): files for path, _, files in os.walk(given)}
+        inside = {path for path, files in names.items() if "sweep.json" in files}
+        inside |= {path.parent for path, files in names.items() if "result.json" in files}
+        if not inside:
+            raise UserError(
+                f"{folder} holds no sweep and no result.json; give a sweep folder such as multirun/<date>/<time>."
+            )
+        found |= {path.resolve(): path for path in sorted(inside)}
+    return list(found.values())
+
+
+def _natural(name: str) -> tuple[int, str]:
+    return (int(name), name) if name.isdigit() else (sys.maxsize, name)

@@ -1,0 +1,1 @@
+"""Many jobs: compose and check the grid, search, submit, run one, conclude."""

@@ -1,0 +1,168 @@
+"""The grid of a sweep: composed and checked as a whole before its first job, so that nothing starts that cannot end."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from pq_sweep.core.fingerprint import WITHOUT_EFFECT, digest, fingerprint
+from pq_sweep.core.groups import GROUPS, job_name
+from pq_sweep.core.sentences import without_password
+from pq_sweep.job.check import problems
+from pq_sweep.types import UserError
+
+# Options by the stage of a job that they first matter to; those of one's own come before all stages.
+STAGES = ("node", "device", "seed", "model", "dataset", "pruner", "recovery", "quantizer", "runtime", "measure",
+          "repeat")  # fmt: skip
+
+
+@dataclass
+class Grid:
+    """What is known of the jobs before they run, and one job for each pair of model and dataset that they load."""
+
+    announced: list[dict[str, Any]] = field(default_factory=list)
+    loads: dict[str, DictConfig] = field(default_factory=dict)
+
+    def refuse_other(self, folder: Path, earlier: list[dict[str, Any]]) -> None:
+        """Raise a UserError if a finished job would be replaced by another one, not by itself after a change."""
+        before = {job["folder"]: job for job in earlier}
+        for job in self.announced:
+            old = before.get(job["folder"], job)
+            same = (_telling(old), old["choices"]) == (_telling(job), job["choices"])
+            if not same and (folder / job["folder"] / "result.json").exists():
+                raise UserError(
+                    f"{folder / job['folder']} holds the finished job {old['name']!r} of another grid; start the new"
+                    " grid in a folder of its own, or give resume=false to replace what is there."
+                )
+
+
+def _telling(job: dict[str, Any]) -> list[str]:
+    """Return the overrides of a job that its result depends on."""
+    return [word for word in job["overrides"] if re.split(r"[.=@]", word.lstrip("+~"))[0] not in WITHOUT_EFFECT]
+
+
+def read_grid(jobs: Iterable[DictConfig]) -> Grid:
+    """Check and announce every job, or raise one UserError that lists everything that is wrong, each problem once."""
+    grid, wrong = Grid(), list[list[str]]()
+    for job in jobs:
+        bare = without_hydra(job)
+        wrong.append([*problems(bare), *launcher_problems(job)])
+        if not wrong[-1]:
+            grid.announced.append(announce(job))
+            grid.loads.setdefault(grid.announced[-1]["loads"], bare)
+    refuse_all(Counter(chain.from_iterable(wrong)), len(wrong))
+    refuse_shared_folders([job["folder"] for job in grid.announced])
+    return grid
+
+
+def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
+    """Compose the jobs one by one as the sweeper will; none under a sweeper that chooses its jobs as it goes."""
+    sweeper = config.hydra.sweeper
+    if not sweeper._target_.endswith(("BasicSweeper", "CheckedSweeper")):
+        return
+    loader = GlobalHydra.instance().config_loader()
+    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides([*params, *as_given(config)])
+    if any(override.key_or_group == "experiment" and override.is_sweep_override() for override in overrides):
+        raise UserError(
+            "experiment=a,b would run without the grids of both files; start one sweep for each experiment."
+        )
+    kind: Any = get_class(sweeper._target_)
+    grid = kind.split_arguments(overrides, max_batch_size=None)[0]
+    yield from (compose_job(config, list(overrides), number) for number, overrides in enumerate(grid))
+
+
+def by_stage(overrides: list[Override]) -> list[Override]:
+    """Order the options of a grid so that its last ones, which change from job to job, matter to the last stages.
+
+    Jobs that share a stage then run next to each other, however the command line was written.
+    """
+
+    def stage(override: Override) -> int:
+        root = re.split(r"[./@]", override.key_or_group)[0]
+        return STAGES.index(root) + 1 if root in STAGES else 0
+
+    return sorted(overrides, key=stage)
+
+
+def as_given(config: DictConfig) -> list[str]:
+    """Return the overrides of a command line or a job, with `${...}` as it was written."""
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+    return list(overrides)
+
+
+def compose_job(config: DictConfig, overrides: list[str], number: int) -> DictConfig:
+    """Compose one job of a sweep."""
+    job: DictConfig = GlobalHydra.instance().config_loader().load_sweep_config(config, overrides)
+    with open_dict(job):
+        job.hydra.job.num = number
+    return job
+
+
+def without_hydra(job: DictConfig) -> DictConfig:
+    """Return a composed job as it runs."""
+    return OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
+
+
+def launcher_problems(job: DictConfig) -> Iterator[str]:
+    """List what is wrong with the kind of node that a job asks for, and with its time limit."""
+    launcher = job.hydra.launcher
+    types = launcher.get("node_types") or {}
+    if job.node is not None and job.node not in types:
+        valid = (
+            f"valid are: {', '.join(types)}" if types else "it needs hydra/launcher=slurm, whose node_types it names"
+        )
+        yield f"node={job.node} is not known; {valid}."
+    minutes, delay = launcher.get("timeout_min"), launcher.get("signal_delay_s")
+    if minutes and delay:
+        # SLURM may warn a minute early; submitit takes a warning for preemption, which may happen for ever, before the
+        # last fifth of the time or the last ten minutes, and a warning before Python listens would kill the job.
+        most = max(0, min(max(12 * minutes, 600) - 60, 60 * minutes - 40))
+        if delay > most:
+            key = f"hydra.launcher.signal_delay_s={delay}"
+            yield f"{key} is too long for timeout_min={minutes}; give at most {most:.0f}."
+
+
+def refuse_all(found: Counter[str], jobs: int) -> None:
+    """Raise one UserError of all problems, each with the number of jobs that have it."""
+    if found:
+        lines = [f"{problem} ({count} of {jobs} jobs)" if jobs > 1 else problem for problem, count in found.items()]
+        raise UserError("\n".join(lines))
+
+
+def refuse_shared_folders(folders: list[str]) -> None:
+    """Raise a UserError if two jobs would write into one folder."""
+    twice = next((folder for folder in folders if folders.count(folder) > 1), None)
+    if twice is not None:
+        raise UserError(f"hydra.sweep.subdir={twice} is the folder of several jobs; use ${{hydra.job.num}} in it.")
+
+
+def announce(job: DictConfig) -> dict[str, Any]:
+    """Return what is known of a job before it runs."""
+    chosen, folder = job.hydra.runtime.choices, str(job.hydra.sweep.subdir)
+    if "/" in folder:
+        raise UserError(
+            f"hydra.sweep.subdir={folder} is nested; job folders lie side by side, such as ${{hydra.job.num}}."
+        )
+    choices = {group: str(chosen.get(group)) for group in GROUPS}
+    choices |= {"amount": OmegaConf.select(job, "pruner.amount"), "device": str(job.device), "seed": job.seed}
+    choices |= {"node_type": job.node} if job.node else {}
+    return {
+        "folder": folder,
+        "name": job_name(choices),
+        "choices": choices,
+        "fingerprint": fingerprint(job),
+        "loads": digest([OmegaConf.to_container(group) for group in (job.model, job.dataset)]),
+        "overrides": [without_password(override) for override in as_given(job)],
+    }

@@ -1,0 +1,238 @@
+"""Hydra launchers over submitit that outlive the death of any job, and whose jobs outlive the launcher.
+
+Hydra's own submitit launcher stops watching at the first job that dies, hangs on clusters without accounting, and
+submits everything anew when it is started again. Its job side is used as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus
+from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
+from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
+from omegaconf import open_dict
+
+from pq_sweep.core.folder import finished, forget_error, read_error
+from pq_sweep.job.stages import Stages
+from pq_sweep.results.slurm import max_array_size
+from pq_sweep.results.standing import Watch, record_loss, remember
+from pq_sweep.results.watch import watch
+from pq_sweep.sweep.current import CURRENT
+from pq_sweep.types import Stopped, UserError
+
+if TYPE_CHECKING:
+    import submitit
+
+log = logging.getLogger(__name__)
+
+OWN_OPTIONS = ("submitit_folder", "max_num_timeout", "node_types", "prefetch")
+# What submitit has for every cluster; everything else is given with the name of the cluster before it.
+COMMON = tuple(BaseQueueConf.__dataclass_fields__)
+
+
+@dataclass
+class Planned:
+    """A job: its place in the grid, what it is, where it goes, and submitit's handle once it has one."""
+
+    number: int
+    overrides: list[str]
+    folder: str
+    fingerprint: str | None
+    node: str | None
+    job: Any = None
+
+
+class WatchedLauncher(BaseSubmititLauncher):
+    """Watches the folders of all jobs instead of waiting for one job after another."""
+
+    def __call__(self, *args: Any) -> JobReturn:
+        """Run one job on its node."""
+        try:
+            return super().__call__(*args)
+        except Stopped as stopped:
+            log.warning("%s", stopped)
+            sys.exit(143)
+
+    def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """Let submitit queue the job again; this process ends then, which is no failure."""
+        Stages.leaving = True
+        return super().checkpoint(*args, **kwargs)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs and return how each ended; those that fail do not end the watching of the others."""
+        assert self.config is not None
+        folder = Path(str(self.config.hydra.sweep.dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        _share_path()
+        planned = [self._plan(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        self._run(folder, planned)
+        return [self._returned(plan) for plan in planned]
+
+    def _plan(self, overrides: list[str], number: int) -> Planned:
+        """Return a job as it was announced; under a sweeper that chooses jobs as it goes it has to be composed."""
+        if number < len(CURRENT.announced):
+            known = CURRENT.announced[number]
+            return Planned(number, overrides, known["folder"], known["fingerprint"], known["choices"].get("node_type"))
+        assert self.config is not None
+        assert self.hydra_context is not None
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(config):
+            config.hydra.job.id, config.hydra.job.num = f"job_id_for_{number}", number
+        return Planned(number, overrides, str(config.hydra.sweep.subdir), None, config.get("node"))
+
+    def _run(self, folder: Path, planned: list[Planned]) -> None:
+        raise NotImplementedError
+
+    def _executor(self, node: str = "") -> submitit.AutoExecutor:
+        """Return submitit's executor with the launcher's options, and those of a kind of node before them."""
+        import submitit
+
+        params = self.params | ((self.params.get("node_types") or {}).get(node) or {})
+        limits = {f"{self._EXECUTOR}_max_num_timeout": params["max_num_timeout"]} if "max_num_timeout" in params else {}
+        executor = submitit.AutoExecutor(params["submitit_folder"], cluster=self._EXECUTOR, **limits)
+        # sbatch would take "False" as a value.
+        given = {key: value for key, value in params.items() if key not in OWN_OPTIONS and value is not False}
+        executor.update_parameters(
+            **{key if key in COMMON else f"{self._EXECUTOR}_{key}": value for key, value in given.items()}
+        )
+        return executor
+
+    def _arguments(self, plan: Planned) -> tuple[Any, ...]:
+        """Return what `__call__` takes on the node."""
+        return (plan.overrides, "hydra.sweep.dir", plan.number, f"job_id_for_{plan.number}", Singleton.get_state())
+
+    def _returned(self, plan: Planned) -> JobReturn:
+        """Return what Hydra wants to know of a job; of one that died its folder tells, so it does not raise here."""
+        if plan.job is not None and plan.job.paths.result_pickle.exists():
+            error = plan.job.exception()
+            if error is None:
+                returned = plan.job.result()
+                assert isinstance(returned, JobReturn)
+                return returned
+            log.error("%s", error)
+        skipped = JobReturn(overrides=plan.overrides, status=JobStatus.COMPLETED)
+        skipped.return_value = None
+        return skipped
+
+
+class SlurmLauncher(WatchedLauncher):
+    """Jobs on the nodes of a SLURM cluster, as arrays."""
+
+    _EXECUTOR = "slurm"
+
+    def _run(self, folder: Path, planned: list[Planned]) -> None:
+        # srun does not always take over from sbatch how many cores a job has, and torch would run on one.
+        self.params["setup"] = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *(self.params.get("setup") or ())]
+
+        # Two that start the same sweep at once must not both find its jobs missing.
+        with FileLock(folder / ".submit.lock"):
+            missing = list(self._missing(folder, planned))
+            try:
+                for node, group in groupby(sorted(missing, key=_node), key=_node):
+                    self._submit(folder, node, list(group))
+            except Exception as error:
+                done = sum(plan.job is not None for plan in missing)
+                later = (
+                    f"; {done} jobs were submitted before, start again with hydra.sweep.dir={folder}" if done else ""
+                )
+                raise UserError(f"SLURM took no jobs: {' '.join(str(error).split())}{later}.") from error
+        log.warning("%d jobs submitted, %d finished or queued before", len(missing), len(planned) - len(missing))
+        watch(folder, log=CURRENT.log)
+
+    def _missing(self, folder: Path, planned: list[Planned]) -> Iterator[Planned]:
+        """Yield the jobs that are neither finished nor in the queue."""
+        assert self.config is not None
+        resume = self.config.get("resume")
+        active = {
+            row["job"] for row in Watch(folder, patient=False).look().rows if row["status"] in ("pending", "running")
+        }
+        for plan in planned:
+            done = resume and plan.fingerprint and finished(folder / plan.folder, plan.fingerprint)
+            if not done and plan.folder not in active:
+                yield plan
+
+    def _submit(self, folder: Path, node: str, plans: list[Planned]) -> None:
+        """Submit jobs of one kind of node in as few arrays as SLURM allows, and write down which job is which."""
+        executor, size = self._executor(node), max_array_size()
+        for start in range(0, len(plans), size):
+            chunk = plans[start : start + size]
+            arguments = zip(*(self._arguments(plan) for plan in chunk), strict=True)
+            for plan, job in zip(chunk, executor.map_array(self, *arguments), strict=True):
+                plan.job = job
+                forget_error(folder / plan.folder)
+            remember(folder, {plan.folder: _describe(folder, plan) for plan in chunk})
+
+
+class LocalLauncher(WatchedLauncher):
+    """Some jobs at a time as processes of this machine."""
+
+    _EXECUTOR = "local"
+    visible: str | None = None
+
+    def __init__(self, array_parallelism: int | None = None, **params: Any) -> None:
+        super().__init__(**params)
+        self.at_once = array_parallelism  # submitit has no such option here
+
+    def __call__(self, *args: Any) -> JobReturn:
+        """Run one job with the GPUs of the launcher: submitit hides them from local jobs."""
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        if self.visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.visible
+        return super().__call__(*args)
+
+    def _run(self, folder: Path, planned: list[Planned]) -> None:
+        self.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        at_once = self.at_once or len(planned)
+        executor = self._executor()
+        waiting = list(planned)
+        running: list[Planned] = []
+
+        def busy() -> bool:
+            for plan in [plan for plan in running if plan.job.done()]:
+                running.remove(plan)
+                _tell_if_lost(folder, plan)
+            while waiting and len(running) < at_once:
+                plan = waiting.pop(0)
+                plan.job = executor.submit(self, *self._arguments(plan))
+                running.append(plan)
+            return bool(running)
+
+        watch(folder, log=CURRENT.log, busy=busy)
+
+
+def _tell_if_lost(folder: Path, plan: Planned) -> None:
+    """Write down that a job's process ended, if it could not do so itself."""
+    if read_error(folder / plan.folder) is None:
+        reason = "The process of the job ended without a result: killed, perhaps for want of memory."
+        record_loss(folder, plan.folder, _describe(folder, plan), reason)
+
+
+def _node(plan: Planned) -> str:
+    return plan.node or ""
+
+
+def _share_path() -> None:
+    """Let jobs find what this process finds beside its script, also when it was started from another folder."""
+    roots = dict.fromkeys(
+        [str(Path(__file__).parent.parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    )
+    os.environ["PYTHONPATH"] = os.pathsep.join(root for root in roots if root)
+
+
+def _describe(folder: Path, plan: Planned) -> dict[str, Any]:
+    """Return where a submitted job can be found again, by paths relative to the sweep's folder."""
+    assert plan.job is not None
+    paths = {"pickle": plan.job.paths.result_pickle, "stderr": plan.job.paths.stderr}
+    found = {name: os.path.relpath(path, folder) for name, path in paths.items()}
+    return {"id": plan.job.job_id, "submitted": time.time(), **found}

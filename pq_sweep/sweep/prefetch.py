@@ -1,0 +1,42 @@
+"""What the jobs of a grid load, loaded once before any of them starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from pq_sweep.core.folder import finished
+from pq_sweep.core.imports import quick_imports
+from pq_sweep.sweep.explain import explain
+from pq_sweep.sweep.grid import Grid, refuse_all
+
+
+def prefetch(grid: Grid, folder: Path) -> None:
+    """Load every model and dataset once, here: what has to be downloaded is, and what cannot load is told.
+
+    Hundreds of jobs would otherwise download the same file at once, or find out one by one that it does not load.
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    missing = {job["loads"] for job in grid.announced if not finished(folder / job["folder"], job["fingerprint"])}
+    if not missing:
+        return
+    # In a process of its own, so that a launcher that waits for days does not hold torch's memory.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        told = list(pool.map(try_to_load, (grid.loads[key] for key in sorted(missing))))
+    refuse_all(Counter(filter(None, told)), len(missing))
+
+
+def try_to_load(job: DictConfig) -> str | None:
+    """Load a job's model and dataset; return in a sentence why it cannot be done, or None."""
+    with quick_imports("torch"):
+        from pq_sweep.job.run import load
+
+    try:
+        load(job, "cpu")
+    except Exception as error:
+        return explain(error)
+    return None

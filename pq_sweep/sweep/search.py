@@ -1,0 +1,121 @@
+"""Sweeps that choose their next jobs by what the last ones found: `python launch.py search=constraint ...`.
+
+Bisection and not a library: hydra-optuna-sweeper needs an Optuna from before SQLAlchemy 2, which MLflow uses, and a
+sampler of one dimension that knows nothing of order would take more jobs than halving does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from pq_sweep.core.groups import COMPRESSING
+from pq_sweep.results.rows import Row
+from pq_sweep.results.sweeps import read_job
+from pq_sweep.sweep.current import CURRENT
+from pq_sweep.types import UserError
+
+PARAMETER = "pruner.amount"
+
+# Yields an amount to try, takes the job's row, and returns what it comes to in a sentence.
+Steps = Generator[float, Row, str]
+
+
+@dataclass(frozen=True)
+class LargestAmount:
+    """Find the largest amount among low, low + step, ... high that loses at most `max_drop` points of accuracy.
+
+    The drop is taken to grow with the amount; where it does not, what is found is an amount within the limit whose
+    next one is not.
+    """
+
+    max_drop: float
+    low: float
+    high: float
+    step: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low < self.high < 1:
+            raise UserError(f"search.low={self.low} and search.high={self.high} do not fit; 0 <= low < high < 1 does.")
+        if not 0 < self.step <= self.high - self.low:
+            raise UserError(f"search.step={self.step} does not fit between low and high; give 0.01 or such.")
+
+    def steps(self) -> Steps:
+        """Halve what is left until an amount within the limit lies beside one that is not."""
+        amounts = [
+            round(self.low + k * self.step, 6) for k in range(int((self.high - self.low) / self.step + 1e-9) + 1)
+        ]
+        good, bad, drops = -1, len(amounts), dict[int, float]()
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            row = yield amounts[middle]
+            if row["status"] != "finished":
+                return f"the search ended at {PARAMETER}={amounts[middle]}, where the job {row['status']}"
+            drops[middle] = row["accuracy_drop_points"]
+            good, bad = (middle, bad) if drops[middle] <= self.max_drop else (good, middle)
+        worse = f"; {amounts[bad]} loses {drops[bad]:.2f}" if bad in drops else ""
+        if good < 0:
+            return f"no {PARAMETER} from {self.low} on loses at most {self.max_drop} points{worse}"
+        return (
+            f"{PARAMETER}={amounts[good]} is the largest within {self.max_drop} points, losing {drops[good]:.2f}{worse}"
+        )
+
+
+def check_search(search: DictConfig, combinations: list[dict[str, Any]]) -> None:
+    """Raise a UserError if a combination, as announced, has no amount to search for or is given one."""
+    instantiate(search)
+    for combination in combinations:
+        if any(word.lstrip("+").startswith(f"{PARAMETER}=") for word in combination["overrides"]):
+            raise UserError(f"{PARAMETER} is what search=constraint chooses; give search.low and search.high.")
+        if combination["choices"]["pruner"] == "none" or combination["choices"]["amount"] is None:
+            raise UserError("search=constraint needs a pruner with an amount; give pruner=l1_global or such.")
+
+
+class Rounds:
+    """The jobs of a search, round by round: one of each combination that is not settled yet."""
+
+    def __init__(self, config: DictConfig, combinations: list[list[str]]) -> None:
+        self.config, self.combinations = config, combinations
+        search: LargestAmount = instantiate(config.search)
+        self.steps = [search.steps() for _ in combinations]
+        self.asked = {number: next(steps) for number, steps in enumerate(self.steps)}
+        self.found: dict[int, str] = {}
+        self.folders: dict[int, Path] = {}
+        self.started = 0
+
+    def is_done(self) -> bool:
+        """Take in what the last round found, and say whether nothing is left to try."""
+        for number, folder in self.folders.items():
+            try:
+                self.asked[number] = self.steps[number].send(read_job(folder))
+            except StopIteration as settled:
+                del self.asked[number]
+                words = (word for word in self.combinations[number] if not word.startswith("search"))
+                self.found[number] = f"{' '.join(words)}: {settled.value}"
+        self.folders = {}
+        CURRENT.found = [self.found[number] for number in sorted(self.found)]
+        return not self.asked
+
+    def next(self) -> list[list[str]]:
+        """Announce and return the jobs of the next round; before all others run the uncompressed models."""
+        first = [] if self.started else list(self._uncompressed())
+        jobs = [[*self.combinations[number], f"{PARAMETER}={amount}"] for number, amount in self.asked.items()]
+        announced = CURRENT.announce(self.config, [*first, *jobs], self.started)
+        names = [Path(self.config.hydra.sweep.dir) / job["folder"] for job in announced[len(first) :]]
+        self.folders = dict(zip(self.asked, names, strict=True))
+        self.started += len(first) + len(jobs)
+        return [*first, *jobs]
+
+    def _uncompressed(self) -> Iterator[list[str]]:
+        """Yield what the speed of the others is compared with."""
+        kept = (
+            tuple(word for word in words if word.lstrip("+~").replace(".", "=").partition("=")[0] not in COMPRESSING)
+            for words in self.combinations
+        )
+        for words in dict.fromkeys(kept):
+            yield [*words, *(f"{group}=none" for group in COMPRESSING)]

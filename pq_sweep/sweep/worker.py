@@ -1,0 +1,73 @@
+"""One job of a sweep, in the process and folder that Hydra gave it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from pq_sweep.core.files import read_json
+from pq_sweep.core.fingerprint import fingerprint
+from pq_sweep.core.folder import PROGRESS, finished
+from pq_sweep.core.imports import quick_imports
+from pq_sweep.job.stages import is_leaving
+from pq_sweep.results.standing import is_logged
+from pq_sweep.types import Stopped
+
+log = logging.getLogger(__name__)
+
+
+def run_job(cfg: DictConfig) -> None:
+    """Run one job in the folder that Hydra gave it and log it.
+
+    A failing job does not raise: Hydra would leave out the batches after it. `error.json` and `job.log` say what went
+    wrong, and `finish` makes the exit code of it.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    jobs = (read_json(folder.parent / "sweep.json") or {}).get("jobs", [])
+    place = next((number for number, job in enumerate(jobs, 1) if job["folder"] == folder.name), 1)
+    label = f"job {place} of {max(len(jobs), 1)}: {jobs[place - 1]['name'] if jobs else folder.name}"
+    if not cfg.resume and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+        (folder / PROGRESS).unlink(missing_ok=True)
+    elif finished(folder, fingerprint(cfg)):
+        log.info("%s | reused: finished earlier", label)
+        return
+    try:
+        with quick_imports("torch"):
+            from pq_sweep.job.run import run
+        with clean_stop():
+            run(cfg, folder, label)
+    except (Exception, SystemExit) as error:
+        if is_leaving(error):
+            raise
+        log.error("job %s failed: %s", folder.name, error)
+        log.debug("traceback", exc_info=True)
+    if not is_logged(folder):
+        instantiate(cfg.tracking).log(folder)
+
+
+@contextmanager
+def clean_stop() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that a job that is stopped leaves word of it."""
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; the rest is clearing up
+        raise Stopped("the job was stopped by SIGTERM, as by scancel or preemption; start the sweep again to continue.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only there can signals be handled
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
