@@ -16,6 +16,7 @@ import torch
 from pq_sweep.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"  # where a process of its own finds what tests share
 SHARED = ROOT.parent / "shared" / "data"
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import Launch, new_user, only_sweep, python, results
+from conftest import ROOT, Launch, new_user, only_sweep, python, results
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
 TOP1 = {"resnet18": 0.962, "mobilenet_v2": 0.982, "squeezenet1_1": 0.924}  # of the 500, as the data's manifest says
 SHORT = ("measure.batch_sizes=[1]", "measure.iterations=5", "measure.max_s=0.1", "tracking=none")
 

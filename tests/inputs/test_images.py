@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from commands import SHORT
-from conftest import Launch, python, refused, results
+from conftest import TESTS, Launch, python, refused, results
 from image_folders import (
     TINY,
     UNUSABLE,
@@ -296,7 +296,8 @@ from image_folders import TINY
 from test_images import TestIdentity
 print(TestIdentity().split(Path({str(root)!r})).identity(), TestIdentity().lazy(Path({str(root)!r})).identity())
 """
-        done = python(["-c", code], Path(__file__).parent, environment)
+        here = os.pathsep.join(map(str, (TESTS, Path(__file__).parent)))
+        done = python(["-c", code], root, environment | {"PYTHONPATH": here})
         assert done.stdout.split() == [self.split(root).identity(), self.lazy(root).identity()], done.stderr
 
 

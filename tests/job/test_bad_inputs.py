@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from commands import HEAVY, LAUNCH, SHORT, Done, imported, launch_in, said
-from conftest import Launch, only_sweep, python
+from conftest import TESTS, Launch, only_sweep, python
 from independent import runtime
 from PIL import Image
 
@@ -253,7 +253,7 @@ def test_code_in_a_checkpoint_does_not_run(failing_sweep: Callable[[str], tuple[
     folder, _ = failing_sweep("checkpoints")
     assert not (folder / "evil_was_here").exists()
     code = "import torch; torch.load('evil.pth', weights_only=False)"
-    python(["-c", code], folder, {"PYTHONPATH": str(Path(__file__).parent)})
+    python(["-c", code], folder, {"PYTHONPATH": str(TESTS)})
     assert (folder / "evil_was_here").exists(), "the checkpoint is not malicious at all"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import ROOT
 from independent import matrices, onnx_logits, relative_error, tensors, torch_logits
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def test_a_traced_graph_holds_no_weights(tmp_path: Path) -> None:
 def test_the_export_names_no_folder_of_this_machine(graph: Path) -> None:
     """A path in the artifact would make its size depend on where the package is installed."""
     content = graph.read_bytes()
-    folders = [sysconfig.get_path("purelib"), str(Path(__file__).resolve().parent.parent)]
+    folders = [sysconfig.get_path("purelib"), str(ROOT)]
 
     assert not [folder for folder in folders if folder.encode() in content]
 

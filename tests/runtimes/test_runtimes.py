@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import python
+from conftest import TESTS, python
 from hydra.errors import InstantiationException
 from independent import onnx_logits, relative_error, runtime, snr_db, torch_logits, workspace
 from onnx import numpy_helper
@@ -453,7 +453,7 @@ assert relative_error(expected, session(images).numpy()) < 0.01
 @pytest.mark.parametrize("name", ["none", "fp16"])
 def test_a_vision_transformer_runs_on_the_cpu(tmp_path: Path, environment: dict[str, str], name: str) -> None:
     """In a process of its own: onnxruntime can end the whole process while it loads a graph."""
-    env = environment | {"PYTHONPATH": str(Path(__file__).parent)}
+    env = environment | {"PYTHONPATH": str(TESTS)}
     done = python(["-c", ATTENTION, name, str(tmp_path / "job")], tmp_path, env)
 
     assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"

@@ -26,7 +26,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import ROOT, new_user, python
+from conftest import ROOT, TESTS, new_user, python
 from independent import workspace
 from onnx import TensorProto, helper
 from packaging.version import Version
@@ -56,7 +56,7 @@ class Wheel:
 
     def run(self, function: Callable[[Path], Any]) -> Any:
         """Call a function of this module where `onnxruntime` is this wheel, and return what it returns."""
-        path = os.pathsep.join(map(str, (self.folder, Path(__file__).parent)))
+        path = os.pathsep.join(map(str, (self.folder, TESTS, Path(__file__).parent)))
         code = f"import test_gpu_wheel as module; module.tell(module.{function.__name__})"
         done = python(["-c", code, str(self.work)], self.work, new_user() | {"PYTHONPATH": path})
         assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"
