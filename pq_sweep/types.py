@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # What a component or a part of a job tells, as plain values.
 Record = dict[str, Any]
+# Writes the graph of a network in its precision, (source, target, data, *, form, stage); a function that is marked by
+# @quantizer with what `precision_of` returns, or a partial of one.
+Quantizer = Callable[..., Record | None]
 # Tells what something depends on, in plain values; called only where that is looked up.
 About = Callable[[], dict[str, Any]]
 
@@ -313,21 +316,20 @@ class Session(Protocol):
         ...
 
 
-class Quantizer(Protocol):
-    """Says `precision` and writes the graph in it: `form` is "cpu" or "tensorrt"."""
+class RuntimeChoice(Protocol):
+    """What `runtime=` chooses: a runtime, or what picks one by precision and device; `precisions` are by device kind.
 
-    precision: str
-
-    def __call__(self, source: Path, target: Path, data: Data, *, form: str, stage: Stage) -> dict[str, Any]: ...
-
-
-class Runtime(Protocol):
-    """Realises a precision on a device kind; `precisions` lists which."""
+    `resolve` returns the runtime that is meant, or a UserError if its options do not fit the device.
+    """
 
     precisions: ClassVar[dict[str, tuple[str, ...]]]
 
     def resolve(self, precision: str, device: str) -> Runtime: ...
 
+
+class Runtime(RuntimeChoice, Protocol):
+    """Opens sessions: `require` refuses a device for which this machine lacks something, before anything is loaded."""
+
     def require(self, device: str) -> None: ...
 
-    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session: ...
+    def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session: ...

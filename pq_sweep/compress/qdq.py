@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pq_sweep.compress.choices import CALIBRATIONS
 from pq_sweep.core.environment import device_name
 from pq_sweep.core.fingerprint import file_hash
+from pq_sweep.core.hardware import cpu_flags, multiplies_bytes
 from pq_sweep.types import Data, Record, Split, Stage, UserError, choose
 
 if TYPE_CHECKING:
@@ -105,13 +106,6 @@ def layer_weights(graph: onnx.ModelProto) -> dict[str, list[str]]:
     return {node: names for node, names in layers.items() if names}
 
 
-def has_vnni() -> bool:
-    """Say whether the CPU multiplies bytes without saturating (AVX-512 VNNI, AVX-VNNI or AMX), or is not x86."""
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.exists() else ""
-    return "flags\t" not in flags or any(name in flags for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
-
-
 def _form_options(form: str, graph: onnx.ModelProto) -> Record:
     """Return the quantizer's options for the graph that the runtime executes fastest."""
     from onnxruntime.quantization import QuantType
@@ -137,7 +131,7 @@ def _form_options(form: str, graph: onnx.ModelProto) -> Record:
         "weight_qType": QuantType.QInt8,
         "op_types_to_quantize": MATRIX_OPERATORS if attention else _all_operators(),
         # Seven-bit weights: without VNNI the sum of two byte products saturates at 16 bit.
-        "reduce_range": not has_vnni(),
+        "reduce_range": not multiplies_bytes(cpu_flags()),
         "extra_options": {},
     }
 

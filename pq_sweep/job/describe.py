@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pq_sweep.core.environment import command_line, cpu_name, device_name, git_state, gpu_uuid, slurm, versions
+from pq_sweep.core.environment import command_line, device_name, git_state, gpu_uuid, slurm, versions
 from pq_sweep.core.fingerprint import file_hash
-from pq_sweep.core.hardware import Cpu, Gpu, capability, cpu_flags, lacks
+from pq_sweep.core.hardware import Cpu, Gpu, capability, cpu_flags, cpu_name, lacks
 from pq_sweep.core.result import Counts, Network, Ran, Sizes
 from pq_sweep.measure.network import count
 from pq_sweep.measure.sizes import compressed_size

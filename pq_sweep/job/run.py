@@ -45,7 +45,7 @@ from pq_sweep.measure.layers import compressed_layers
 from pq_sweep.measure.sizes import storage_sizes
 from pq_sweep.measure.timing import Protocol
 from pq_sweep.runtimes import precision_of
-from pq_sweep.types import Data, Model, Record, Runtime, Session, Workspace
+from pq_sweep.types import Data, Model, Quantizer, Record, Runtime, RuntimeChoice, Session, Workspace
 
 component = partial(instantiate, _partial_=True, _convert_="all")
 
@@ -57,7 +57,7 @@ class Plan:
     cfg: DictConfig
     key: str
     protocol: Protocol
-    quantizer: Callable[..., Any]
+    quantizer: Quantizer
     runtime: Runtime
     work: Workspace
 
@@ -117,10 +117,11 @@ def prepare(cfg: DictConfig, stage: Stages) -> Plan:
     return Plan(cfg, key, protocol, quantizer, runtime, work)
 
 
-def possible_runtime(cfg: DictConfig, quantizer: Callable[..., Any], device: str) -> Runtime:
+def possible_runtime(cfg: DictConfig, quantizer: Quantizer, device: str) -> Runtime:
     """Return the runtime that is meant, or refuse what it or this machine cannot run."""
     precision = precision_of(quantizer)
-    runtime: Runtime = instantiate(cfg.runtime, _convert_="all").resolve(precision, device)
+    choice: RuntimeChoice = instantiate(cfg.runtime, _convert_="all")
+    runtime = choice.resolve(precision, device)
     refuse(impossible(runtime, precision, device))
     runtime.require(device)
     return runtime

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from pq_sweep.core.folder import JobFolder, SweepFolder
-from pq_sweep.core.groups import COMPRESSING
+from pq_sweep.core.groups import COMPRESSING, group_of
 from pq_sweep.results.comparison import unreferenced
 from pq_sweep.results.rows import Row
 from pq_sweep.results.sweeps import Sweep
@@ -32,7 +31,7 @@ def baselines(sweep: Sweep) -> list[str]:
 
 
 def _baseline(manifest: Row, row: Row) -> str:
-    kept = [word for word in _overrides(manifest, row) if re.split(r"[.=@]", word.lstrip("+~"))[0] not in COMPRESSING]
+    kept = [word for word in _overrides(manifest, row) if group_of(word) not in COMPRESSING]
     return _command(manifest, [*kept, *(f"{group}=none" for group in COMPRESSING)])
 
 

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from pq_sweep.core.folder import JobFolder, SweepFolder, is_job
+from pq_sweep.core.groups import option_of
 from pq_sweep.results.rows import Row, read_row
 from pq_sweep.types import UserError
 
@@ -83,8 +84,8 @@ def merge(sweeps: list[Sweep]) -> Sweep:
 
 def _options(job: Row) -> dict[str, str]:
     """Return the options that a job was given, such as {"pruner.n": "2"}; amounts have a column of their own."""
-    pairs = (override.lstrip("+").partition("=") for override in job.get("overrides", ()))
-    return {key: value for key, _, value in pairs if ("." in key or key in REPEATING) and key != "pruner.amount"}
+    pairs = ((option_of(word), word.partition("=")[2]) for word in job.get("overrides", ()))
+    return {key: value for key, value in pairs if ("." in key or key in REPEATING) and key != "pruner.amount"}
 
 
 def read_job(folder: Path) -> Row:

@@ -11,7 +11,6 @@ from pq_sweep.core.result import NOISY_LOAD
 from pq_sweep.results.comparison import comparable, reference, speedup
 from pq_sweep.results.decision import OBJECTIVES, on_front
 from pq_sweep.results.rows import Row, batch_sizes
-from pq_sweep.results.spreadsheet import write_csv
 from pq_sweep.results.sweeps import Sweep
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def _width(columns: dict[str, list[str]]) -> int:
 
 
 def show(sweep: Sweep) -> None:
-    """Print the table, the failed and missing jobs, and where the CSV lies."""
+    """Print the table, the failed and missing jobs, and what is to be said of the others."""
     from rich.console import Console
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
@@ -98,7 +97,6 @@ def show(sweep: Sweep) -> None:
         *_unaccelerated(sweep),
         *_elsewhere(sweep),
         *_left_out(sweep),
-        f"CSV: {write_csv(sweep)}",
     ]:
         console.print(line, markup=False, soft_wrap=True)
 

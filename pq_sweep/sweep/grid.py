@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pq_sweep.core.fingerprint import WITHOUT_EFFECT, digest, fingerprint
 from pq_sweep.core.folder import SweepFolder
-from pq_sweep.core.groups import GROUPS, job_name
+from pq_sweep.core.groups import GROUPS, group_of, job_name
 from pq_sweep.core.sentences import without_password
 from pq_sweep.job.check import problems
 from pq_sweep.types import UserError
@@ -50,7 +49,7 @@ class Grid:
 
 def _telling(job: dict[str, Any]) -> list[str]:
     """Return the overrides of a job that its result depends on."""
-    return [word for word in job["overrides"] if re.split(r"[.=@]", word.lstrip("+~"))[0] not in WITHOUT_EFFECT]
+    return [word for word in job["overrides"] if group_of(word) not in WITHOUT_EFFECT]
 
 
 def read_grid(jobs: Iterable[DictConfig]) -> Grid:
@@ -70,7 +69,8 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
 def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
     """Compose the jobs one by one as the sweeper will; none under a sweeper that chooses its jobs as it goes."""
     sweeper = config.hydra.sweeper
-    if not sweeper._target_.endswith(("BasicSweeper", "CheckedSweeper")):
+    split = getattr(get_class(sweeper._target_), "split_arguments", None)
+    if split is None:  # Hydra loads its plugins twice, so that a class does not tell which one it is
         return
     loader = GlobalHydra.instance().config_loader()
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
@@ -79,8 +79,7 @@ def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
         raise UserError(
             "experiment=a,b would run without the grids of both files; start one sweep for each experiment."
         )
-    kind: Any = get_class(sweeper._target_)
-    grid = kind.split_arguments(overrides, max_batch_size=None)[0]
+    grid = split(overrides, max_batch_size=None)[0]
     yield from (compose_job(config, list(overrides), number) for number, overrides in enumerate(grid))
 
 
@@ -91,7 +90,7 @@ def by_stage(overrides: list[Override]) -> list[Override]:
     """
 
     def stage(override: Override) -> int:
-        root = re.split(r"[./@]", override.key_or_group)[0]
+        root = group_of(override.key_or_group)
         return STAGES.index(root) + 1 if root in STAGES else 0
 
     return sorted(overrides, key=stage)

@@ -20,8 +20,7 @@ from pq_sweep.core.folder import JobFolder, SweepFolder
 from pq_sweep.core.result import Result
 from pq_sweep.results.commands import baselines, command
 from pq_sweep.results.decision import Goal, by_place, decide
-from pq_sweep.results.recommend import figures as told
-from pq_sweep.results.recommend import lines, none_feasible, wanted
+from pq_sweep.results.recommend import facts, lines, none_feasible, wanted
 from pq_sweep.results.report.charts import Figure, figures
 from pq_sweep.results.report.frame import DETAILS, NAMES, comparison, rounded
 from pq_sweep.results.report.views import View, views
@@ -69,7 +68,7 @@ class Report:
         return {
             "wanted": wanted(goal),
             "names": [f"job {row['job']}: {row['name']}" for row in chosen],
-            "lines": list(lines([told(row, self.sweep, goal) for row in chosen], goal)),
+            "lines": list(lines([facts(row, self.sweep, goal) for row in chosen], goal)),
             "doubts": decision.doubts,
             "command": command(decision.winner),
         }
