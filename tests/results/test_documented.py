@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +32,7 @@ from sweep_folders import announced, write_error, write_manifest, write_result, 
 from pq_sweep.compress.quantizers import none
 from pq_sweep.core import environment
 from pq_sweep.core.cache import Cache
+from pq_sweep.core.folder import BaselineFolder, Inside, JobFolder, SweepFolder
 from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job import describe
@@ -124,7 +125,7 @@ def read(path: Path) -> Any:
 
 def plain(value: Any) -> Any:
     """Return a value as `result.json` has it."""
-    return json.loads(json.dumps(value, default=asdict))
+    return json.loads(json.dumps(value, default=lambda part: part.plain()))
 
 
 Made = Callable[[str], Path]
@@ -360,6 +361,20 @@ def test_every_file_is_documented(folder: Path) -> None:
     left = {path.name for job in ("0", "1") for path in (sweep / job).iterdir()}
     assert left <= files("file of a job")
     assert {path.name for path in sweep.glob("baseline/*/*")} == files("file of `baseline/<hash>/`")
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [
+        (JobFolder, "file of a job"),
+        (SweepFolder, "file of a sweep"),
+        (BaselineFolder, "file of `baseline/<hash>/`"),
+    ],
+)
+def test_every_file_that_the_code_names_is_documented(kind: type, first: str) -> None:
+    known = {part.name.partition("/")[0] for part in vars(kind).values() if isinstance(part, Inside)}
+    assert known
+    assert known - files(first) == set()
 
 
 @pytest.mark.slow
