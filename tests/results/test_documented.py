@@ -9,7 +9,7 @@ import csv
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -128,37 +128,44 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda part: part.plain()))
 
 
-Made = Callable[[str], Path]
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("documented")
-
-
-@pytest.fixture(scope="module")
-def patch() -> Iterator[pytest.MonkeyPatch]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for all jobs here, which share a cache that is not the user's."""
+    found = tmp_path_factory.mktemp("documented")
     with pytest.MonkeyPatch.context() as patch:
-        yield patch
+        patch.setenv("PQ_SWEEP_CACHE", str(found / "cache"))
+        yield found
 
 
 @pytest.fixture(scope="module")
-def compressed(folder: Path, patch: pytest.MonkeyPatch) -> Result:
+def compressed(folder: Path) -> Result:
     """A job that leaves all that a CPU can: removal, INT8, repeats, pairs and all percentiles."""
-    patch.setenv("PQ_SWEEP_CACHE", str(folder / "cache"))
-    wanted = ("pruner=remove", "quantizer=int8", "runtime=onnxruntime", "measure.iterations=700", "measure.max_s=5")
-    return job(folder / "sweep" / "0", *wanted, "measure.paired=true", "measure.repeats=2", "measure.interval=1")
+    wanted = ("pruner=remove", "quantizer=int8", "runtime=onnxruntime", "device=cpu", "measure.iterations=700")
+    return job(
+        folder / "sweep" / "0",
+        *wanted,
+        "measure.max_s=5",
+        "measure.paired=true",
+        "measure.repeats=2",
+        "measure.interval=1",
+    )
 
 
 @pytest.fixture(scope="module")
-def photographs(folder: Path, patch: pytest.MonkeyPatch) -> Result:
+def photographs(folder: Path) -> Result:
     """A job on image files, of which one is none, under SLURM, by torch."""
     images = fill(folder / "images", {"0": 6, "1": 6})
     (images / "0" / "broken.png").write_bytes(b"no image")
     with pytest.MonkeyPatch.context() as slurm:
         for name in environment.SLURM:
             slurm.setenv(name, "7")
-        wanted = ("runtime=torch", "dataset=image_folder", f"dataset.root={images}", "dataset.calibration=2")
+        wanted = (
+            "runtime=torch",
+            "device=cpu",
+            "dataset=image_folder",
+            f"dataset.root={images}",
+            "dataset.calibration=2",
+        )
         return job(folder / "sweep" / "1", *wanted)
 
 
