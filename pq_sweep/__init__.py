@@ -1,6 +1,6 @@
 """Prune, quantize and measure vision models, one Hydra job per combination."""
 
-from pq_sweep import former
+from pq_sweep.core import former
 
 __version__ = "0.1.0"
 
