@@ -136,7 +136,7 @@ def test_the_tracking_of_the_time_is_made_again(work: Path, monkeypatch: pytest.
 def log_as_then(uri: str, sweep: Path, jobs: list[str]) -> dict[str, str]:
     """Log the sweep and some of its jobs with the tags that they had; return the runs of these jobs."""
     client = MlflowClient(uri)
-    experiment = client.create_experiment("pq_sweep")
+    experiment = client.create_experiment("pq_sweep", str(sweep.parents[1] / "mlartifacts"))
     about = {"pq_sweep.kind": "sweep", "pq_sweep.sweep": ID, "pq_sweep.folder": "/home/user/work/multirun/small"}
     parent = client.create_run(experiment, tags=about, run_name="multirun/small").info.run_id
     client.set_terminated(parent, "FINISHED")
