@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 T = TypeVar("T")
+# What a component or a part of a job tells, as plain values.
+Record = dict[str, Any]
 # Tells what something depends on, in plain values; called only where that is looked up.
 About = Callable[[], dict[str, Any]]
 
@@ -256,7 +258,7 @@ class Cache(Protocol):
 class Stage(Protocol):
     """Times a named part of a job, `with stage("export"): ...`, and keeps what is not to be done again.
 
-    `keep` is for a continued job, `share` for every job.
+    What a job keeps is for itself, should it be continued; what it keeps in the cache is for every job.
     """
 
     folder: Path
@@ -264,13 +266,13 @@ class Stage(Protocol):
 
     def __call__(self, name: str, *, alone: bool = False) -> AbstractContextManager[None]: ...
 
-    def keep(self, name: str, make: Callable[[], Any], *files: Path) -> Any: ...
+    def keep_in_job(self, name: str, make: Callable[[], Any], *files: Path) -> Any: ...
 
-    def share(self, name: str, about: About, make: Callable[[], Any], *files: Path) -> Any: ...
+    def keep_in_both(self, name: str, about: About, make: Callable[[], Any], *files: Path) -> Any: ...
 
-    def shared(self, kind: str, about: About, make: Callable[[], Any], *files: Path) -> Any: ...
+    def keep_in_cache(self, kind: str, about: About, make: Callable[[], Any], *files: Path) -> Any: ...
 
-    def cached(self, name: str, seconds: float) -> None: ...
+    def count_cached(self, name: str, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True)

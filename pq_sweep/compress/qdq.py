@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 from pq_sweep.compress.choices import CALIBRATIONS
 from pq_sweep.core.environment import device_name
 from pq_sweep.core.fingerprint import file_hash
-from pq_sweep.types import Data, Split, Stage, UserError, choose
+from pq_sweep.types import Data, Record, Split, Stage, UserError, choose
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-Record = dict[str, Any]
 
 # What an attention network loses least by: 23 dB of output SNR for ViT instead of 4.5 with every operator.
 MATRIX_OPERATORS = ["Conv", "Gemm", "MatMul"]
@@ -85,7 +84,7 @@ def calibrate(
             how = {"operators": operators, "method": method, "percentile": percentile}
             return {"graph": file_hash(source), "images": split.identity()} | how | where
 
-        stage.shared("ranges", about, take_ranges, kept)
+        stage.keep_in_cache("ranges", about, take_ranges, kept)
         ranges = _load_ranges(kept, method)
     return Calibrated(model, ranges, options, len(split))
 

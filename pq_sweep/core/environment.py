@@ -86,7 +86,7 @@ def resolve_device(device: str) -> str:
 def device_name(device: str) -> str:
     """Return the product name of the CPU or GPU."""
     if device == "cpu":
-        return _cpu_name()
+        return cpu_name()
     import torch
 
     return torch.cuda.get_device_name(device)
@@ -101,7 +101,8 @@ def gpu_uuid(device: str) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the product name of the CPU."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

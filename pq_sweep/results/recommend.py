@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.files import read_json
+from pq_sweep.core.folder import JobFolder
 from pq_sweep.results.commands import baselines, command
 from pq_sweep.results.comparison import aggregate, drop, payback, reference, speedup
 from pq_sweep.results.decision import FIGURES, Decision, Goal
@@ -133,10 +134,10 @@ def export(decision: Decision, sweep: Sweep, target: Path) -> None:
     """Write the winner into a folder to ship."""
     assert decision.winner
     told = figures(decision.winner, sweep, decision.goal) | {"batch": decision.goal.batch}
-    folder = Path(told["folder"])
-    told["pruning"] = read_json(folder / "pruning.json")
+    folder = JobFolder(Path(told["folder"]))
+    told["pruning"] = read_json(folder.pruning)
     card = [(heading, cells[0]) for heading, cells in lines([told], decision.goal)]
-    ship(folder, target, told, card, decision.doubts)
+    ship(folder.path, target, told, card, decision.doubts)
 
 
 def wanted(goal: Goal) -> str:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.core.result import NOISY_LOAD
 from pq_sweep.results.comparison import comparable, reference, speedup
 from pq_sweep.results.decision import OBJECTIVES, on_front
@@ -107,7 +108,7 @@ def _unfinished(sweep: Sweep) -> Iterator[str]:
     for row in sweep.rows:
         job = f"job {row['job']} ({row['name']})"
         if row["status"] == "failed":
-            log = sweep.folder / row["job"] / "job.log"
+            log = SweepFolder(sweep.folder).job(row["job"]).log
             yield f"{job} failed at {row['stage']}: {row['error']}" + (f" Traceback: {log}" if log.exists() else "")
             yield from (f"    {line}" for line in row.get("stderr", ())[-5:])
         elif row["status"] != "finished":

@@ -40,7 +40,7 @@ def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, for
             trace(model, traced)
 
     def export() -> dict[str, Any]:
-        work.stage.shared("traced", partial(network_structure, model), trace_once, traced)
+        work.stage.keep_in_cache("traced", partial(network_structure, model), trace_once, traced)
         with work.stage("export"):
             fill(model, traced, source)
         traced.unlink()
@@ -49,7 +49,7 @@ def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, for
         return {"export_error": error, "exported_bytes": source.stat().st_size}
 
     def quantize() -> dict[str, Any]:
-        exported = work.stage.share("exported", network, export, source)
+        exported = work.stage.keep_in_both("exported", network, export, source)
         record = quantizer(source, target, data, form=form, stage=work.stage)
         source.unlink()
         return exported | {"quantizer": record or {}}
@@ -57,7 +57,7 @@ def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, for
     def about() -> dict[str, Any]:
         return network() | graph_options(quantizer, data, form)
 
-    return target, work.stage.share("quantized", about, quantize, target, target.with_name("precisions.svg"))
+    return target, work.stage.keep_in_both("quantized", about, quantize, target, target.with_name("precisions.svg"))
 
 
 def graph_options(quantizer: Any, data: Data, form: str) -> dict[str, Any]:

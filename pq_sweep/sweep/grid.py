@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -17,6 +16,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pq_sweep.core.fingerprint import WITHOUT_EFFECT, digest, fingerprint
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.core.groups import GROUPS, job_name
 from pq_sweep.core.sentences import without_password
 from pq_sweep.job.check import problems
@@ -34,15 +34,16 @@ class Grid:
     announced: list[dict[str, Any]] = field(default_factory=list)
     loads: dict[str, DictConfig] = field(default_factory=dict)
 
-    def refuse_other(self, folder: Path, earlier: list[dict[str, Any]]) -> None:
+    def refuse_other(self, folder: SweepFolder, earlier: list[dict[str, Any]]) -> None:
         """Raise a UserError if a finished job would be replaced by another one, not by itself after a change."""
         before = {job["folder"]: job for job in earlier}
         for job in self.announced:
             old = before.get(job["folder"], job)
             same = (_telling(old), old["choices"]) == (_telling(job), job["choices"])
-            if not same and (folder / job["folder"] / "result.json").exists():
+            place = folder.job(job["folder"])
+            if not same and place.result.exists():
                 raise UserError(
-                    f"{folder / job['folder']} holds the finished job {old['name']!r} of another grid; start the new"
+                    f"{place.path} holds the finished job {old['name']!r} of another grid; start the new"
                     " grid in a folder of its own, or give resume=false to replace what is there."
                 )
 

@@ -460,7 +460,7 @@ def test_stages_add_up(tmp_path: Path) -> None:
             assert read(tmp_path / "status.json")["stage"] == stage.current == name
 
     assert list(stage.seconds) == ["load", "quantize"]
-    assert list(stage.prep) == ["quantize"]
+    assert list(stage.preparation.prep_s) == ["quantize"]
 
 
 def test_a_stage_that_fails_is_named(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from pq_sweep.core.environment import cache_home
-from pq_sweep.core.files import read_json, write_text
+from pq_sweep.core.files import write_text
+from pq_sweep.core.folder import JobFolder, SweepFolder
+from pq_sweep.core.result import Result
 from pq_sweep.results.commands import baselines, command
 from pq_sweep.results.decision import Goal, by_place, decide
 from pq_sweep.results.recommend import figures as told
@@ -156,20 +158,20 @@ def provenance(sweep: Sweep) -> list[tuple[str, list[str]]]:
 def _started(folder: Path) -> Iterator[tuple[str, Any]]:
     """Yield where a sweep lies and what started it."""
     yield "sweep", folder
-    given = (read_json(folder / "sweep.json") or {}).get("command")
+    given = SweepFolder(folder).read_manifest().get("command")
     if given:
         yield "command", given
 
 
 def _origin(row: Row) -> Iterator[tuple[str, Any]]:
-    result = read_json(Path(row["folder"]) / "result.json")
+    result = Result.read(JobFolder(Path(row["folder"])).result)
     if not result:
         return
-    environment, gpu = result["environment"], result["environment"]["gpu"] or {}
+    environment, gpu = result.environment, result.environment["gpu"] or {}
     yield "device", environment["device"]
     yield "host", environment["host"]
-    yield "protocol", result["config"]["measure"]["name"]
-    yield "engine", result["session"]["engine"]
+    yield "protocol", result.config["measure"]["name"]
+    yield "engine", result.session.engine
     yield "threads of the CPU", environment["cpu"]["threads"]
     for name in ("driver", "uuid", "compute_capability"):
         if gpu.get(name):
