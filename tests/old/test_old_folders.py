@@ -27,6 +27,7 @@ from sklearn.datasets import load_digits
 from stored_runs import parent_and_jobs
 
 from pq_sweep.core.cache import Cache
+from pq_sweep.core.result import Result
 from pq_sweep.job.check import problems
 from pq_sweep.job.run import run
 from pq_sweep.tracking import Mlflow
@@ -78,6 +79,12 @@ def test_the_table_is_rebuilt_column_for_column_and_value_for_value(work: Path) 
     assert [list(row) for row in rebuilt] == [list(row) for row in kept]
     assert rebuilt == kept
     assert len(kept) == 4
+
+
+@pytest.mark.parametrize("folder", [*(SWEEP / job for job in "0123"), Path("shipped")], ids=str)
+def test_a_result_is_read_without_loss(folder: Path) -> None:
+    plain = json.loads((DATA / folder / "result.json").read_text())
+    assert json.loads(json.dumps(Result.of(plain).plain())) == plain
 
 
 def test_the_recommendation_has_the_figures_of_the_table(work: Path) -> None:

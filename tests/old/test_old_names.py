@@ -104,14 +104,19 @@ from hydra.core.config_store import ConfigStore
 from pq_sweep import cli, sweep
 from pq_sweep.pruners import LAYERS, prunable
 from pq_sweep.quantizers import int8, quantizer
-from pq_sweep.types import Data, Model
+from pq_sweep.types import Data, Model, Stage
 
 CONF = Path(sys.argv.pop(1))
 
 
-def first_layer(model: Model, data: Data, *, amount: float) -> None:
+def first_layer(model: Model, data: Data, *, amount: float, stage: Stage) -> None:
     layer = next(layer for layer in model.module.modules() if isinstance(layer, LAYERS))
     assert any(layer is module for module, _ in prunable(model.module))
+    note, about = stage.folder / "note.txt", lambda: {"amount": amount}
+    assert stage.keep("kept", lambda: note.write_text("abc"), note) == 3
+    assert stage.share("in both", about, lambda: note.write_text("abc"), note) == 3
+    assert stage.shared("in the cache", about, lambda: note.write_text("abc"), note) == 3
+    stage.cached("own", 0.1)
     layer.weight.data[: int(amount * len(layer.weight))] = 0
 
 
