@@ -61,7 +61,8 @@ def misplaced(root: Path = ROOT) -> list[str]:
         f"{path.relative_to(root)}:{line} imports {name}, which does not stand below it"
         for module, path in known.items()
         for name, line in imports(path.read_text(), known)
-        if floor_of(name) >= floor_of(module)
+        if room_of(module) not in BESIDE
+        and floor_of(name) >= floor_of(module)
         and (room_of(name) != room_of(module) or floor_of(name) > floor_of(module))
     ]
 

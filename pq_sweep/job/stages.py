@@ -144,6 +144,9 @@ class Stages:
         self.from_cache.append(name)
         self._count(name, seconds)
 
+    # What they were called when pruners and quantizers of one's own were written for them.
+    keep, share, shared, cached = keep_in_job, keep_in_both, keep_in_cache, count_cached
+
     @property
     def preparation(self) -> Preparation:
         """Return the seconds of all stages, and of those that make the compressed model."""
