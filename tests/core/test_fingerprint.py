@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import pytest
-from conftest import ROOT, python
+from conftest import ROOT, new_user, python
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from pq_sweep.core import fingerprint as module
 from pq_sweep.core.fingerprint import digest, files_state, fingerprint, resolved
@@ -22,6 +24,26 @@ from pq_sweep.core.fingerprint import fingerprint
 with initialize_config_dir(sys.argv[1], version_base="1.3"):
     print(fingerprint(compose("config", overrides=sys.argv[2:])))
 """
+
+# Two jobs that go through most of what there is: both ways of pruning, both of recovery, and a fresh process's part.
+JOBS = """
+import sys
+from pathlib import Path
+from omegaconf import OmegaConf
+from pq_sweep.job import fresh
+from pq_sweep.job.run import run
+
+for path in map(Path, sys.argv[1:]):
+    folder = path.with_suffix("")
+    folder.mkdir()
+    run(OmegaConf.load(path), folder)
+print(*(module.__file__ for name, module in sorted(sys.modules.items()) if name.startswith("pq_sweep")), sep="\\n")
+"""
+SHORT = ("measure.batch_sizes=[1]", "measure.iterations=5", "measure.max_s=0", "device=cpu", "tracking=none")
+RUN = (
+    "pruner=remove recovery=bn_reestimate quantizer=mixed quantizer.images=16 runtime=onnxruntime measure.paired=true",
+    "pruner=l1_global recovery=finetune recovery.epochs=1 runtime=torch",
+)
 
 Change = Callable[[Path], object]
 
@@ -179,6 +201,31 @@ def test_code_of_this_package_counts(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert of(*BASE) == before
     pruners.write_text("# repaired\n")
     assert of(*BASE) != before
+
+
+@pytest.mark.slow
+def test_a_change_in_any_module_that_a_job_imports_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the rooms around jobs is imported by one, and every other file counts."""
+    for number, overrides in enumerate(RUN):  # composed here, as Hydra looks at its plugins meanwhile
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            OmegaConf.save(compose("config", overrides=[*SHORT, *overrides.split()]), tmp_path / f"{number}.yaml")
+    done = python(["-c", JOBS, *map(str, sorted(tmp_path.glob("*.yaml")))], tmp_path, new_user())
+    assert done.returncode == 0, done.stderr
+    package = ROOT / "pq_sweep"
+    used = [Path(line).relative_to(package) for line in done.stdout.split() if line.endswith(".py")]
+    assert {"job/run.py", "compress/removal.py", "compress/mixed.py", "compress/recovery.py"} <= set(map(str, used))
+    copy = tmp_path / "pq_sweep"
+    copytree(package, copy, ignore=ignore_patterns("__pycache__"))
+    monkeypatch.setattr(module, "__file__", str(copy / "core" / "fingerprint.py"))
+    before = module.code({})
+    for path in used:
+        source = (copy / path).read_bytes()
+        (copy / path).write_bytes(source + b"# changed")
+        module._code.cache_clear()
+        assert module.code({}) != before, f"{path} runs in jobs and does not count"
+        (copy / path).write_bytes(source)
+    module._code.cache_clear()
+    assert module.code({}) == before
 
 
 def test_modules_around_jobs_exist() -> None:
