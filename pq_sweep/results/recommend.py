@@ -137,7 +137,7 @@ def export(decision: Decision, sweep: Sweep, target: Path) -> None:
     folder = JobFolder(Path(told["folder"]))
     told["pruning"] = read_json(folder.pruning)
     card = [(heading, cells[0]) for heading, cells in lines([told], decision.goal)]
-    ship(folder.path, target, told, card, decision.doubts)
+    ship(folder, target, told, card, decision.doubts)
 
 
 def wanted(goal: Goal) -> str:

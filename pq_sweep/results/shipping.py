@@ -2,60 +2,62 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from pq_sweep import __version__
 from pq_sweep.core.environment import git_state
-from pq_sweep.types import UserError
+from pq_sweep.core.files import read_json
+from pq_sweep.core.folder import JobFolder
+from pq_sweep.core.result import Result
+from pq_sweep.types import Record, UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def ship(job: Path, target: Path, told: dict[str, Any], figures: list[tuple[str, str]], doubts: list[str]) -> None:
+def ship(job: JobFolder, target: Path, told: Record, figures: list[tuple[str, str]], doubts: list[str]) -> None:
     """Copy the model of a job folder into a new one with all that is needed to run it.
 
     `told` are the job's figures by name, `figures` those to show, `doubts` what speaks against it.
     """
     if target.exists() and any(target.iterdir()):
         raise UserError(f"--export {target} is not empty; give a folder that is not there yet.")
-    result = json.loads((job / "result.json").read_text())
+    result = Result.of(read_json(job.result))
     about = describe(result, told) | {"figures": figures, "doubts": doubts}
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(job / result["session"]["artifact"], target / about["artifact"])
-    for name in ("result.json", "pruning.json"):
-        if (job / name).exists():
-            shutil.copyfile(job / name, target / name)
-    _write_options(result["config"], target)
+    shutil.copyfile(job.path / result.session.artifact, target / about["artifact"])
+    for path in (job.result, job.pruning):
+        if path.exists():
+            shutil.copyfile(path, target / path.name)
+    _write_options(result.config, target)
     (target / "labels.txt").write_text("".join(f"{label}\n" for label in about["labels"]))
     (target / "README.md").write_text(render("README.md.j2", about))
     (target / "run.py").write_text(render("run.py.j2", about))
 
 
-def describe(result: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+def describe(result: Result, told: Record) -> Record:
     """Return what card and script say of a result."""
-    session, network = result["session"], result["network"]
-    labels = network["labels"] or [str(number) for number in range(network["classes"])]
+    session, network = result.session, result.network
+    labels = network.labels or [str(number) for number in range(network.classes)]
     return {
         "name": told["name"],
         "command": told["command"],
         "batch": told["batch"],
-        "artifact": Path(session["artifact"]).name,
+        "artifact": Path(session.artifact).name,
         "removed": "history" in (told.get("pruning") or {}),
         "labels": [" ".join(str(label).split()) for label in labels],
-        "preprocess": network["preprocess"],
-        "licence": network["licence"],
-        "provider": session["engine"].rpartition(" ")[2],
-        "dtype": session.get("dtype"),
-        "device": result["environment"]["device"],
-        "version": result["environment"]["versions"].get("pq-sweep"),
+        "preprocess": network.preprocess,
+        "licence": network.licence,
+        "provider": session.engine.rpartition(" ")[2],
+        "dtype": session.details.get("dtype"),
+        "device": result.environment["device"],
+        "version": result.environment["versions"].get("pq-sweep"),
         "written_by": written_by(),
-        "samples": result["accuracy"]["samples"],
-        "hardware": result["hardware"],
-        "config": result["config"],
-        **{name: session[name] for name in ("runtime", "precision", "engine", "sha256")},
+        "samples": result.accuracy.samples,
+        "hardware": result.hardware,
+        "config": result.config,
+        **{name: getattr(session, name) for name in ("runtime", "precision", "engine", "sha256")},
     }
 
 

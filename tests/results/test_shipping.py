@@ -107,12 +107,13 @@ def test_the_card_says_what_it_is_and_how_it_came_to_be(tmp_path: Path, images: 
 def test_a_model_without_labels_has_their_numbers(tmp_path: Path) -> None:
     from sweep_folders import real_result
 
+    from pq_sweep.core.result import Result
     from pq_sweep.results.shipping import describe
 
     told: dict[str, Any] = {"name": "n", "command": "c", "batch": 1, "pruning": None}
     result = real_result()
-    assert describe(result, told)["labels"] == [str(digit) for digit in range(10)]
+    assert describe(Result.of(result), told)["labels"] == [str(digit) for digit in range(10)]
     result["network"] |= {"labels": None, "classes": 3}
-    assert describe(result, told)["labels"] == ["0", "1", "2"]
+    assert describe(Result.of(result), told)["labels"] == ["0", "1", "2"]
     result["network"]["labels"] = ["great white\nshark", "tench"]
-    assert describe(result, told)["labels"] == ["great white shark", "tench"]
+    assert describe(Result.of(result), told)["labels"] == ["great white shark", "tench"]
