@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.models import get_model, get_model_weights
 
-from pq_sweep.compress.qdq import has_vnni
+from pq_sweep.core.hardware import cpu_flags, multiplies_bytes
 from pq_sweep.core.threads import use_threads
 from pq_sweep.core.weights import prunable
 from pq_sweep.inputs.classes import imagenet_wnids, stratified_order
@@ -250,7 +250,7 @@ def quantize(source: Path, target: Path, images: Calibration) -> None:
         target,
         images,
         per_channel=True,
-        reduce_range=not has_vnni(),
+        reduce_range=not multiplies_bytes(cpu_flags()),
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
     )

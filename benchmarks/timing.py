@@ -71,7 +71,7 @@ def ratios(session: Session, images: torch.Tensor, theirs: Any, rounds: int, sec
     """Yield our median over theirs, round by round."""
     for number in range(rounds):
         steps: list[Callable[[], float]] = [
-            lambda: latency(session, images, protocol(seconds))[0]["p50_ms"],
+            lambda: latency(session, images, protocol(seconds))[0].p50_ms,
             lambda: theirs(session, images, seconds),
         ]
         order = steps if number % 2 == 0 else steps[::-1]

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 T = TypeVar("T")
+# What a component or a part of a job tells, as plain values.
+Record = dict[str, Any]
+# Writes the graph of a network in its precision, (source, target, data, *, form, stage); a function that is marked by
+# @quantizer with what `precision_of` returns, or a partial of one.
+Quantizer = Callable[..., Record | None]
 # Tells what something depends on, in plain values; called only where that is looked up.
 About = Callable[[], dict[str, Any]]
 
@@ -256,7 +261,7 @@ class Cache(Protocol):
 class Stage(Protocol):
     """Times a named part of a job, `with stage("export"): ...`, and keeps what is not to be done again.
 
-    `keep` is for a continued job, `share` for every job.
+    What a job keeps is for itself, should it be continued; what it keeps in the cache is for every job.
     """
 
     folder: Path
@@ -264,13 +269,13 @@ class Stage(Protocol):
 
     def __call__(self, name: str, *, alone: bool = False) -> AbstractContextManager[None]: ...
 
-    def keep(self, name: str, make: Callable[[], Any], *files: Path) -> Any: ...
+    def keep_in_job(self, name: str, make: Callable[[], Any], *files: Path) -> Any: ...
 
-    def share(self, name: str, about: About, make: Callable[[], Any], *files: Path) -> Any: ...
+    def keep_in_both(self, name: str, about: About, make: Callable[[], Any], *files: Path) -> Any: ...
 
-    def shared(self, kind: str, about: About, make: Callable[[], Any], *files: Path) -> Any: ...
+    def keep_in_cache(self, kind: str, about: About, make: Callable[[], Any], *files: Path) -> Any: ...
 
-    def cached(self, name: str, seconds: float) -> None: ...
+    def count_cached(self, name: str, seconds: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -311,21 +316,20 @@ class Session(Protocol):
         ...
 
 
-class Quantizer(Protocol):
-    """Says `precision` and writes the graph in it: `form` is "cpu" or "tensorrt"."""
+class RuntimeChoice(Protocol):
+    """What `runtime=` chooses: a runtime, or what picks one by precision and device; `precisions` are by device kind.
 
-    precision: str
-
-    def __call__(self, source: Path, target: Path, data: Data, *, form: str, stage: Stage) -> dict[str, Any]: ...
-
-
-class Runtime(Protocol):
-    """Realises a precision on a device kind; `precisions` lists which."""
+    `resolve` returns the runtime that is meant, or a UserError if its options do not fit the device.
+    """
 
     precisions: ClassVar[dict[str, tuple[str, ...]]]
 
     def resolve(self, precision: str, device: str) -> Runtime: ...
 
+
+class Runtime(RuntimeChoice, Protocol):
+    """Opens sessions: `require` refuses a device for which this machine lacks something, before anything is loaded."""
+
     def require(self, device: str) -> None: ...
 
-    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session: ...
+    def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session: ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import sys
 from enum import IntEnum
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -18,6 +19,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
+import pytest
+import torch
+
+from pq_sweep.runtimes import engines, ort
 
 real_session = onnxruntime.InferenceSession
 
@@ -278,3 +283,22 @@ def layer(name: str, tactic: str, form: str) -> dict[str, Any]:
 def no_device(device: str) -> Any:
     """Stand in for torch.cuda.device."""
     yield
+
+
+def as_a100(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make this machine one with an A100, whose memory is the CPU's, with ONNX Runtime's providers and TensorRT 10."""
+    providers = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Gpu)
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
+    fresh = {"sessions": [], "ran_on": None, "elsewhere": {}, "engines": 1, "slow_in": (), "builds": 0}
+    for name, value in fresh.items():
+        monkeypatch.setattr(Gpu, name, value)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(engines, "device_name", lambda device: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(torch.cuda, "device", no_device)
+    monkeypatch.setattr(
+        ort, "model_input", lambda session, size, device: torch.zeros(size, *session.get_inputs()[0].shape[1:])
+    )
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt())

@@ -152,7 +152,7 @@ def _top1(model: onnx.ModelProto, data: Data) -> float:
     from pq_sweep.measure.accuracy import accuracy
 
     found, _ = accuracy(_session(model), replace(data, evaluation=data.calibration), 64)
-    return float(found["top1"])
+    return found.top1
 
 
 def _session(model: onnx.ModelProto) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from pq_sweep.core.weights import LAYERS as LAYERS  # pruners of one's own find both here
 from pq_sweep.core.weights import Target, prunable
 from pq_sweep.types import Data, Model, UserError
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from pq_sweep.compress.choices import CALIBRATIONS
 from pq_sweep.core.environment import device_name
 from pq_sweep.core.fingerprint import file_hash
-from pq_sweep.types import Data, Split, Stage, UserError, choose
+from pq_sweep.core.hardware import cpu_flags, multiplies_bytes
+from pq_sweep.types import Data, Record, Split, Stage, UserError, choose
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-Record = dict[str, Any]
 
 # What an attention network loses least by: 23 dB of output SNR for ViT instead of 4.5 with every operator.
 MATRIX_OPERATORS = ["Conv", "Gemm", "MatMul"]
@@ -85,7 +85,7 @@ def calibrate(
             how = {"operators": operators, "method": method, "percentile": percentile}
             return {"graph": file_hash(source), "images": split.identity()} | how | where
 
-        stage.shared("ranges", about, take_ranges, kept)
+        stage.keep_in_cache("ranges", about, take_ranges, kept)
         ranges = _load_ranges(kept, method)
     return Calibrated(model, ranges, options, len(split))
 
@@ -104,13 +104,6 @@ def layer_weights(graph: onnx.ModelProto) -> dict[str, list[str]]:
     weights = {item.name for item in graph.graph.initializer if len(item.dims) > 1}
     layers = {node.name: [name for name in node.input if name in weights] for node in graph.graph.node}
     return {node: names for node, names in layers.items() if names}
-
-
-def has_vnni() -> bool:
-    """Say whether the CPU multiplies bytes without saturating (AVX-512 VNNI, AVX-VNNI or AMX), or is not x86."""
-    cpu = Path("/proc/cpuinfo")
-    flags = cpu.read_text() if cpu.exists() else ""
-    return "flags\t" not in flags or any(name in flags for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 def _form_options(form: str, graph: onnx.ModelProto) -> Record:
@@ -138,7 +131,7 @@ def _form_options(form: str, graph: onnx.ModelProto) -> Record:
         "weight_qType": QuantType.QInt8,
         "op_types_to_quantize": MATRIX_OPERATORS if attention else _all_operators(),
         # Seven-bit weights: without VNNI the sum of two byte products saturates at 16 bit.
-        "reduce_range": not has_vnni(),
+        "reduce_range": not multiplies_bytes(cpu_flags()),
         "extra_options": {},
     }
 

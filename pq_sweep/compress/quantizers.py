@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pq_sweep.compress.choices import KEPT_PRECISIONS
 from pq_sweep.compress.mixed import plan_precisions
 from pq_sweep.compress.qdq import calibrate, layer_weights, prepare
-from pq_sweep.types import Data, Stage, UserError, choose
+from pq_sweep.types import Data, Record, Stage, UserError, choose
 
 if TYPE_CHECKING:
     import onnx
 
 F = TypeVar("F", bound=Callable[..., Any])
-Record = dict[str, Any]
 
 
 def quantizer(precision: str, *, calibrated: bool = True) -> Callable[[F], F]:

@@ -191,9 +191,9 @@ def _share_gradients(model: Model, make: Callable[[], list[Tensor]], origin: Abo
         made.append(time.perf_counter() - start)
         return made[0]
 
-    seconds = stage.shared("gradients", origin, save, path)
+    seconds = stage.keep_in_cache("gradients", origin, save, path)
     if not made:
-        stage.cached("prune", seconds)
+        stage.count_cached("prune", seconds)
     device = next(model.module.parameters()).device
     found: list[Tensor] = torch.load(path, map_location=device, weights_only=True)
     path.unlink()

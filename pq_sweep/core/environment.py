@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pq_sweep.core.hardware import cpu_name
 from pq_sweep.core.sentences import without_password
 from pq_sweep.types import UserError
 
@@ -86,7 +86,7 @@ def resolve_device(device: str) -> str:
 def device_name(device: str) -> str:
     """Return the product name of the CPU or GPU."""
     if device == "cpu":
-        return _cpu_name()
+        return cpu_name()
     import torch
 
     return torch.cuda.get_device_name(device)
@@ -99,13 +99,6 @@ def gpu_uuid(device: str) -> str | None:
     import torch
 
     return str(torch.cuda.get_device_properties(device).uuid)
-
-
-def _cpu_name() -> str:
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

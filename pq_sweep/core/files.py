@@ -31,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
     """Write aside, then rename: a reader sees the whole file or none."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w") as file:
+        with aside.open("w", newline="") as file:  # as it is, on whatever system
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -1,8 +1,13 @@
-"""What the folder of a job holds, and how to find out."""
+"""The folders of a sweep and of a job: every file in them by one name, and what can be told from their being there.
+
+`docs/results.md` says what is in each file.
+"""
 
 from __future__ import annotations
 
 import logging
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,37 +15,148 @@ from pq_sweep.core.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-
-def error_files(folder: Path) -> tuple[Path, Path]:
-    """Return where the reason of a job's failure is written: into its folder or, if that is full, beside it."""
-    return folder / "error.json", folder.with_name(f"{folder.name}.error.json")
+# How a job's folder is found by the sign that it is over.
+OVER = ("result.json", "error.json")
 
 
-def read_error(folder: Path) -> dict[str, Any] | None:
-    """Return why a job failed, or None if it is not known to have."""
-    return next((error for path in error_files(folder) if (error := read_json(path))), None)
+class Inside:
+    """A file or folder by its name within the folder of the object that has it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, owner: JobFolder | SweepFolder | BaselineFolder, kind: type[Any]) -> Path:
+        return owner.path / self.name
 
 
-PROGRESS = "progress.json"
+@dataclass(frozen=True)
+class JobFolder:
+    """What one job leaves; `result` comes last, as the sign that all is there."""
+
+    path: Path
+
+    result = Inside("result.json")
+    status = Inside("status.json")
+    progress = Inside("progress.json")
+    config = Inside(".hydra/config.yaml")
+    log = Inside("job.log")
+    pruning = Inside("pruning.json")
+    layers = Inside("layers.json")
+    predictions = Inside("predictions.npy")
+    samples = Inside("samples.npz")
+    precisions = Inside("precisions.svg")
+    model = Inside("model.onnx")
+    weights = Inside("model.pt")
+    traced = Inside("traced.onnx")
+    exported = Inside("export.onnx")
+    engine = Inside("engine")
+    dense = Inside("dense")
+    store_lock = Inside(".mlflow.lock")
+
+    @property
+    def name(self) -> str:
+        """Return the job's name in its sweep."""
+        return self.path.name
+
+    @property
+    def sweep(self) -> SweepFolder:
+        """Return the folder of the job's sweep."""
+        return SweepFolder(self.path.parent)
+
+    @property
+    def errors(self) -> tuple[Path, Path]:
+        """Return where the reason of a failure is written: into the folder or, if that is full, beside it."""
+        return self.path / "error.json", self.path.with_name(f"{self.path.name}.error.json")
+
+    def kept(self, name: str) -> Path:
+        """Return where a part's tensors are kept until the job is finished."""
+        return self.path / f"{name}.kept.pt"
+
+    def finished(self, fingerprint: str) -> bool:
+        """Say whether the folder holds the result of just this job."""
+        return (read_json(self.result) or {}).get("fingerprint") == fingerprint
+
+    def read_error(self) -> dict[str, Any] | None:
+        """Return why the job failed, or None if it is not known to have."""
+        return next((error for path in self.errors if (error := read_json(path))), None)
+
+    def write_error(self, record: dict[str, Any]) -> None:
+        """Write why the job failed; the very reason may be that nothing can be written here, or anywhere."""
+        for path in self.errors:
+            try:
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, record)
+                return
+            except OSError as error:
+                log.error("%s cannot be written: %s", path, error)
+
+    def forget_error(self) -> None:
+        """Remove what an earlier try failed of."""
+        for path in self.errors:
+            path.unlink(missing_ok=True)
+
+    def forget_progress(self) -> None:
+        """Remove what was only needed to continue."""
+        for kept in [*self.path.glob("*.kept.pt"), self.progress]:
+            kept.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove what another job left here, so that nothing of it is taken for this one's."""
+        self.forget_progress()
+        for path in (self.pruning, self.predictions, self.precisions, self.samples, self.traced, self.exported,
+                     self.weights, self.model):  # fmt: skip
+            path.unlink(missing_ok=True)
+        for folder in (self.engine, self.dense):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def write_error(folder: Path, record: dict[str, Any]) -> None:
-    """Write why a job failed; the very reason may be that nothing can be written into its folder, or anywhere."""
-    for path in error_files(folder):
-        try:
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, record)
-            return
-        except OSError as error:
-            log.error("%s cannot be written: %s", path, error)
+@dataclass(frozen=True)
+class SweepFolder:
+    """What a sweep leaves beside the folders of its jobs."""
+
+    path: Path
+
+    manifest = Inside("sweep.json")
+    submitted = Inside("submitted.json")
+    table = Inside("results.csv")
+    baselines = Inside("baseline")
+    watched = Inside(".watched")
+    submit_lock = Inside(".submit.lock")
+    store_lock = Inside(".mlflow.lock")
+    begun = Inside(".mlflow")
+
+    def job(self, name: str) -> JobFolder:
+        """Return the folder of a job."""
+        return JobFolder(self.path / name)
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Return what was announced of the sweep, or nothing of one that has no `sweep.json`."""
+        return read_json(self.manifest) or {}
+
+    def announced(self) -> list[dict[str, Any]]:
+        """Return what was announced of each job."""
+        return self.read_manifest().get("jobs") or []
+
+    def over(self) -> set[str]:
+        """Return the names of the jobs that have a result or an error in their folders."""
+        found = (path for sign in OVER for path in self.path.glob(f"*/{sign}"))
+        return {path.parent.name for path in found}
 
 
-def forget_error(folder: Path) -> None:
-    """Remove what an earlier try of a job failed of."""
-    for path in error_files(folder):
-        path.unlink(missing_ok=True)
+def is_job(folder: Path) -> bool:
+    """Say whether a folder is that of a job which is over."""
+    return any((folder / sign).exists() for sign in OVER)
 
 
-def finished(folder: Path, fingerprint: str) -> bool:
-    """Say whether a job's folder holds the result of just this job."""
-    return (read_json(folder / "result.json") or {}).get("fingerprint") == fingerprint
+@dataclass(frozen=True)
+class BaselineFolder:
+    """The uncompressed model of a sweep on one kind of node and device."""
+
+    path: Path
+
+    figures = Inside("baseline.json")
+    weights = Inside("model.pt")
+    predictions = Inside("predictions.npy")
+    layers = Inside("layers.json")
+    images = Inside("images.csv")
+    lock = Inside("lock")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime")
@@ -16,3 +17,13 @@ def job_name(choices: dict[str, Any]) -> str:
 
 
 COMPRESSING = ("pruner", "recovery", "quantizer")
+
+
+def option_of(word: str) -> str:
+    """Return the option that an override sets: "pruner.amount" of "++pruner.amount=0.5"."""
+    return word.lstrip("+~").partition("=")[0]
+
+
+def group_of(word: str) -> str:
+    """Return the group that an override belongs to: "pruner" of "pruner=l1", "pruner.amount=0.5" or "pruner@x=l1"."""
+    return re.split(r"[./@]", option_of(word))[0]

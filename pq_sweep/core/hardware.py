@@ -127,11 +127,28 @@ def capability(text: str) -> Capability:
     return int(major), int(minor)
 
 
+def processors(path: Path = CPUINFO) -> list[dict[str, str]]:
+    """Return what /proc/cpuinfo says of each processor; nothing on a system without it."""
+    blocks = path.read_text().split("\n\n") if path.exists() else []
+    lines = ([line.partition(":") for line in block.splitlines()] for block in blocks if block.strip())
+    return [{key.strip(): value.strip() for key, _, value in block} for block in lines]
+
+
+def cpu_name() -> str:
+    """Return the product name of the CPU."""
+    names = [processor["model name"] for processor in processors() if "model name" in processor]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def cpu_flags(path: Path = CPUINFO) -> frozenset[str]:
     """Return what the first processor can do: on x86 the line `flags`, on ARM `Features`."""
-    pairs = (line.partition(":") for line in path.read_text().splitlines())
-    lists = (value for key, _, value in pairs if key.strip() in ("flags", "Features"))
+    lists = (one[key] for one in processors(path) for key in ("flags", "Features") if key in one)
     return frozenset(next(lists, "").split())
+
+
+def multiplies_bytes(flags: frozenset[str]) -> bool:
+    """Say whether a CPU adds products of bytes without saturating: x86 by VNNI or AMX; others are taken to."""
+    return platform.machine() != "x86_64" or not flags.isdisjoint(CPU["x86_64"]["int8"].flags)
 
 
 def missing(precision: str, device: Gpu | Cpu, *, sparse: bool = False, tf32: bool = False) -> list[Feature]:

@@ -124,10 +124,6 @@ class ImageCache:
         kept = np.memmap(self.folder / "pixels.u8", np.uint8, "r", shape=(self._rows(), *self.shape))
         return torch.from_numpy(kept[rows])
 
-    def inputs(self, paths: list[Path]) -> Tensor:
-        """Return prepared images as normalised float32 (B, C, H, W)."""
-        return normalise(self.pixels(paths), self.preprocess)
-
     def marks(self, paths: Iterable[Path]) -> Iterator[str]:
         """Yield for each prepared image a hash of its file and of how it is made an input, wherever the file lies."""
         for path in paths:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,39 +13,42 @@ from filelock import FileLock
 from omegaconf import DictConfig
 
 from pq_sweep.core.environment import device_name, versions
-from pq_sweep.core.files import write_json
+from pq_sweep.core.files import read_json, write_json
 from pq_sweep.core.fingerprint import digest, files_state, resolved
+from pq_sweep.core.folder import BaselineFolder, JobFolder
+from pq_sweep.core.result import Accuracy, Compared, Reference
 from pq_sweep.core.weights import network_state
 from pq_sweep.measure.accuracy import accuracy
 from pq_sweep.measure.layers import Layers, dense_layers
 from pq_sweep.measure.network import count
 from pq_sweep.measure.significance import drop_interval, mcnemar
-from pq_sweep.measure.timing import Protocol, Result
+from pq_sweep.measure.timing import Protocol
 from pq_sweep.runtimes import CallSession, converting, inferring, use_tf32
-from pq_sweep.types import Data, Model, Workspace
+from pq_sweep.types import Data, Model, Record, Workspace
 
 
 @dataclass(frozen=True)
 class Baseline:
     """Figures of the uncompressed model and of its layers, and the class it predicts for every image (N,)."""
 
-    result: Result
+    result: Reference
     predictions: np.ndarray
     layers: Layers
 
-    def compare(self, accuracy: Result, predictions: np.ndarray, labels: np.ndarray) -> Result:
-        """Return accuracy's drop in points and how sure it is, and the share of images that get the same answer."""
+    def compare(self, accuracy: Accuracy, predictions: np.ndarray, labels: np.ndarray) -> Compared:
+        """Add to accuracy its drop in points, how sure that is, and the share of images that get the same answer."""
         before, after = self.predictions == labels, predictions == labels
         only_before, only_after = int((before & ~after).sum()), int((after & ~before).sum())
         low, high = drop_interval(only_before, only_after, len(labels))
-        return {
-            "drop_points": (self.result["top1"] - accuracy["top1"]) * 100,
-            "drop_ci95_points": [low * 100, high * 100],
-            "drop_p": mcnemar(only_before, only_after),
-            "only_baseline_right": only_before,
-            "only_this_right": only_after,
-            "agreement": float((self.predictions == predictions).mean()),
-        }
+        return Compared(
+            **vars(accuracy),
+            drop_points=(self.result.top1 - accuracy.top1) * 100,
+            drop_ci95_points=(low * 100, high * 100),
+            drop_p=mcnemar(only_before, only_after),
+            only_baseline_right=only_before,
+            only_this_right=only_after,
+            agreement=float((self.predictions == predictions).mean()),
+        )
 
 
 def load_baseline(cfg: DictConfig, model: Model, data: Data, work: Workspace, protocol: Protocol) -> Baseline:
@@ -57,17 +59,18 @@ def load_baseline(cfg: DictConfig, model: Model, data: Data, work: Workspace, pr
     options = resolved(cfg)
     parts = {name: options[name] for name in ("model", "dataset", "seed")}
     where = [options.get("node"), device_name(work.device)]
-    folder = work.folder.parent / "baseline" / digest([parts, where, files_state(options), versions()])
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        if not (folder / "baseline.json").exists():
-            _take_or_measure(model, data, work, protocol, folder, {"options": parts, "device": where[1]})
-    figures, layers = (json.loads((folder / name).read_text()) for name in ("baseline.json", "layers.json"))
-    return Baseline(figures, np.load(folder / "predictions.npy"), layers)
+    whole = digest([parts, where, files_state(options), versions()])
+    files = BaselineFolder(JobFolder(work.folder).sweep.baselines / whole)
+    files.path.mkdir(parents=True, exist_ok=True)
+    with FileLock(files.lock):
+        if not files.figures.exists():
+            _take_or_measure(model, data, work, protocol, files, {"options": parts, "device": where[1]})
+    figures, layers = read_json(files.figures), read_json(files.layers)
+    return Baseline(Reference.of(figures), np.load(files.predictions), layers)
 
 
 def _take_or_measure(
-    model: Model, data: Data, work: Workspace, protocol: Protocol, folder: Path, about: dict[str, Any]
+    model: Model, data: Data, work: Workspace, protocol: Protocol, folder: BaselineFolder, about: dict[str, Any]
 ) -> None:
     """Take the figures that an earlier sweep measured on the same kind of device, or measure them."""
 
@@ -75,23 +78,25 @@ def _take_or_measure(
         how = {"threads": work.threads, "batch_size": protocol.evaluation_batch(work.device)}
         return about | network_state(model) | {"images": data.identity(data.evaluation)} | how
 
-    files = [folder / name for name in ("model.pt", "predictions.npy", "layers.json")]
-    found = work.stage.shared("baseline", whole, lambda: _measure(model, data, work.device, protocol, folder), *files)
-    _name_images(data, np.load(folder / "predictions.npy"), folder / "images.csv")
-    write_json(folder / "baseline.json", found)
+    def measured() -> Record:
+        return _measure(model, data, work.device, protocol, folder).plain()
+
+    made = (folder.weights, folder.predictions, folder.layers)
+    found = work.stage.keep_in_cache("baseline", whole, measured, *made)
+    _name_images(data, np.load(folder.predictions), folder.images)
+    write_json(folder.figures, found)
 
 
-def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: Path) -> Result:
+def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: BaselineFolder) -> Reference:
     """Evaluate the model in FP32 under torch, and save its state_dict for its size; return its figures."""
-    artifact = folder / "model.pt"
-    torch.save(model.module.state_dict(), artifact)
+    torch.save(model.module.state_dict(), folder.weights)
     use_tf32(False)
     network = inferring(converting(model.module, torch.float32, torch.preserve_format))
-    session = CallSession(network, "torch", f"torch {torch.__version__} eager", device, artifact, {})
+    session = CallSession(network, "torch", f"torch {torch.__version__} eager", device, folder.weights, {})
     found, predictions = accuracy(session, data, protocol.evaluation_batch(device))
-    np.save(folder / "predictions.npy", predictions)
-    write_json(folder / "layers.json", dense_layers(model))
-    return found | count(model) | {"size_bytes": artifact.stat().st_size}
+    np.save(folder.predictions, predictions)
+    write_json(folder.layers, dense_layers(model))
+    return Reference(**vars(found), **vars(count(model)), size_bytes=folder.weights.stat().st_size)
 
 
 def _name_images(data: Data, predictions: np.ndarray, path: Path) -> None:

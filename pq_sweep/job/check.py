@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pq_sweep.compress.choices import CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS
 from pq_sweep.runtimes import precision_of
-from pq_sweep.types import UserError
+from pq_sweep.types import RuntimeChoice, UserError
 
 COMPONENTS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime", "measure", "tracking")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -147,7 +147,7 @@ def _combination(cfg: DictConfig) -> Iterator[str]:
         return
     try:
         precision = precision_of(get_method(cfg.quantizer._target_))
-        runtime: Any = instantiate(cfg.runtime, _convert_="all")
+        runtime: RuntimeChoice = instantiate(cfg.runtime, _convert_="all")
         if cfg.device != "auto":
             runtime.resolve(precision, str(cfg.device))
     except Exception as error:
@@ -160,7 +160,7 @@ def _combination(cfg: DictConfig) -> Iterator[str]:
         yield str(refusals[0])
 
 
-def impossible(runtime: Any, precision: str, device: str) -> str | None:
+def impossible(runtime: RuntimeChoice, precision: str, device: str) -> str | None:
     """Say why a runtime cannot run a precision on a device, or None if it can."""
     if precision in runtime.precisions.get(device.partition(":")[0], ()):
         return None

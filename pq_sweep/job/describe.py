@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pq_sweep.core.environment import _cpu_name, command_line, device_name, git_state, gpu_uuid, slurm, versions
+from pq_sweep.core.environment import command_line, device_name, git_state, gpu_uuid, slurm, versions
 from pq_sweep.core.fingerprint import file_hash
-from pq_sweep.core.hardware import Cpu, Gpu, capability, cpu_flags, lacks
+from pq_sweep.core.hardware import Cpu, Gpu, capability, cpu_flags, cpu_name, lacks
+from pq_sweep.core.result import Counts, Network, Ran, Sizes
 from pq_sweep.measure.network import count
-from pq_sweep.measure.sizes import compressed_size, storage_sizes
-from pq_sweep.measure.timing import Result
-from pq_sweep.types import Data, Model, Session
+from pq_sweep.measure.sizes import compressed_size
+from pq_sweep.types import Data, Model, Record, Session
 
 
 def describe(device: str, threads: int) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "versions": versions(),
         "git": git_state(),
         "command": command_line(),
-        "cpu": {"name": _cpu_name(), "cores_usable": len(os.sched_getaffinity(0)), "threads": threads},
+        "cpu": {"name": cpu_name(), "cores_usable": len(os.sched_getaffinity(0)), "threads": threads},
         "device": device_name(device),
         "gpu": _gpu(device),
         "slurm": slurm(),
@@ -53,55 +53,55 @@ def _gpu(device: str) -> dict[str, Any] | None:
     }
 
 
-def describe_network(model: Model, data: Data, dense: Result, folder: Path) -> tuple[Result, dict[str, int]]:
-    """Return what the network takes and gives, its terms and its figures; and its bytes in each format of storage.
+def describe_network(model: Model, data: Data, dense: Counts) -> Network:
+    """Return what the network takes and gives, its terms and its figures.
 
     `labels` are the classes of the logits in order, if model or data say them.
     """
     labels = model.classes or (data.classes if data.columns is None else None)
-    about = {
-        "input": [model.preprocess.channels, model.preprocess.size, model.preprocess.size],
-        "preprocess": asdict(model.preprocess),
-        "classes": model.num_classes,
-        "labels": labels and list(labels),
-        "licence": model.licence,
-    }
-    return about | count(model, dense), storage_sizes(model, folder)
+    return Network(
+        **vars(count(model, dense)),
+        input=[model.preprocess.channels, model.preprocess.size, model.preprocess.size],
+        preprocess=asdict(model.preprocess),
+        classes=model.num_classes,
+        labels=list(labels) if labels else None,
+        licence=model.licence,
+    )
 
 
-def describe_images(data: Data) -> Result:
+def describe_images(data: Data) -> Record:
     """Return how many images there were for what, and where they came from."""
     parts = {"evaluation": data.evaluation, "calibration": data.calibration, "train": data.train}
     return {name: len(part) if part else 0 for name, part in parts.items()} | data.record()
 
 
-def describe_sizes(session: Session, original: int, formats: dict[str, int]) -> Result:
+def describe_sizes(session: Session, original: int, formats: dict[str, int]) -> Sizes:
     """Return the bytes of the original, of the file to deploy, and of the pruned FP32 network in each format."""
-    compressed = session.artifact.stat().st_size
-    return {
-        "original": original,
-        "compressed": compressed,
-        "compressed_zstd": compressed_size(session.artifact),
-        "formats": formats,
-        "smallest_format": min(formats, key=lambda name: formats[name]),
-    }
+    return Sizes(
+        original=original,
+        compressed=session.artifact.stat().st_size,
+        compressed_zstd=compressed_size(session.artifact),
+        formats=formats,
+        smallest_format=min(formats, key=lambda name: formats[name]),
+    )
 
 
-def describe_session(session: Session, precision: str, folder: Path) -> Result:
+def describe_session(session: Session, precision: str, folder: Path) -> Ran:
     """Return what really ran."""
-    return {
-        "runtime": session.runtime,
-        "device": session.device,
-        "engine": session.engine,
-        "precision": precision,
-        "artifact": str(session.artifact.relative_to(folder)),
-        "sha256": file_hash(session.artifact),
-        **session.details,
-    }
+    return Ran(
+        runtime=session.runtime,
+        device=session.device,
+        engine=session.engine,
+        precision=precision,
+        artifact=str(session.artifact.relative_to(folder)),
+        sha256=file_hash(session.artifact),
+        details=session.details,
+    )
 
 
-def unaccelerated(ran: Result, environment: Result) -> list[str]:
+def unaccelerated(ran: Ran, environment: Record) -> list[str]:
     """Return a sentence for each thing that ran and that its device has no fast units for."""
     gpu = environment["gpu"]
     device = Gpu(gpu["name"], capability(gpu["compute_capability"])) if gpu else Cpu(environment["device"], cpu_flags())
-    return lacks(ran["precision"], device, sparse=bool(ran.get("sparsity")), tf32=bool(ran.get("tf32")))
+    options = {"sparse": bool(ran.details.get("sparsity")), "tf32": bool(ran.details.get("tf32"))}
+    return lacks(ran.precision, device, **options)

@@ -18,10 +18,10 @@ from omegaconf import DictConfig
 
 from pq_sweep.core.files import read_json
 from pq_sweep.core.fingerprint import file_hash
-from pq_sweep.core.folder import PROGRESS
+from pq_sweep.core.result import Speed
 from pq_sweep.job.repeats import RepeatFailed, Tell
 from pq_sweep.job.stages import Stages
-from pq_sweep.measure.timing import Result
+from pq_sweep.types import Record
 
 if TYPE_CHECKING:
     from pq_sweep.measure.latency import Samples
@@ -43,7 +43,7 @@ class KeptStages(Stages):
 
     def resume(self, key: str) -> None:
         """Take over what the job has kept; raise RepeatFailed if it was with other code, files or devices."""
-        progress = read_json(self.folder / PROGRESS) or {}
+        progress = read_json(self.files.progress) or {}
         if progress.get("key") != key:
             raise RepeatFailed(
                 "the code, a version, a file of the model or data, or the device changed since the job started; start"
@@ -92,19 +92,19 @@ def _end_with_job() -> None:
     os._exit(1)
 
 
-def _answer(wanted: dict[str, Any], tell: Tell) -> Result:
+def _answer(wanted: dict[str, Any], tell: Tell) -> Record:
     """Return the figures; the samples are in the file that is wanted."""
     import torch
     from omegaconf import OmegaConf
 
     folder = Path(wanted["folder"])
     stage = KeptStages(folder, tell)
-    result, samples = measure_again(OmegaConf.create(wanted["config"]), stage, wanted["artifact"])
+    found, samples = measure_again(OmegaConf.create(wanted["config"]), stage, wanted["artifact"])
     torch.save({name: torch.from_numpy(values) for name, values in samples.items()}, folder / wanted["samples"])
-    return result
+    return found.plain()
 
 
-def measure_again(cfg: DictConfig, stage: Stages, artifact: str) -> tuple[Result, Samples]:
+def measure_again(cfg: DictConfig, stage: Stages, artifact: str) -> tuple[Speed, Samples]:
     """Open once more what a job has compressed, and measure its speed; `artifact` is the hash of the job's artifact."""
     from pq_sweep.job.run import compress, dense_session, load, prepare
     from pq_sweep.measure.latency import speed

@@ -18,8 +18,10 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.files import tail
+from pq_sweep.core.result import Memory, Speed
 from pq_sweep.job.stages import Stages
-from pq_sweep.measure.timing import Result, middle
+from pq_sweep.measure.timing import middle
+from pq_sweep.types import Record
 
 if TYPE_CHECKING:
     from pq_sweep.measure.latency import Samples
@@ -39,13 +41,13 @@ def share_network(stage: Stages, model: Model) -> None:
     """
     import torch
 
-    path = stage.folder / "network.kept.pt"
-    stage.keep("network", lambda: torch.save(model.module.state_dict(), path), path)
+    path = stage.files.kept("network")
+    stage.keep_in_job("network", lambda: torch.save(model.module.state_dict(), path), path)
     device = next(model.module.parameters()).device
     model.module.load_state_dict(torch.load(path, map_location=device, weights_only=True))
 
 
-def measure_apart(stage: Stages, config: Result, artifact: str, count: int) -> tuple[Result, Samples]:
+def measure_apart(stage: Stages, config: Record, artifact: str, count: int) -> tuple[Speed, Samples]:
     """Measure `count` times, each in a process of its own; return the middle ones and all samples.
 
     `artifact` is the hash of what is measured. What an earlier try of the job measured is not measured again.
@@ -56,35 +58,37 @@ def measure_apart(stage: Stages, config: Result, artifact: str, count: int) -> t
 
     release_memory()  # a GPU's memory too: each process is to find it as this one did
     stage.turns = None  # they take turns on the device themselves, and would wait for this process for ever
-    found: list[Result] = []
+    found: list[Speed] = []
     samples: Samples = {}
     for number in range(1, count + 1):
-        path = stage.folder / f"repeat-{number}.kept.pt"
+        path = stage.files.kept(f"repeat-{number}")
         wanted = {"config": config, "folder": str(stage.folder), "artifact": artifact, "samples": path.name}
         apart = partial(_measure, stage, wanted, f"repeat {number}/{count}")
-        found.append(stage.keep(f"repeat {number}", apart, path))
+        found.append(Speed.of(stage.keep_in_job(f"repeat {number}", apart, path)))
         taken = torch.load(path, weights_only=True)
         samples |= {f"repeat{number}_{name}": values.numpy() for name, values in taken.items()}
     return combine(found), samples
 
 
-def combine(found: list[Result]) -> Result:
+def combine(found: list[Speed]) -> Speed:
     """Return of each latency and ratio the repeat with the middle one, and the highest of the peaks of memory."""
-    combined: Result = {}
-    for kind, figure in (("latency", "p50_ms"), ("paired", "speedup")):
-        if kind in found[0]:
-            combined[kind] = {size: middle([one[kind][size] for one in found], figure) for size in found[0][kind]}
-    combined["peak_memory_mb"] = _highest([one["peak_memory_mb"] for one in found])
-    if "memory" in found[0]:
-        combined["memory"] = {name: _highest([one["memory"][name] for one in found]) for name in found[0]["memory"]}
-    return combined
+    pairs = [one.paired for one in found if one.paired]
+    memories = [vars(one.memory) for one in found if one.memory]
+    return Speed(
+        latency={size: middle([one.latency[size] for one in found], "p50_ms") for size in found[0].latency},
+        peak_memory_mb=_highest([one.peak_memory_mb for one in found]),
+        memory=Memory(**{name: _highest([one[name] for one in memories]) for name in memories[0]})
+        if memories
+        else None,
+        paired={size: middle([one[size] for one in pairs], "speedup") for size in pairs[0]} if pairs else None,
+    )
 
 
 def _highest(values: list[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
 
 
-def _measure(stage: Stages, wanted: dict[str, Any], name: str) -> Result:
+def _measure(stage: Stages, wanted: Record, name: str) -> Record:
     """Return what a fresh process measures; it ends with this one, however this one ends."""
     with NamedTemporaryFile() as errors, _fresh_process(errors) as process:
         with suppress(BrokenPipeError):  # it could not even start: its stderr says why

@@ -22,6 +22,8 @@ from pq_sweep.core.cache import open_cache
 from pq_sweep.core.environment import device_name, resolve_device
 from pq_sweep.core.files import write_json
 from pq_sweep.core.fingerprint import digest, fingerprint, resolved
+from pq_sweep.core.folder import JobFolder
+from pq_sweep.core.result import Accuracy, Network, Result, Speed
 from pq_sweep.core.threads import use_threads
 from pq_sweep.job.baseline import Baseline, load_baseline
 from pq_sweep.job.check import check, impossible, refuse
@@ -40,9 +42,10 @@ from pq_sweep.job.turns import Turns
 from pq_sweep.measure.accuracy import accuracy
 from pq_sweep.measure.latency import speed
 from pq_sweep.measure.layers import compressed_layers
-from pq_sweep.measure.timing import Protocol, Result
+from pq_sweep.measure.sizes import storage_sizes
+from pq_sweep.measure.timing import Protocol
 from pq_sweep.runtimes import precision_of
-from pq_sweep.types import Data, Model, Runtime, Session, Workspace
+from pq_sweep.types import Data, Model, Quantizer, Record, Runtime, RuntimeChoice, Session, Workspace
 
 component = partial(instantiate, _partial_=True, _convert_="all")
 
@@ -54,7 +57,7 @@ class Plan:
     cfg: DictConfig
     key: str
     protocol: Protocol
-    quantizer: Callable[..., Any]
+    quantizer: Quantizer
     runtime: Runtime
     work: Workspace
 
@@ -70,37 +73,32 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         with stage("baseline"):
             baseline = load_baseline(cfg, model, data, plan.work, plan.protocol)
         pruning = compress(plan, model, data, stage)
-        network, formats = stage.once("sizes", partial(describe_network, model, data, baseline.result, folder))
+        network, formats = look_at_network(model, data, baseline, stage)
         session = plan.runtime.open(model, plan.quantizer, data, plan.work)
         del model  # from here on only the session holds memory
-        save_layers(session, baseline, folder)
+        save_layers(session, baseline, stage.files)
         accuracy, predictions = evaluate(session, data, plan.protocol, stage)
-        ran, environment = (
-            describe_session(session, precision_of(plan.quantizer), folder),
-            describe(plan.work.device, plan.work.threads),
+        ran = describe_session(session, precision_of(plan.quantizer), folder)
+        environment = describe(plan.work.device, plan.work.threads)
+        sizes = describe_sizes(session, baseline.result.size_bytes, formats)
+        speed = measure_speed(plan, session, data, stage, ran.sha256)
+        result = Result(
+            fingerprint=plan.key,
+            started=stage.started,
+            seconds=time.time() - stage.started,
+            tries=stage.tries,
+            accuracy=baseline.compare(accuracy, predictions, data.evaluation.labels.numpy()),
+            speed=speed,
+            network=network,
+            images=describe_images(data),
+            size_bytes=sizes,
+            preparation=stage.preparation,
+            baseline=baseline.result,
+            session=ran,
+            hardware=unaccelerated(ran, environment),
+            config=resolved(cfg),
+            environment=environment,
         )
-        sizes = describe_sizes(session, baseline.result["size_bytes"], formats)
-        speed = measure_speed(plan, session, data, stage, ran["sha256"])
-        result = {
-            "status": "finished",
-            "fingerprint": plan.key,
-            "started": stage.started,
-            "seconds": time.time() - stage.started,
-            "tries": stage.tries,
-            "accuracy": accuracy | baseline.compare(accuracy, predictions, data.evaluation.labels.numpy()),
-            **speed,
-            "network": network,
-            "images": describe_images(data),
-            "size_bytes": sizes,
-            "prep_s": stage.prep,
-            "from_cache": stage.from_cache,
-            "stage_s": stage.seconds,
-            "baseline": baseline.result,
-            "session": ran,
-            "hardware": unaccelerated(ran, environment),
-            "config": resolved(cfg),
-            "environment": environment,
-        }
         save(stage, result, pruning)
     return result
 
@@ -119,10 +117,11 @@ def prepare(cfg: DictConfig, stage: Stages) -> Plan:
     return Plan(cfg, key, protocol, quantizer, runtime, work)
 
 
-def possible_runtime(cfg: DictConfig, quantizer: Callable[..., Any], device: str) -> Runtime:
+def possible_runtime(cfg: DictConfig, quantizer: Quantizer, device: str) -> Runtime:
     """Return the runtime that is meant, or refuse what it or this machine cannot run."""
     precision = precision_of(quantizer)
-    runtime: Runtime = instantiate(cfg.runtime, _convert_="all").resolve(precision, device)
+    choice: RuntimeChoice = instantiate(cfg.runtime, _convert_="all")
+    runtime = choice.resolve(precision, device)
     refuse(impossible(runtime, precision, device))
     runtime.require(device)
     return runtime
@@ -136,14 +135,14 @@ def load(cfg: DictConfig, device: str) -> tuple[Model, Data]:
     return model, data
 
 
-def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> Result | None:
+def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> Record | None:
     """Prune and recover the network in place, and return the pruner's record."""
 
     def change(name: str, config: DictConfig) -> Any:
         origin = origin_of(config, data, plan.work.device)
         return change_once(stage, name, model, partial(with_stage(component(config), stage), model, data), origin)
 
-    pruning: Result | None = change("prune", plan.cfg.pruner)
+    pruning: Record | None = change("prune", plan.cfg.pruner)
     change("recover", plan.cfg.recovery)
     if plan.protocol.repeats > 1:
         share_network(stage, model)
@@ -155,7 +154,7 @@ def with_stage(call: partial[Any], stage: Stages) -> Callable[..., Any]:
     return partial(call, stage=stage) if "stage" in signature(call.func).parameters else call
 
 
-def measure_speed(plan: Plan, session: Session, data: Data, stage: Stages, artifact: str) -> Result:
+def measure_speed(plan: Plan, session: Session, data: Data, stage: Stages, artifact: str) -> Speed:
     """Measure here, or in fresh processes if the protocol wants repeats; close the session and write `samples.npz`.
 
     `artifact` is the hash of what the session runs.
@@ -163,18 +162,18 @@ def measure_speed(plan: Plan, session: Session, data: Data, stage: Stages, artif
     if plan.protocol.repeats > 1:
         session.close()
         config = resolved(plan.cfg) | {"cache": plan.cfg.cache}
-        result, samples = measure_apart(stage, config, artifact, plan.protocol.repeats)
+        found, samples = measure_apart(stage, config, artifact, plan.protocol.repeats)
     else:
-        result, samples = speed(session, data, plan.protocol, stage, partial(dense_session, plan))
+        found, samples = speed(session, data, plan.protocol, stage, partial(dense_session, plan))
         session.close()
-    np.savez_compressed(stage.folder / "samples.npz", **samples)
-    return result
+    np.savez_compressed(stage.files.samples, **samples)
+    return found
 
 
 @contextmanager
 def dense_session(plan: Plan) -> Iterator[Session]:
     """Open the uncompressed FP32 model in the job's runtime for a while."""
-    folder = plan.work.folder / "dense"
+    folder = JobFolder(plan.work.folder).dense
     folder.mkdir(exist_ok=True)
     model, data = load(plan.cfg, plan.work.device)
     work = replace(plan.work, folder=folder, stage=Stages(folder, "uncompressed", plan.work.stage.cache))
@@ -186,27 +185,37 @@ def dense_session(plan: Plan) -> Iterator[Session]:
         shutil.rmtree(folder)
 
 
-def evaluate(session: Session, data: Data, protocol: Protocol, stage: Stages) -> tuple[Result, np.ndarray]:
-    """Return accuracy and the predicted class of every evaluation image (N,), which `predictions.npy` holds."""
-    path = stage.folder / "predictions.npy"
+def look_at_network(model: Model, data: Data, baseline: Baseline, stage: Stages) -> tuple[Network, dict[str, int]]:
+    """Return what the compressed network is, and its bytes in each format of storage."""
 
-    def measured() -> Result:
+    def looked() -> Any:
+        return describe_network(model, data, baseline.result).plain(), storage_sizes(model, stage.folder)
+
+    network, formats = stage.time_and_keep("sizes", looked)
+    return Network.of(network), formats
+
+
+def evaluate(session: Session, data: Data, protocol: Protocol, stage: Stages) -> tuple[Accuracy, np.ndarray]:
+    """Return accuracy and the predicted class of every evaluation image (N,), which `predictions.npy` holds."""
+    path = stage.files.predictions
+
+    def measured() -> Record:
         found, predictions = accuracy(session, data, protocol.evaluation_batch(session.device))
         np.save(path, predictions)
-        return found
+        return found.plain()
 
-    return stage.once("accuracy", measured, path), np.load(path)
+    return Accuracy.of(stage.time_and_keep("accuracy", measured, path)), np.load(path)
 
 
-def save_layers(session: Session, baseline: Baseline, folder: Path) -> None:
+def save_layers(session: Session, baseline: Baseline, files: JobFolder) -> None:
     """Write how the weights of each layer spread before and after compression."""
     after = compressed_layers(session.artifact, baseline.layers)
-    write_json(folder / "layers.json", {"before": baseline.layers, "after": after})
+    write_json(files.layers, {"before": baseline.layers, "after": after})
 
 
-def save(stage: Stages, result: Result, pruning: Result | None) -> None:
+def save(stage: Stages, result: Result, pruning: Record | None) -> None:
     """Write what a job found; `result.json` comes last, as the sign that all is there."""
     if pruning:
-        write_json(stage.folder / "pruning.json", pruning)
-    write_json(stage.folder / "result.json", result)
-    stage.finish()
+        write_json(stage.files.pruning, pruning)
+    write_json(stage.files.result, result.plain())
+    stage.files.forget_progress()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,8 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pq_sweep.core.environment import slurm
 from pq_sweep.core.files import read_json, write_json
-from pq_sweep.core.folder import PROGRESS, forget_error, write_error
-from pq_sweep.types import About, Stopped
+from pq_sweep.core.folder import JobFolder
+from pq_sweep.core.result import Preparation
+from pq_sweep.types import About, Record, Stopped
 
 if TYPE_CHECKING:
     from pq_sweep.job.turns import Turns
@@ -25,31 +25,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-LEFT_BY_JOBS = (
-    "pruning.json",
-    "predictions.npy",
-    "precisions.svg",
-    "samples.npz",
-    "traced.onnx",
-    "export.onnx",
-    "model.pt",
-    "model.onnx",
-)
+# Those that make the compressed model.
 PREP = ("prune", "recover", "trace", "export", "calibrate", "sensitivity", "quantize", "build")
 
 
 class Stages:
-    """Times stages by name, `with stages("export"): ...`, and keeps what was finished in case the job is continued.
+    """Times stages by name, `with stages("export"): ...`, and keeps what was finished.
 
-    A job is continued when it starts again in its folder with the same key: after a time limit, preemption, the death
-    of its node, or a new start of the sweep. `progress.json` then holds what each finished part returned.
+    In the job's own folder, in case the job is continued: it starts again there with the same key after a time limit,
+    preemption, the death of its node, or a new start of the sweep, and `progress.json` then holds what each finished
+    part returned. And in the cache, for every job that needs the same.
     """
 
     # Set when the process ends only to be started again by SLURM: that is no failure.
     leaving: ClassVar[bool] = False
 
     def __init__(self, folder: Path, label: str, cache: Cache | None = None) -> None:
-        self.folder = folder
+        self.folder, self.files = folder, JobFolder(folder)
         self.label = label
         self.cache = cache
         self.turns: Turns | None = None
@@ -57,8 +49,8 @@ class Stages:
         self.seconds: dict[str, float] = {}
         self.current = "start"
         self.key = ""
-        self.tries: list[dict[str, Any]] = []
-        self.kept: dict[str, Any] = {}
+        self.tries: list[Record] = []
+        self.kept: Record = {}
         self.timed_before: frozenset[str] = frozenset()
         self.from_cache: list[str] = []
 
@@ -68,21 +60,25 @@ class Stages:
         log.info("%s | %s", self.label, name)
         self.current = name
         where = {"pid": os.getpid(), "host": os.uname().nodename, "slurm": slurm()}
-        write_json(self.folder / "status.json", {"stage": name, "since": time.time(), **where})
+        write_json(self.files.status, {"stage": name, "since": time.time(), **where})
         with self.turns.take(alone) if self.turns else nullcontext():
             start = time.perf_counter()
             try:
                 yield
             finally:
-                if name not in self.timed_before:  # what an earlier try took counts, not what is left of it to do
-                    self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+                self._count(name, time.perf_counter() - start)
+
+    def _count(self, name: str, seconds: float) -> None:
+        """Add to the seconds of a stage; what an earlier try took counts, not what was left of it to do."""
+        if name not in self.timed_before:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def resume(self, key: str) -> None:
         """Take over what an earlier try of the same job finished, or clear away what another job left."""
-        earlier = read_json(self.folder / PROGRESS) or {}
+        earlier = read_json(self.files.progress) or {}
         if earlier.get("key") != key:
             earlier = {}
-            self._clear()
+            self.files.clear()
         self.key, self.kept = key, earlier.get("kept", {})
         self.seconds = earlier.get("seconds", {})
         self.timed_before = frozenset(self.seconds)
@@ -91,12 +87,16 @@ class Stages:
             log.info("%s | continued after: %s", self.label, ", ".join(self.kept))
         self._write()
 
+    def _write(self) -> None:
+        state = {"key": self.key, "tries": self.tries, "seconds": self.seconds, "kept": self.kept}
+        write_json(self.files.progress, state)
+
     def has(self, name: str) -> bool:
         """Say whether a part is finished and its files are as they were then."""
         files = self.kept.get(name, {}).get("files", {})
         return name in self.kept and all(_size(self.folder / file) == size for file, size in files.items())
 
-    def keep(self, name: str, make: Callable[[], Any], *files: Path) -> Any:
+    def keep_in_job(self, name: str, make: Callable[[], Any], *files: Path) -> Any:
         """Return the plain value of `make`, which also writes `files`; a continued job does not make it again."""
         if self.has(name):
             return self.kept[name]["value"]
@@ -105,28 +105,27 @@ class Stages:
         self._write()
         return value
 
-    def once(self, name: str, make: Callable[[], Any], *files: Path) -> Any:
-        """Do as `keep` in a stage of that name."""
+    def time_and_keep(self, name: str, make: Callable[[], Any], *files: Path) -> Any:
+        """Do as `keep_in_job` in a stage of that name."""
 
         def timed() -> Any:
             with self(name):
                 return make()
 
-        return self.keep(name, timed, *files)
+        return self.keep_in_job(name, timed, *files)
 
-    def share(self, name: str, about: About, make: Callable[[], Any], *files: Path) -> Any:
-        """Do as `keep`, but take what any job, also of another sweep, made from what `about` returns."""
-        return self.keep(name, partial(self.shared, name, about, make, *files), *files)
+    def keep_in_cache(self, kind: str, about: About, make: Callable[[], Any], *files: Path) -> Any:
+        """Return what any job, also of another sweep, made from what `about` returns, or make it for all of them.
 
-    def shared(self, kind: str, about: About, make: Callable[[], Any], *files: Path) -> Any:
-        """Do as `share`, for what a continued job may make again; all files that are there lie in one folder."""
+        The `files` that are there lie in one folder. A continued job may make again what it cannot take.
+        """
         if self.cache is None:
             return make()
         folder, known = files[0].parent, about()
         with self.cache.alone(kind, known):
             if record := self.cache.take(kind, known, folder):
                 for stage, seconds in record["seconds"].items():
-                    self.cached(stage, seconds)
+                    self.count_cached(stage, seconds)
                 return record["value"]
             before = dict(self.seconds)
             value = make()
@@ -136,54 +135,46 @@ class Stages:
             self.cache.put(kind, known, folder, {"value": value, "seconds": seconds}, there)
             return value
 
-    def cached(self, name: str, seconds: float) -> None:
+    def keep_in_both(self, name: str, about: About, make: Callable[[], Any], *files: Path) -> Any:
+        """Do as `keep_in_job` with what `keep_in_cache` returns."""
+        return self.keep_in_job(name, partial(self.keep_in_cache, name, about, make, *files), *files)
+
+    def count_cached(self, name: str, seconds: float) -> None:
         """Count a stage whose outcome came out of a cache with the seconds that it took when it was made."""
         self.from_cache.append(name)
-        if name not in self.timed_before:
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self._count(name, seconds)
 
-    def finish(self) -> None:
-        """Forget what was only needed to continue."""
-        for kept in [*self.folder.glob("*.kept.pt"), self.folder / PROGRESS]:
-            kept.unlink(missing_ok=True)
+    # What they were called when pruners and quantizers of one's own were written for them.
+    keep, share, shared, cached = keep_in_job, keep_in_both, keep_in_cache, count_cached
 
-    def _write(self) -> None:
-        state = {"key": self.key, "tries": self.tries, "seconds": self.seconds, "kept": self.kept}
-        write_json(self.folder / PROGRESS, state)
-
-    def _clear(self) -> None:
-        self.finish()
-        for name in LEFT_BY_JOBS:
-            (self.folder / name).unlink(missing_ok=True)
-        for name in ("engine", "dense"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+    @property
+    def preparation(self) -> Preparation:
+        """Return the seconds of all stages, and of those that make the compressed model."""
+        prep = {name: self.seconds[name] for name in PREP if name in self.seconds}
+        return Preparation(prep_s=prep, from_cache=self.from_cache, stage_s=self.seconds)
 
     @contextmanager
     def keeping_errors(self) -> Iterator[None]:
         """Write `error.json` if what is inside fails, and let the error go on."""
-        forget_error(self.folder)
-        (self.folder / "result.json").unlink(missing_ok=True)
+        self.files.forget_error()
+        self.files.result.unlink(missing_ok=True)
         try:
             yield
         except (Exception, SystemExit, Stopped) as error:
             if not is_leaving(error):
-                self._record(error)
+                self.files.write_error(told_of(error, self.current, self.started))
             raise
 
-    def _record(self, error: BaseException) -> None:
-        message = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, SystemExit):
-            message = f"the job called sys.exit({error.code!r}) instead of raising an error."
-        if type(error).__name__ == "UncompletedJobError":  # raised by submitit in the middle of whatever ran
-            message = f"{message.rstrip('.')}; raise hydra.launcher.timeout_min or max_num_timeout."
-        record = {"type": type(error).__name__, "message": message, "stage": self.current, "started": self.started}
-        record |= {"slurm": slurm(), "stderr": getattr(error, "__notes__", []), "traceback": traceback.format_exc()}
-        write_error(self.folder, record)
 
-    @property
-    def prep(self) -> dict[str, float]:
-        """Return the seconds of the stages that make the compressed model."""
-        return {name: self.seconds[name] for name in PREP if name in self.seconds}
+def told_of(error: BaseException, stage: str, started: float) -> Record:
+    """Return what `error.json` says of an error."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, SystemExit):
+        message = f"the job called sys.exit({error.code!r}) instead of raising an error."
+    if type(error).__name__ == "UncompletedJobError":  # raised by submitit in the middle of whatever ran
+        message = f"{message.rstrip('.')}; raise hydra.launcher.timeout_min or max_num_timeout."
+    record = {"type": type(error).__name__, "message": message, "stage": stage, "started": started}
+    return record | {"slurm": slurm(), "stderr": getattr(error, "__notes__", []), "traceback": traceback.format_exc()}
 
 
 def is_leaving(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from torch.nn import Module
 from pq_sweep.core.environment import device_name
 from pq_sweep.core.weights import network_state, structure
 from pq_sweep.job.stages import Stages
-from pq_sweep.types import Cache, Data, Model
+from pq_sweep.types import Cache, Data, Model, Record
 
 # What takes less is repeated from the seed: that is quicker than writing the weights of a large network.
 WORTH_KEEPING_S = 0.3
@@ -43,9 +43,9 @@ def change_once(stage: Stages, name: str, model: Model, step: Callable[[], Any],
 
     An earlier try of the job keeps it, and with an `origin` any other job that took long for the same.
     """
-    path = stage.folder / f"{name}.kept.pt"
+    path = stage.files.kept(name)
     if stage.has(name):
-        record = stage.keep(name, step)
+        record = stage.keep_in_job(name, step)
         _restore(model, path, record)
         return record
     if origin and stage.cache:
@@ -58,34 +58,44 @@ def _share(stage: Stages, cache: Cache, name: str, model: Model, step: Callable[
 
     Most steps are quicker than telling their images apart, so those are looked at only where a step was slow before.
     """
-    path = stage.folder / f"{name}.kept.pt"
     about = {"network": network_state(model), **origin.about}
     with cache.alone(name, about):
-        slow = cache.take("slow", {"step": name, **about}, stage.folder)
-        whole = about | {"images": origin.images()} if slow else about
-        if slow and (found := cache.take(name, whole, stage.folder)):
-            stage.cached(name, found["seconds"])
-            stage.keep(name, lambda: found["value"], path)
-            _restore(model, path, found["value"])
-            return found["value"]
+        if found := _made_before(stage, cache, name, about, origin):
+            stage.count_cached(name, found["seconds"])
+            path, record = stage.files.kept(name), found["value"]
+            stage.keep_in_job(name, lambda: record, path)
+            _restore(model, path, record)
+            return record
         record = _change(stage, name, model, step)
         if stage.has(name):  # it was slow
-            whole = about | {"images": origin.images()}
-            cache.put(name, whole, stage.folder, {"value": record, "seconds": stage.seconds[name]}, [path.name])
+            _share_slow(stage, cache, name, about | {"images": origin.images()}, record)
             cache.put("slow", {"step": name, **about}, stage.folder, {}, [])
         return record
 
 
+def _made_before(stage: Stages, cache: Cache, name: str, about: Record, origin: Origin) -> Record | None:
+    """Take what a job made of the same network and images, if the step is known to be slow."""
+    if cache.take("slow", {"step": name, **about}, stage.folder) is None:
+        return None
+    return cache.take(name, about | {"images": origin.images()}, stage.folder)
+
+
+def _share_slow(stage: Stages, cache: Cache, name: str, about: Record, record: Any) -> None:
+    """Put what a step made, which the job has kept, where other jobs find it."""
+    made = {"value": record, "seconds": stage.seconds[name]}
+    cache.put(name, about, stage.folder, made, [stage.files.kept(name).name])
+
+
 def _change(stage: Stages, name: str, model: Model, step: Callable[[], Any]) -> Any:
     """Run a step and keep what it made of the network if that took long and can be restored."""
-    path, before = stage.folder / f"{name}.kept.pt", structure(model)
+    path, before = stage.files.kept(name), structure(model)
     order = {part: [*part._parameters] for part in model.module.modules()}
     with stage(name):
         record = step()
     _reorder(order)
     restorable = "history" in (record or {}) or structure(model) == before
     if restorable and stage.seconds[name] >= WORTH_KEEPING_S:
-        stage.keep(name, partial(_save, model, path, record), path)
+        stage.keep_in_job(name, partial(_save, model, path, record), path)
     return record
 
 

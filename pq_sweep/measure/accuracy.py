@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from pq_sweep.core.result import Accuracy
 from pq_sweep.core.threads import one_thread
 from pq_sweep.measure.significance import Z95
-from pq_sweep.measure.timing import Result
 from pq_sweep.types import Data, Session
 
 
-def accuracy(session: Session, data: Data, batch_size: int) -> tuple[Result, np.ndarray]:
+def accuracy(session: Session, data: Data, batch_size: int) -> tuple[Accuracy, np.ndarray]:
     """Run the evaluation images once: top-1 and top-5 over samples, and the predicted class of each image (N,)."""
     hits1 = hits5 = 0
     predictions = []
@@ -31,15 +31,15 @@ def accuracy(session: Session, data: Data, batch_size: int) -> tuple[Result, np.
             hits5 += int((places < 5).sum())
             predictions.append(logits.argmax(dim=1).cpu().numpy())
     samples = len(data.evaluation)
-    result = {
-        "samples": samples,
-        "batch_size": batch_size,
-        "top1": hits1 / samples,
-        "top1_ci95": wilson(hits1, samples),
+    found = Accuracy(
+        samples=samples,
+        batch_size=batch_size,
+        top1=hits1 / samples,
+        top1_ci95=wilson(hits1, samples),
         # With five classes or fewer every answer is among the first five.
-        "top5": hits5 / samples if len(data.classes) > 5 else None,
-    }
-    return result, np.concatenate(predictions)
+        top5=hits5 / samples if len(data.classes) > 5 else None,
+    )
+    return found, np.concatenate(predictions)
 
 
 def rank(logits: Tensor, labels: Tensor) -> Tensor:

@@ -7,19 +7,20 @@ import resource
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pq_sweep.core.environment import gpu_uuid
-from pq_sweep.core.result import NOISY_LOAD
-from pq_sweep.measure.memory import allocated, peak_memory_mb, release_memory, reset_peak_memory, watched_memory
+from pq_sweep.core.result import NOISY_LOAD, Latency, Paired, Speed
+from pq_sweep.measure.memory import device_memory, peak_memory_mb, release_memory, reset_peak_memory
 from pq_sweep.measure.monitor import Monitor
-from pq_sweep.measure.timing import Call, Clock, CudaClock, HostClock, Protocol, Result, paired, timed
+from pq_sweep.measure.timing import Call, Clock, CudaClock, HostClock, Protocol, paired, timed
 from pq_sweep.types import Data, Session, Stage
 
 # Share of the device's time from which on handing over a call is what limits (trtexec).
@@ -29,7 +30,8 @@ UNSETTLING = ("throttled", "shared")
 
 # Every sample of a measurement (N,) in ns and in order, by batch size and clock: "b8_host".
 Samples = dict[str, Any]
-Measure = Callable[[Session, Tensor, Protocol], tuple[Result, Samples]]
+Found = TypeVar("Found", Latency, Paired)
+Measure = Callable[[Session, Tensor, Protocol], tuple[Found, Samples]]
 
 
 def speed(
@@ -38,27 +40,26 @@ def speed(
     protocol: Protocol,
     stage: Stage,
     dense_session: Callable[[], AbstractContextManager[Session]],
-) -> tuple[Result, Samples]:
+) -> tuple[Speed, Samples]:
     """Measure latency at every batch size of the protocol, and the peak memory meanwhile; return all samples too."""
     release_memory()
     resettable = reset_peak_memory(session.device)
     samples: Samples = {}
     measured = _each_size("latency", latency, session, data, protocol, stage, samples)
-    result = {"latency": measured, "peak_memory_mb": peak_memory_mb(session.device) if resettable else None}
-    if session.device != "cpu":
-        result["memory"] = allocated(session.device) | watched_memory(measured)
+    peak = peak_memory_mb(session.device) if resettable else None
+    memory = None if session.device == "cpu" else device_memory(session.device, measured)
+    pairs = None
     if protocol.paired:
         with dense_session() as dense:
-            pair = partial(_paired, dense)
-            result["paired"] = _each_size("paired", pair, session, data, protocol, stage, samples)
-    return result, samples
+            pairs = _each_size("paired", partial(_paired, dense), session, data, protocol, stage, samples)
+    return Speed(latency=measured, peak_memory_mb=peak, memory=memory, paired=pairs), samples
 
 
 def _each_size(
-    name: str, measure: Measure, session: Session, data: Data, protocol: Protocol, stage: Stage, samples: Samples
-) -> Result:
+    name: str, measure: Measure[Found], session: Session, data: Data, protocol: Protocol, stage: Stage, samples: Samples
+) -> dict[str, Found]:
     """Measure at every batch size as a stage of its own; add what was sampled to `samples`."""
-    measured = {}
+    measured: dict[str, Found] = {}
     for batch_size in protocol.batch_sizes:
         with stage(f"{name} b{batch_size}", alone=True):
             images = latency_images(data, batch_size, session.device)
@@ -67,13 +68,13 @@ def _each_size(
     return measured
 
 
-def _paired(dense: Session, session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
+def _paired(dense: Session, session: Session, images: Tensor, protocol: Protocol) -> tuple[Paired, Samples]:
     """Time a session in turn with that of the uncompressed model, on the device's clock."""
     clock = HostClock() if session.device == "cpu" else CudaClock()
     return paired(lambda: session(images), lambda: dense(images), clock, protocol)
 
 
-def latency(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
+def latency(session: Session, images: Tensor, protocol: Protocol) -> tuple[Latency, Samples]:
     """Time `session` on `images`, which lie on its device; return the figures and the samples in ns of each clock.
 
     On the CPU there is one latency, taken again, up to `protocol.retries` times, while other processes are busy; the
@@ -84,45 +85,44 @@ def latency(session: Session, images: Tensor, protocol: Protocol) -> tuple[Resul
     if session.device != "cpu":
         return _loaded(_on_cuda, session, images, protocol)
     tries = [_loaded(_on_cpu, session, images, protocol)]
-    while tries[-1][0]["load_of_others"] > NOISY_LOAD and len(tries) <= protocol.retries:
+    while tries[-1][0].load_of_others > NOISY_LOAD and len(tries) <= protocol.retries:
         tries.append(_loaded(_on_cpu, session, images, protocol))
-    loads = [figures["load_of_others"] for figures, _ in tries]
+    loads = [figures.load_of_others for figures, _ in tries]
     figures, samples = tries[loads.index(min(loads))]
-    return figures | {"loads": loads}, samples
+    return replace(figures, loads=loads), samples
 
 
-def _loaded(measure: Measure, session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
+def _loaded(measure: Measure[Latency], session: Session, images: Tensor, protocol: Protocol) -> tuple[Latency, Samples]:
     """Measure, and say what this process and the others used of the CPU meanwhile."""
     others, cpu, start = _other_load(), time.process_time(), time.perf_counter()
     figures, samples = measure(session, images, protocol)
-    seconds, calls = time.perf_counter() - start, sum(map(len, samples.values())) + figures["warmup"]["iterations"]
-    return figures | {
-        "cpu_time_per_iteration_ms": (time.process_time() - cpu) / calls * 1e3,
-        "load_of_others": max(0.0, _other_load() - others) / seconds,
-    }, samples
+    seconds, calls = time.perf_counter() - start, sum(map(len, samples.values())) + figures.warmup["iterations"]
+    cpu_ms, load = (time.process_time() - cpu) / calls * 1e3, max(0.0, _other_load() - others) / seconds
+    return replace(figures, cpu_time_per_iteration_ms=cpu_ms, load_of_others=load), samples
 
 
-def _on_cpu(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
+def _on_cpu(session: Session, images: Tensor, protocol: Protocol) -> tuple[Latency, Samples]:
     figures, samples = _watched(session, lambda: session(images), HostClock(), protocol, len(images))
     return figures, {"host": samples}
 
 
 def _watched(
     session: Session, call: Call, clock: Clock, protocol: Protocol, batch_size: int
-) -> tuple[Result, np.ndarray]:
+) -> tuple[Latency, np.ndarray]:
     """Time a call and say what its device did meanwhile: a median taken on a throttled or shared one is not settled."""
     monitor = Monitor(session.device, gpu_uuid(session.device))
     figures, samples = timed(call, clock, protocol, batch_size, monitor)
     energy = monitor.result.get("energy_j")
-    share = figures["duration_s"] / monitor.result.get("sampled_s", monitor.result["seconds"])
-    return figures | {
-        "energy_per_image_j": energy and energy * share / (len(samples) * batch_size),
-        "device_state": monitor.result,
-        "unstable": figures["unstable"] + [word for word in monitor.result["verdicts"] if word in UNSETTLING],
-    }, samples
+    share = figures.duration_s / monitor.result.get("sampled_s", monitor.result["seconds"])
+    doubts = [word for word in monitor.result["verdicts"] if word in UNSETTLING]
+    return Latency(
+        **vars(figures) | {"unstable": figures.unstable + doubts},
+        energy_per_image_j=energy and energy * share / (len(samples) * batch_size),
+        device_state=monitor.result,
+    ), samples
 
 
-def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Result, Samples]:
+def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Latency, Samples]:
     """Time the device, then the way from host to host, then calls that are all handed over at once."""
     clock, pinned = CudaClock(), images.cpu().pin_memory()
     figures, device = _watched(session, lambda: session(images), clock, protocol, len(images))
@@ -132,13 +132,13 @@ def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Resu
 
     host, way = timed(there_and_back, HostClock(), protocol, len(images), nullcontext())
     enqueue = float(np.median(clock.enqueue_ns[-len(device) :])) / 1e6
-    return figures | {
-        "host_to_host": host,
-        "enqueue_ms": enqueue,
-        # trtexec's rule: the device waits for its host.
-        "host_bound": enqueue > HOST_BOUND * figures["p50_ms"],
-        "pipelined_throughput": _pipelined(session, images, len(device)),
-    }, {"device": device, "host": way}
+    return replace(
+        figures,
+        host_to_host=host,
+        enqueue_ms=enqueue,
+        host_bound=enqueue > HOST_BOUND * figures.p50_ms,  # trtexec's rule: the device waits for its host
+        pipelined_throughput=_pipelined(session, images, len(device)),
+    ), {"device": device, "host": way}
 
 
 def _pipelined(session: Session, images: Tensor, calls: int) -> float:

@@ -6,12 +6,14 @@ import atexit
 import contextlib
 import ctypes
 import gc
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from pq_sweep.measure.timing import Result
+from pq_sweep.core.result import Latency, Memory
+from pq_sweep.types import Record
 
 
 def release_memory() -> None:
@@ -30,22 +32,24 @@ def _set_aside() -> None:
     atexit.register(gc.unfreeze)  # some libraries complain of what is left over at the end
 
 
-def allocated(device: str) -> Result:
-    """Return the peaks of torch's allocator since the last reset in MB: of tensors, and of what it holds for them."""
-    return {
-        "allocator_mb": torch.cuda.max_memory_allocated(device) / 1e6,
-        "allocator_reserved_mb": torch.cuda.max_memory_reserved(device) / 1e6,
-    }
+def device_memory(device: str, latencies: Mapping[str, Latency]) -> Memory:
+    """Return the peaks of a GPU's memory while latency was measured at any batch size, in MB.
+
+    Of torch's allocator, since the last reset: of tensors, and of what it holds for them.
+    """
+    process, whole = watched_memory([figures.device_state for figures in latencies.values()])
+    return Memory(
+        allocator_mb=torch.cuda.max_memory_allocated(device) / 1e6,
+        allocator_reserved_mb=torch.cuda.max_memory_reserved(device) / 1e6,
+        nvml_process_mb=process,
+        nvml_device_mb=whole,
+    )
 
 
-def watched_memory(latencies: Result) -> Result:
-    """Return the peaks that NVML saw while latency was measured at any batch size, in MB, or None if it saw none."""
-    states = [figures["device_state"] for figures in latencies.values()]
-
-    def peak(name: str) -> float | None:
-        return max((state[name] for state in states if name in state), default=None)
-
-    return {"nvml_process_mb": peak("memory_process_mb"), "nvml_device_mb": peak("memory_device_mb")}
+def watched_memory(states: list[Record]) -> tuple[float | None, ...]:
+    """Return the highest that NVML saw of this process and of the whole device, in MB, or None where it saw none."""
+    names = ("memory_process_mb", "memory_device_mb")
+    return tuple(max((state[name] for state in states if name in state), default=None) for name in names)
 
 
 def reset_peak_memory(device: str) -> bool:

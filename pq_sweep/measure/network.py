@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from pq_sweep.core.result import Counts
 from pq_sweep.core.weights import prunable, structure
-from pq_sweep.measure.timing import Result
 from pq_sweep.types import Model
 
 
-def count(model: Model, known: Result | None = None) -> Result:
+def count(model: Model, known: Counts | None = None) -> Counts:
     """Count parameters, multiply-accumulates of one image, and zeros among the prunable weights.
 
     `known` are the figures of the network before it was changed: while all shapes are the same, so is the arithmetic.
@@ -19,14 +19,14 @@ def count(model: Model, known: Result | None = None) -> Result:
     zeros, total = (
         sum(int(n) for n in counts) for counts in zip(*((w.eq(0).sum(), w.numel()) for w in weights), strict=True)
     )
-    return {
-        "params": sum(parameter.numel() for parameter in model.module.parameters()),
-        "nonzero_params": sum(int(parameter.count_nonzero()) for parameter in model.module.parameters()),
-        "weights": total,
-        "sparsity": zeros / total,
-        "structure": shapes,
-        "macs": known["macs"] if known and known["structure"] == shapes else macs(model),
-    }
+    return Counts(
+        params=sum(parameter.numel() for parameter in model.module.parameters()),
+        nonzero_params=sum(int(parameter.count_nonzero()) for parameter in model.module.parameters()),
+        weights=total,
+        sparsity=zeros / total,
+        structure=shapes,
+        macs=known.macs if known and known.structure == shapes else macs(model),
+    )
 
 
 def macs(model: Model) -> int:

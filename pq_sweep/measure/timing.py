@@ -11,13 +11,16 @@ import time
 import typing
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-Result = dict[str, Any]
+from pq_sweep.core.result import Latency, Paired, Spread, Timed
+from pq_sweep.types import Record
+
 Call = Callable[[], Any]
+Repeated = typing.TypeVar("Repeated", Latency, Paired)
 
 # Samples needed to state a percentile with 99 % confidence (MLPerf LoadGen's early-stopping rule, one overshoot).
 SAMPLES_FOR = {90: 64, 99: 662}
@@ -126,7 +129,7 @@ class Protocol:
 
 def timed(
     call: Call, clock: Clock, protocol: Protocol, batch_size: int, watched: AbstractContextManager[Any]
-) -> tuple[Result, np.ndarray]:
+) -> tuple[Timed, np.ndarray]:
     """Time a call on `batch_size` images; return the figures and every sample (N,) in ns: nothing is dropped.
 
     Samples, and not the warm-up, are taken while `watched` is entered.
@@ -134,11 +137,11 @@ def timed(
     warmup = warm_up(call, clock, protocol)
     with watched:
         samples, seconds = sample(call, clock, protocol)
-    about = {"clock": clock.name, "warmup": warmup, "duration_s": seconds}
-    return summarise(samples, batch_size, protocol.interval) | about, samples
+    found = summarise(samples, batch_size, protocol.interval)
+    return Timed(**vars(found), clock=clock.name, warmup=warmup, duration_s=seconds), samples
 
 
-def warm_up(call: Call, clock: Clock, protocol: Protocol) -> Result:
+def warm_up(call: Call, clock: Clock, protocol: Protocol) -> Record:
     """Run until the protocol's warm-up is over; its samples are not kept."""
     times: list[int] = []
     start = clock.now()
@@ -180,7 +183,7 @@ def _until_known(step: Callable[[], None], values: Callable[[], np.ndarray], clo
         count += 1
 
 
-def paired(call: Call, other: Call, clock: Clock, protocol: Protocol) -> tuple[Result, dict[str, np.ndarray]]:
+def paired(call: Call, other: Call, clock: Clock, protocol: Protocol) -> tuple[Paired, dict[str, np.ndarray]]:
     """Time two calls in turn, as many pairs as the protocol's samples; return how much faster `call` is than `other`.
 
     What changes slowly, such as a clock or another user's load, meets both and drops out of the ratio of each pair. Who
@@ -200,49 +203,49 @@ def paired(call: Call, other: Call, clock: Clock, protocol: Protocol) -> tuple[R
     return _ratio(taken["paired"], taken["paired_dense"], protocol.interval), taken
 
 
-def _ratio(own: np.ndarray, others: np.ndarray, interval: float) -> Result:
+def _ratio(own: np.ndarray, others: np.ndarray, interval: float) -> Paired:
     ratios = others / own
-    return {
-        "pairs": len(ratios),
-        "speedup": float(np.median(ratios)),
-        "speedup_ci95": median_interval(ratios),
-        "dense_p50_ms": float(np.median(others)) / 1e6,
-        "p50_ms": float(np.median(own)) / 1e6,
-        "unstable": unstable(ratios, interval),
-    }
+    return Paired(
+        pairs=len(ratios),
+        speedup=float(np.median(ratios)),
+        speedup_ci95=median_interval(ratios),
+        dense_p50_ms=float(np.median(others)) / 1e6,
+        p50_ms=float(np.median(own)) / 1e6,
+        unstable=unstable(ratios, interval),
+    )
 
 
-def middle(measured: list[Result], figure: str) -> Result:
+def middle(measured: list[Repeated], figure: str) -> Repeated:
     """Return the measurement with the middle value of a figure, and what all of them found; it is a real one.
 
     Of an even number the lower one of the two in the middle counts. A spread above DRIFT makes it unstable.
     """
-    values = [one[figure] for one in measured]
+    values = [getattr(one, figure) for one in measured]
     place = values.index(statistics.median_low(values))
     spread = (max(values) - min(values)) / values[place]
-    return measured[place] | {
-        "repeats": {figure: values, "middle": place + 1, "spread": spread},
-        "unstable": measured[place]["unstable"] + (["repeats"] if spread > DRIFT else []),
-    }
+    return replace(
+        measured[place],
+        repeats={figure: values, "middle": place + 1, "spread": spread},
+        unstable=measured[place].unstable + (["repeats"] if spread > DRIFT else []),
+    )
 
 
-def summarise(samples: np.ndarray, batch_size: int, interval: float) -> Result:
+def summarise(samples: np.ndarray, batch_size: int, interval: float) -> Spread:
     """Derive the figures from raw samples (ns); a percentile that the samples cannot state is None."""
     ms = samples / 1e6
-    percentiles = {
-        f"p{q}_ms": float(np.percentile(ms, q)) if len(ms) >= need else None for q, need in SAMPLES_FOR.items()
-    }
-    return {
-        "iterations": len(ms),
-        "p50_ms": float(np.median(ms)),
-        "p50_ci95_ms": median_interval(ms),
-        **percentiles,
-        "mean_ms": float(ms.mean()),
-        "std_ms": float(ms.std(ddof=1)) if len(ms) > 1 else None,
-        "throughput": batch_size / float(np.median(ms)) * 1e3,
-        "outliers": outliers(ms),
-        "unstable": unstable(ms, interval),
-    }
+    p90, p99 = (float(np.percentile(ms, q)) if len(ms) >= need else None for q, need in SAMPLES_FOR.items())
+    return Spread(
+        iterations=len(ms),
+        p50_ms=float(np.median(ms)),
+        p50_ci95_ms=median_interval(ms),
+        p90_ms=p90,
+        p99_ms=p99,
+        mean_ms=float(ms.mean()),
+        std_ms=float(ms.std(ddof=1)) if len(ms) > 1 else None,
+        throughput=batch_size / float(np.median(ms)) * 1e3,
+        outliers=outliers(ms),
+        unstable=unstable(ms, interval),
+    )
 
 
 def median_interval(samples: np.ndarray) -> tuple[float, float] | None:

@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 from pq_sweep.results.commands import start_again
-from pq_sweep.results.conclude import conclude
+from pq_sweep.results.conclude import conclude, tell
 from pq_sweep.results.standing import Watch
 from pq_sweep.results.sweeps import find_folders
-from pq_sweep.results.terminal import show
 from pq_sweep.results.watch import watch
 from pq_sweep.tracking.tracker import tracker_of
 from pq_sweep.types import UserError
@@ -21,7 +20,7 @@ def show_sweep(folder: Path, *, watching: bool) -> bool:
     if watching:
         tracker = tracker_of(folder)
         return conclude(watch(folder, log=tracker.log if tracker.begin(folder) else None), tracker.finish)
-    show(Watch(folder, patient=False).look())
+    tell(Watch(folder, patient=False).look())
     return True
 
 

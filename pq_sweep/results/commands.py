@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import subprocess
 import sys
@@ -10,8 +9,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from pq_sweep.core.files import read_json
-from pq_sweep.core.groups import COMPRESSING
+from pq_sweep.core.folder import JobFolder, SweepFolder
+from pq_sweep.core.groups import COMPRESSING, group_of
 from pq_sweep.results.comparison import unreferenced
 from pq_sweep.results.rows import Row
 from pq_sweep.results.sweeps import Sweep
@@ -20,28 +19,24 @@ from pq_sweep.types import UserError
 
 def command(row: Row) -> str:
     """Return the command that makes a job's model again."""
-    manifest = _manifest(_sweep_folder(row))
+    manifest = _sweep_folder(row).read_manifest()
     return _command(manifest, _overrides(manifest, row))
 
 
 def baselines(sweep: Sweep) -> list[str]:
     """Return the commands that run the uncompressed jobs which are missing for a comparison."""
-    manifest = cache(_manifest)  # of many jobs one
+    manifest = cache(SweepFolder.read_manifest)  # of many jobs one
     found = [_baseline(manifest(_sweep_folder(row)), row) for row in unreferenced(sweep)]
     return list(dict.fromkeys(found))
 
 
 def _baseline(manifest: Row, row: Row) -> str:
-    kept = [word for word in _overrides(manifest, row) if re.split(r"[.=@]", word.lstrip("+~"))[0] not in COMPRESSING]
+    kept = [word for word in _overrides(manifest, row) if group_of(word) not in COMPRESSING]
     return _command(manifest, [*kept, *(f"{group}=none" for group in COMPRESSING)])
 
 
-def _sweep_folder(row: Row) -> Path:
-    return Path(row["folder"]).parent
-
-
-def _manifest(folder: Path) -> Row:
-    return read_json(folder / "sweep.json") or {}
+def _sweep_folder(row: Row) -> SweepFolder:
+    return JobFolder(Path(row["folder"])).sweep
 
 
 def _overrides(manifest: Row, row: Row) -> list[str]:
@@ -65,7 +60,7 @@ def _config_folders(arguments: list[str]) -> Iterator[str]:
 
 def start_again(folder: Path) -> int:
     """Start a sweep once more by its own command, in its folder, and return the exit code; what is done stays."""
-    manifest = read_json(folder / "sweep.json") or {}
+    manifest = SweepFolder(folder).read_manifest()
     given = manifest.get("arguments", ())
     arguments = [word for word in given if not word.startswith("hydra.sweep.dir=") and word != "resume=false"]
     if not arguments or any("***" in word for word in arguments):

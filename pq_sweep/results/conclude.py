@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from pq_sweep.results.spreadsheet import write_csv
 from pq_sweep.results.sweeps import Sweep
 from pq_sweep.results.terminal import show
 
@@ -14,10 +15,16 @@ def conclude(sweep: Sweep, log: Callable[[Path], str], found: Iterable[str] = ()
 
     `log` logs what is missing and says where to look at it; `found` is what a search came to.
     """
-    show(sweep)
+    tell(sweep)
     print(log(sweep.folder))
     for line in found:
         print(line)
     if sweep.count("pending", "running"):
         print(f"jobs go on; watch them by: python -m pq_sweep.results {sweep.folder} --watch")
     return sweep.count("finished") == len(sweep.rows)
+
+
+def tell(sweep: Sweep) -> None:
+    """Draw the table of a sweep, and write it as CSV."""
+    show(sweep)
+    print(f"CSV: {write_csv(sweep)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.files import read_json
+from pq_sweep.core.folder import JobFolder
 from pq_sweep.results.commands import baselines, command
 from pq_sweep.results.comparison import aggregate, drop, payback, reference, speedup
 from pq_sweep.results.decision import FIGURES, Decision, Goal
@@ -70,7 +71,7 @@ def answer(decision: Decision, sweep: Sweep) -> dict[str, Any]:
     goal = decision.goal
     told: dict[str, Any] = {"minimize": goal.minimize, "limits": goal.limits, "batch": goal.batch}
     for place, chosen in (("winner", decision.winner), ("runner_up", decision.runner_up)):
-        told[place] = chosen and figures(chosen, sweep, goal)
+        told[place] = chosen and facts(chosen, sweep, goal)
     told["doubts"] = decision.doubts
     told["others"] = {row["job"]: why for row, why in decision.lost}
     told["relaxations"] = [
@@ -79,7 +80,7 @@ def answer(decision: Decision, sweep: Sweep) -> dict[str, Any]:
     return told
 
 
-def figures(row: Row, sweep: Sweep, goal: Goal) -> dict[str, Any]:
+def facts(row: Row, sweep: Sweep, goal: Goal) -> dict[str, Any]:
     """Return what a job has to show, and against the uncompressed model."""
     other = reference(row, sweep)
     faster, lost = speedup(row, other, goal.batch), drop(row)
@@ -132,11 +133,11 @@ def show(decision: Decision, sweep: Sweep, console: Console) -> None:
 def export(decision: Decision, sweep: Sweep, target: Path) -> None:
     """Write the winner into a folder to ship."""
     assert decision.winner
-    told = figures(decision.winner, sweep, decision.goal) | {"batch": decision.goal.batch}
-    folder = Path(told["folder"])
-    told["pruning"] = read_json(folder / "pruning.json")
+    told = facts(decision.winner, sweep, decision.goal) | {"batch": decision.goal.batch}
+    folder = JobFolder(Path(told["folder"]))
+    told["pruning"] = read_json(folder.pruning)
     card = [(heading, cells[0]) for heading, cells in lines([told], decision.goal)]
-    ship(folder, target, told, card, decision.doubts)
+    ship(folder.path, target, told, card, decision.doubts)
 
 
 def wanted(goal: Goal) -> str:

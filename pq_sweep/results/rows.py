@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pq_sweep.core.files import read_json
-from pq_sweep.core.folder import read_error
+from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.groups import job_name
+from pq_sweep.core.result import Compared, Latency, Result, Speed
 
 Row = dict[str, Any]
+Figures = dict[str, float | None]
 
 # Which job of SLURM it was, where it ran, and how it ended if SLURM ended it.
 SLURM_COLUMNS = ("slurm_job", "node", "partition", "gpus_allotted", "slurm_state", "exit_code")
@@ -22,106 +24,133 @@ def batch_sizes(rows: list[Row]) -> list[int]:
     return sorted({int(key.removeprefix(prefix)) for row in rows for key in row if key.startswith(prefix)})
 
 
-def metrics(result: dict[str, Any]) -> dict[str, float]:
+def metrics(result: Result) -> dict[str, float]:
     """Flatten a result to its figures, by the names used in MLflow and the CSV; what was not measured is left out."""
-    accuracy, network = result["accuracy"], result["network"]
-    original = result["baseline"]
-    flat = {
-        "accuracy": accuracy["top1"],
-        "error_percent": (1 - accuracy["top1"]) * 100,
-        "accuracy_ci95_low": accuracy["top1_ci95"][0],
-        "accuracy_ci95_high": accuracy["top1_ci95"][1],
-        "accuracy_top5": accuracy["top5"],
-        "accuracy_drop_points": accuracy["drop_points"],
-        "accuracy_drop_ci95_low_points": accuracy["drop_ci95_points"][0],
-        "accuracy_drop_ci95_high_points": accuracy["drop_ci95_points"][1],
-        "accuracy_drop_p": accuracy["drop_p"],
-        "agreement": accuracy["agreement"],
-        "original_size_mb": result["size_bytes"]["original"] / 1e6,
-        "engine_size_mb": result["size_bytes"]["compressed"] / 1e6,
-        "engine_size_zstd_mb": result["size_bytes"]["compressed_zstd"] / 1e6,
-        "sparsity": network["sparsity"],
-        "params": network["params"],
-        "params_removed": 1 - network["params"] / original["params"],
-        "macs": network["macs"],
-        "peak_memory_mb": result["peak_memory_mb"],
-        "peak_memory_allocator_mb": result.get("memory", {}).get("allocator_mb"),
-        "peak_memory_nvml_mb": result.get("memory", {}).get("nvml_process_mb"),
-        "prep_time_s": sum(result["prep_s"].values()),
-        "baseline_accuracy": original["top1"],
-    }
-    flat |= {f"size_mb/{name}": size / 1e6 for name, size in result["size_bytes"]["formats"].items()}
-    flat |= {f"prep_time_s/{stage}": seconds for stage, seconds in result["prep_s"].items()}
-    flat |= _timed(result)
-    images = result["images"]
+    images, prep = result.images, result.preparation.prep_s
+    flat = _accuracies(result.accuracy) | _sizes(result) | _memories(result.speed)
+    flat |= {"prep_time_s": sum(prep.values()), "baseline_accuracy": result.baseline.top1}
+    flat |= {f"size_mb/{name}": size / 1e6 for name, size in result.size_bytes.formats.items()}
+    flat |= {f"prep_time_s/{stage}": seconds for stage, seconds in prep.items()}
+    flat |= _speeds(result.speed)
     flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
     flat["images_decoded"] = images.get("decoded")
-    flat["load_of_others"] = max((timed["load_of_others"] for timed in result["latency"].values()), default=0.0)
+    flat["load_of_others"] = max((timed.load_of_others for timed in result.speed.latency.values()), default=0.0)
     return {name: value for name, value in flat.items() if value is not None}
 
 
-def _timed(result: dict[str, Any]) -> dict[str, float | None]:
+def _accuracies(found: Compared) -> Figures:
+    return {
+        "accuracy": found.top1,
+        "error_percent": (1 - found.top1) * 100,
+        "accuracy_ci95_low": found.top1_ci95[0],
+        "accuracy_ci95_high": found.top1_ci95[1],
+        "accuracy_top5": found.top5,
+        "accuracy_drop_points": found.drop_points,
+        "accuracy_drop_ci95_low_points": found.drop_ci95_points[0],
+        "accuracy_drop_ci95_high_points": found.drop_ci95_points[1],
+        "accuracy_drop_p": found.drop_p,
+        "agreement": found.agreement,
+    }
+
+
+def _sizes(result: Result) -> Figures:
+    sizes, network = result.size_bytes, result.network
+    return {
+        "original_size_mb": sizes.original / 1e6,
+        "engine_size_mb": sizes.compressed / 1e6,
+        "engine_size_zstd_mb": sizes.compressed_zstd / 1e6,
+        "sparsity": network.sparsity,
+        "params": network.params,
+        "params_removed": 1 - network.params / result.baseline.params,
+        "macs": network.macs,
+    }
+
+
+def _memories(speed: Speed) -> Figures:
+    return {
+        "peak_memory_mb": speed.peak_memory_mb,
+        "peak_memory_allocator_mb": speed.memory.allocator_mb if speed.memory else None,
+        "peak_memory_nvml_mb": speed.memory.nvml_process_mb if speed.memory else None,
+    }
+
+
+def _speeds(speed: Speed) -> Figures:
     """Return the figures of each batch size."""
-    flat: dict[str, float | None] = {}
-    for size, timed in result["latency"].items():
-        flat |= {f"latency_ms/b{size}": timed["p50_ms"], f"throughput/b{size}": timed["throughput"]}
-        flat |= {f"latency_{name}_ms/b{size}": timed[f"{name}_ms"] for name in ("p90", "p99", "mean", "std")}
-        low, high = timed.get("p50_ci95_ms") or (None, None)
-        flat |= {f"latency_ci95_low_ms/b{size}": low, f"latency_ci95_high_ms/b{size}": high}
-        flat |= {f"latency_host_ms/b{size}": timed.get("host_to_host", timed)["p50_ms"]}
-        flat |= {f"throughput_pipelined/b{size}": timed.get("pipelined_throughput")}
-        flat |= {f"energy_per_image_j/b{size}": timed.get("energy_per_image_j")}
-    for size, pair in result.get("paired", {}).items():
-        low, high = pair["speedup_ci95"] or (None, None)
-        flat |= {f"speedup/b{size}": pair["speedup"]}
+    flat: Figures = {}
+    for size, timed in speed.latency.items():
+        flat |= {f"{name}/b{size}": value for name, value in _latencies(timed).items()}
+    for size, pair in (speed.paired or {}).items():
+        low, high = pair.speedup_ci95 or (None, None)
+        flat |= {f"speedup/b{size}": pair.speedup}
         flat |= {f"speedup_ci95_low/b{size}": low, f"speedup_ci95_high/b{size}": high}
     return flat
 
 
-def read_row(folder: Path, announced: Row) -> Row:
+def _latencies(timed: Latency) -> Figures:
+    low, high = timed.p50_ci95_ms or (None, None)
+    return {
+        "latency_ms": timed.p50_ms,
+        "throughput": timed.throughput,
+        "latency_p90_ms": timed.p90_ms,
+        "latency_p99_ms": timed.p99_ms,
+        "latency_mean_ms": timed.mean_ms,
+        "latency_std_ms": timed.std_ms,
+        "latency_ci95_low_ms": low,
+        "latency_ci95_high_ms": high,
+        "latency_host_ms": (timed.host_to_host or timed).p50_ms,
+        "throughput_pipelined": timed.pipelined_throughput,
+        "energy_per_image_j": timed.energy_per_image_j,
+    }
+
+
+def read_row(folder: JobFolder, announced: Row) -> Row:
     """Return a job as one flat row, whatever state it is in."""
-    result = read_json(folder / "result.json")
-    error = None if result else read_error(folder)
-    status = None if result or error else read_json(folder / "status.json")
     row = {
         "job": folder.name,
-        "folder": str(folder),
+        "folder": str(folder.path),
         "name": announced.get("name", folder.name),
         "status": "missing",
         "stage": "",
         "error": "",
     }
     row |= announced.get("choices", {})
-    if result:
-        session, environment = result["session"], result["environment"]
-        ran = {"runtime": session["runtime"], "device": session["device"], "device_name": environment["device"]}
-        row |= ran | {
-            "status": "finished",
-            "precision": session["precision"],
-            "protocol": result["config"]["measure"]["name"],
-            "smallest_format": result["size_bytes"]["smallest_format"],
-            "tries": len(result["tries"]),
-            "started": result["started"],
-            "unstable": _unstable(result),
-            "hardware": result.get("hardware", []),
-            "gpu_uuid": (environment["gpu"] or {}).get("uuid") or "",
-            "host": environment["host"],
-            **_where(environment["slurm"]),
-        }
+    if result := Result.read(folder.result):
+        row |= _finished(result)
         return row | {"name": job_name(row) if "model" in row else row["name"]} | metrics(result)
-    if error:
+    if error := folder.read_error():
         told = {"stage": error["stage"], "error": error["message"], "stderr": error.get("stderr", [])}
         return row | {"status": "failed"} | told | _where(error.get("slurm") or {})
-    if status:
+    if status := read_json(folder.status):
         where = _where(status.get("slurm") or {})
         return row | where | {"status": "running" if _alive(status) else "missing", "stage": status["stage"]}
     return row
 
 
-def _unstable(result: Row) -> str:
+def _finished(result: Result) -> Row:
+    """Return the columns of a finished job that are no figures."""
+    session, environment = result.session, result.environment
+    return {
+        "runtime": session.runtime,
+        "device": session.device,
+        "device_name": environment["device"],
+        "status": "finished",
+        "precision": session.precision,
+        "protocol": result.config["measure"]["name"],
+        "smallest_format": result.size_bytes.smallest_format,
+        "tries": len(result.tries),
+        "started": result.started,
+        "unstable": _unstable(result.speed),
+        "hardware": result.hardware,
+        "gpu_uuid": (environment["gpu"] or {}).get("uuid") or "",
+        "host": environment["host"],
+        **_where(environment["slurm"]),
+    }
+
+
+def _unstable(speed: Speed) -> str:
     """Say which medians are not settled, and why: "b1 drift, b8 interval spread, paired b8 interval"."""
-    found = {f"b{size}": timed.get("unstable") for size, timed in result["latency"].items()}
-    found |= {f"paired b{size}": pair["unstable"] for size, pair in result.get("paired", {}).items()}
+    found = {f"b{size}": timed.unstable for size, timed in speed.latency.items()}
+    found |= {f"paired b{size}": pair.unstable for size, pair in (speed.paired or {}).items()}
     return ", ".join(f"{name} {' '.join(why)}" for name, why in found.items() if why)
 
 

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pq_sweep import __version__
+from pq_sweep.core.environment import git_state
 from pq_sweep.types import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -49,11 +51,18 @@ def describe(result: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
         "dtype": session.get("dtype"),
         "device": result["environment"]["device"],
         "version": result["environment"]["versions"].get("pq-sweep"),
+        "written_by": written_by(),
         "samples": result["accuracy"]["samples"],
         "hardware": result["hardware"],
         "config": result["config"],
         **{name: session[name] for name in ("runtime", "precision", "engine", "sha256")},
     }
+
+
+def written_by() -> str:
+    """Return the version of this package, and its commit if it is known: run.py names what they hold."""
+    commit = (git_state() or {}).get("commit")
+    return f"{__version__} (commit {commit[:12]})" if commit else __version__
 
 
 def render(template: str, about: dict[str, Any]) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from pathlib import Path
 from typing import Any
 
+from pq_sweep.core.files import write_text
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.results.rows import Row, batch_sizes
 from pq_sweep.results.sweeps import Sweep
 
@@ -21,13 +23,12 @@ def write_csv(sweep: Sweep) -> Path:
     """Write `results.csv` into the sweep's folder: a row per job, PQ Bench's columns first."""
     rows = [_pq_bench(row) | {key: _cell(value) for key, value in row.items() if key != "given"} for row in sweep.rows]
     columns = dict.fromkeys([*PQ_BENCH, *(key for row in rows for key in row)])
-    path = sweep.folder / "results.csv"
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(columns), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    aside.rename(path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    path = SweepFolder(sweep.folder).table
+    write_text(path, text.getvalue())
     return path
 
 

@@ -6,17 +6,13 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pq_sweep.core.files import read_json, tail, write_json
-from pq_sweep.core.folder import read_error, write_error
+from pq_sweep.core.folder import JobFolder, SweepFolder
 from pq_sweep.results import slurm
 from pq_sweep.results.slurm import Ended, Queued
 from pq_sweep.results.sweeps import Sweep, read_sweep
-
-SUBMITTED = "submitted.json"
-
-WATCHED = ".watched"  # in a sweep's folder, touched at each look by who logs its jobs
+from pq_sweep.types import Record
 
 # How long a file may take to be seen on another host; network file systems look again after a minute at the latest.
 GRACE_S = 75.0
@@ -37,9 +33,14 @@ class Watch:
     queue: dict[str, Queued] = field(default_factory=dict)
     answers: bool = True
 
+    @property
+    def files(self) -> SweepFolder:
+        """Return the sweep's folder by the names of its files."""
+        return SweepFolder(self.folder)
+
     def look(self) -> Sweep:
         """Read the sweep, and write `error.json` for every job that SLURM ended without one."""
-        submitted = (read_json(self.folder / SUBMITTED) or {}).get("jobs", {})
+        submitted = (read_json(self.files.submitted) or {}).get("jobs", {})
         if submitted:
             self._ask_queue()
         states = {name: state for name, job in submitted.items() if (state := self._state(name, job))}
@@ -52,7 +53,7 @@ class Watch:
         if queue is not None:
             self.queue = queue
 
-    def _state(self, name: str, job: dict[str, Any]) -> dict[str, Any] | None:
+    def _state(self, name: str, job: Record) -> Record | None:
         """Return the row of a job that is not over, or None if its files say all there is to say."""
         if (self.folder / job["pickle"]).exists():
             self._settle(name, job, None)
@@ -63,13 +64,13 @@ class Watch:
             waiting = queued.state in ("PENDING", "CONFIGURING", "REQUEUED", "SPECIAL_EXIT")
             detail = {"node": queued.node, "reason": queued.reason if waiting else "", "error": ""}
             return {"status": "pending" if waiting else "running", **detail}
-        if not self.answers and not _settled(self.folder / name):
+        if not self.answers and not _settled(self.files.job(name)):
             return {"status": "running", "reason": "SLURM does not answer"}
         return self._gone(name, job)
 
-    def _gone(self, name: str, job: dict[str, Any]) -> dict[str, Any] | None:
+    def _gone(self, name: str, job: Record) -> Record | None:
         """Judge a job that is not in the queue and did not say goodbye."""
-        if (self.folder / name / "result.json").exists() or _settled(self.folder / name):
+        if self.files.job(name).result.exists() or _settled(self.files.job(name)):
             return None
         ended = slurm.ended(job["id"])
         if not ended.final and self._seconds_gone(name, job) < self.grace_s:
@@ -77,55 +78,59 @@ class Watch:
         self._settle(name, job, ended)
         return None
 
-    def _seconds_gone(self, name: str, job: dict[str, Any]) -> float:
+    def _seconds_gone(self, name: str, job: Record) -> float:
         """Return for how long a job has not been in the queue, as far as one can know."""
         if self.patient:
             return time.monotonic() - self.gone_since.setdefault(name, time.monotonic())
-        signs = (self.folder / name / "status.json", self.folder / name / "job.log", self.folder / job["stderr"])
+        own = self.files.job(name)
+        signs = (own.status, own.log, self.folder / job["stderr"])
         return time.time() - max([job["submitted"], *(path.stat().st_mtime for path in signs if path.exists())])
 
-    def _settle(self, name: str, job: dict[str, Any], ended: Ended | None) -> None:
+    def _settle(self, name: str, job: Record, ended: Ended | None) -> None:
         """Write down how a job ended that left no word of it itself, or only that it was told to stop."""
-        error = read_error(self.folder / name)
-        if _settled(self.folder / name) or (ended is None and error):
+        own = self.files.job(name)
+        if _settled(own) or (ended is None and own.read_error()):
             return
         reason = ended.explain(job["id"]) if ended else "The job could not start; see the end of its stderr."
         facts = asdict(ended or Ended("FAILED"))
-        record_loss(self.folder, name, job, reason, {"slurm_job": job["id"]} | facts)
+        record_loss(own, job, reason, {"slurm_job": job["id"]} | facts)
 
 
-def record_loss(sweep: Path, name: str, job: dict[str, Any], reason: str, slurm: dict[str, str] | None = None) -> None:
-    """Leave an `error.json` for a job that ended without a result: the reason and the end of its stderr."""
-    folder = sweep / name
-    if not (sweep / "sweep.json").exists() or (folder / "result.json").exists():
+def record_loss(folder: JobFolder, job: Record, reason: str, slurm: dict[str, str] | None = None) -> None:
+    """Leave an `error.json` for a job that ended without a result: the reason and the end of its stderr.
+
+    `job` is how it was submitted.
+    """
+    if not folder.sweep.manifest.exists() or folder.result.exists():
         return
-    error, status = read_error(folder), read_json(folder / "status.json") or {}
+    error, status = folder.read_error(), read_json(folder.status) or {}
     started = status.get("since") or job["submitted"]
     found = {"type": "Lost", "stage": status.get("stage", "start"), "started": started, "traceback": ""}
     record = found | (error or {})
     record["message"] = f"{error['message'].rstrip('.')}. {reason}" if error else reason
     record["slurm"] = record.get("slurm", {}) | (slurm or {})
-    record["stderr"] = tail(sweep / job["stderr"])
-    write_error(folder, record)
+    record["stderr"] = tail(folder.sweep.path / job["stderr"])
+    folder.write_error(record)
 
 
-def _settled(folder: Path) -> bool:
+def _settled(folder: JobFolder) -> bool:
     """Say whether SLURM's reason is already in a job's `error.json`."""
-    return "state" in ((read_error(folder) or {}).get("slurm") or {})
+    return "state" in ((folder.read_error() or {}).get("slurm") or {})
 
 
-def is_logged(job: Path) -> bool:
+def is_logged(job: JobFolder) -> bool:
     """Say whether somebody watches the sweep who logs this job, which is over, so that the job need not.
 
     Both times come from the file system: the clocks of hosts differ.
     """
     try:
-        return job.stat().st_mtime - (job.parent / WATCHED).stat().st_mtime < WATCHED_S
+        return job.path.stat().st_mtime - job.sweep.watched.stat().st_mtime < WATCHED_S
     except OSError:
         return False
 
 
-def remember(folder: Path, jobs: dict[str, dict[str, Any]]) -> None:
+def remember(folder: Path, jobs: dict[str, Record]) -> None:
     """Add submitted jobs to what is known of the sweep."""
-    known = read_json(folder / SUBMITTED) or {"jobs": {}}
-    write_json(folder / SUBMITTED, {"host": os.uname().nodename, "jobs": known["jobs"] | jobs})
+    path = SweepFolder(folder).submitted
+    known = read_json(path) or {"jobs": {}}
+    write_json(path, {"host": os.uname().nodename, "jobs": known["jobs"] | jobs})

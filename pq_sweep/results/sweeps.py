@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from pq_sweep.core.files import read_json
+from pq_sweep.core.folder import JobFolder, SweepFolder, is_job
+from pq_sweep.core.groups import option_of
 from pq_sweep.results.rows import Row, read_row
 from pq_sweep.types import UserError
 
@@ -49,16 +50,12 @@ def read_sweep(folder: Path, states: dict[str, Row] | None = None) -> Sweep:
 
     `states` are what SLURM's queue says of jobs that are not over, by folder; it knows better than what lies there.
     """
-    manifest = read_json(folder / "sweep.json") or {}
+    files = SweepFolder(folder)
+    manifest = files.read_manifest()
     announced = {job["folder"]: job for job in manifest.get("jobs") or []}
-    found = {
-        str(path.parent.relative_to(folder))
-        for name in ("result.json", "error.json")
-        for path in folder.glob(f"*/{name}")
-    }
-    extra = sorted(found - announced.keys(), key=_natural)
+    extra = sorted(files.over() - announced.keys(), key=_natural)
     rows = [
-        _since(manifest, read_row(folder / name, job)) | {"given": _options(job)}
+        _since(manifest, read_row(files.job(name), job)) | {"given": _options(job)}
         for name in [*announced, *extra]
         for job in [announced.get(name, {})]
     ]
@@ -87,14 +84,14 @@ def merge(sweeps: list[Sweep]) -> Sweep:
 
 def _options(job: Row) -> dict[str, str]:
     """Return the options that a job was given, such as {"pruner.n": "2"}; amounts have a column of their own."""
-    pairs = (override.lstrip("+").partition("=") for override in job.get("overrides", ()))
-    return {key: value for key, _, value in pairs if ("." in key or key in REPEATING) and key != "pruner.amount"}
+    pairs = ((option_of(word), word.partition("=")[2]) for word in job.get("overrides", ()))
+    return {key: value for key, value in pairs if ("." in key or key in REPEATING) and key != "pruner.amount"}
 
 
 def read_job(folder: Path) -> Row:
     """Read one job of a sweep, without the others."""
-    jobs = (read_json(folder.parent / "sweep.json") or {}).get("jobs") or []
-    return read_row(folder, next((job for job in jobs if job["folder"] == folder.name), {}))
+    files = JobFolder(folder)
+    return read_row(files, next((job for job in files.sweep.announced() if job["folder"] == files.name), {}))
 
 
 def find_sweeps(folders: list[Path]) -> list[Sweep]:
@@ -108,10 +105,10 @@ def find_folders(folders: list[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give a sweep folder such as multirun/<date>/<time>.")
-        given = folder.parent if (folder / "result.json").exists() or (folder / "error.json").exists() else folder
+        given = folder.parent if is_job(folder) else folder
         names = {Path(path): files for path, _, files in os.walk(given)}
-        inside = {path for path, files in names.items() if "sweep.json" in files}
-        inside |= {path.parent for path, files in names.items() if "result.json" in files}
+        inside = {path for path, files in names.items() if SweepFolder(path).manifest.name in files}
+        inside |= {path.parent for path, files in names.items() if JobFolder(path).result.name in files}
         if not inside:
             raise UserError(
                 f"{folder} holds no sweep and no result.json; give a sweep folder such as multirun/<date>/<time>."

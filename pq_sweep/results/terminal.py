@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.core.result import NOISY_LOAD
 from pq_sweep.results.comparison import comparable, reference, speedup
 from pq_sweep.results.decision import OBJECTIVES, on_front
 from pq_sweep.results.rows import Row, batch_sizes
-from pq_sweep.results.spreadsheet import write_csv
 from pq_sweep.results.sweeps import Sweep
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _width(columns: dict[str, list[str]]) -> int:
 
 
 def show(sweep: Sweep) -> None:
-    """Print the table, the failed and missing jobs, and where the CSV lies."""
+    """Print the table, the failed and missing jobs, and what is to be said of the others."""
     from rich.console import Console
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
@@ -97,7 +97,6 @@ def show(sweep: Sweep) -> None:
         *_unaccelerated(sweep),
         *_elsewhere(sweep),
         *_left_out(sweep),
-        f"CSV: {write_csv(sweep)}",
     ]:
         console.print(line, markup=False, soft_wrap=True)
 
@@ -107,7 +106,7 @@ def _unfinished(sweep: Sweep) -> Iterator[str]:
     for row in sweep.rows:
         job = f"job {row['job']} ({row['name']})"
         if row["status"] == "failed":
-            log = sweep.folder / row["job"] / "job.log"
+            log = SweepFolder(sweep.folder).job(row["job"]).log
             yield f"{job} failed at {row['stage']}: {row['error']}" + (f" Traceback: {log}" if log.exists() else "")
             yield from (f"    {line}" for line in row.get("stderr", ())[-5:])
         elif row["status"] != "finished":

@@ -14,7 +14,8 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pq_sweep.results.standing import WATCHED, Watch
+from pq_sweep.core.folder import SweepFolder
+from pq_sweep.results.standing import Watch
 from pq_sweep.results.sweeps import Sweep
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Logger:
     """Logs the jobs of a sweep as they end, in a thread, because a store can be slow."""
 
     def __init__(self, folder: Path, log: Callable[[Path], bool]) -> None:
-        self.sign, self.log, self.able = folder / WATCHED, log, True
+        self.sign, self.log, self.able = SweepFolder(folder).watched, log, True
         self.over: set[str] | None = None
         self.thread = ThreadPoolExecutor(1)
 

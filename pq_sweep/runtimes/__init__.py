@@ -10,7 +10,7 @@ from pq_sweep.runtimes.cuda import use_tf32
 from pq_sweep.runtimes.eager import Torch, converting, inferring
 from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.native import TensorRTNative
-from pq_sweep.runtimes.ort import OnnxRuntime, library_error, ort_session, preload_gpu_libraries
+from pq_sweep.runtimes.ort import OnnxRuntime, library_error, ort_session
 from pq_sweep.runtimes.session import CallSession
 from pq_sweep.runtimes.tensorrt import TensorRT
 
@@ -28,6 +28,5 @@ __all__ = [
     "make_graph",
     "ort_session",
     "precision_of",
-    "preload_gpu_libraries",
     "use_tf32",
 ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pq_sweep.runtimes.eager import Torch
 from pq_sweep.runtimes.graph import Precisions
 from pq_sweep.runtimes.ort import OnnxRuntime
 from pq_sweep.runtimes.tensorrt import TensorRT
-from pq_sweep.types import Data, Model, Runtime, Session, Workspace
+from pq_sweep.types import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,3 @@ class Auto:
         if precision in ("fp32", "bf16"):
             return self.torch.resolve(precision, device)
         return (self.tensorrt if device.startswith("cuda") else self.onnxruntime).resolve(precision, device)
-
-    def require(self, device: str) -> None:
-        raise AssertionError("resolve auto first")
-
-    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
-        raise AssertionError("resolve auto first")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pq_sweep.runtimes.cuda import own_stream, record_graph, refuse_on_cpu, use_tf32
 from pq_sweep.runtimes.graph import Precisions, precision_of
 from pq_sweep.runtimes.session import BySize, Call, CallSession
-from pq_sweep.types import Data, Model, Runtime, Session, UserError, Workspace, choose
+from pq_sweep.types import Data, Model, Quantizer, Runtime, Session, UserError, Workspace, choose
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Torch:
     def require(self, device: str) -> None:
         """Torch is always there."""
 
-    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
+    def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session:
         """Convert the network to the quantizer's precision, save its state_dict and run it."""
         import torch
 

@@ -134,7 +134,7 @@ def built(folder: Path, about: dict[str, Any], work: Workspace, build: Callable[
             made = build()
         if _engines(folder) != before:
             raise RuntimeMismatch("TensorRT does not take the engine in the cache that it built itself; use cache=off.")
-        work.stage.cached("build", seconds)
+        work.stage.count_cached("build", seconds)
         return made
     start = time.perf_counter()
     with work.stage("build"):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from pq_sweep.types import Data, Model, UserError, Workspace
+from pq_sweep.types import Data, Model, Quantizer, UserError, Workspace
 
 # What a runtime realises, by kind of device.
 Precisions = dict[str, tuple[str, ...]]
@@ -17,7 +16,7 @@ class RuntimeMismatch(RuntimeError):
     """A session runs on something else than was asked for."""
 
 
-def precision_of(quantizer: Callable[..., Any]) -> str:
+def precision_of(quantizer: Quantizer) -> str:
     """Return the precision of a quantizer function or of a partial of one."""
     function = getattr(quantizer, "func", quantizer)
     if not hasattr(function, "precision"):
@@ -27,7 +26,9 @@ def precision_of(quantizer: Callable[..., Any]) -> str:
     return str(function.precision)
 
 
-def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, form: str) -> tuple[Path, dict[str, Any]]:
+def make_graph(
+    model: Model, quantizer: Quantizer, data: Data, work: Workspace, *, form: str
+) -> tuple[Path, dict[str, Any]]:
     """Export the network, prove the export, and let the quantizer write `model.onnx`, once for all jobs."""
     from pq_sweep.core.weights import network_state, network_structure
     from pq_sweep.runtimes.export import check_export, fill, trace
@@ -40,7 +41,7 @@ def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, for
             trace(model, traced)
 
     def export() -> dict[str, Any]:
-        work.stage.shared("traced", partial(network_structure, model), trace_once, traced)
+        work.stage.keep_in_cache("traced", partial(network_structure, model), trace_once, traced)
         with work.stage("export"):
             fill(model, traced, source)
         traced.unlink()
@@ -49,7 +50,7 @@ def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, for
         return {"export_error": error, "exported_bytes": source.stat().st_size}
 
     def quantize() -> dict[str, Any]:
-        exported = work.stage.share("exported", network, export, source)
+        exported = work.stage.keep_in_both("exported", network, export, source)
         record = quantizer(source, target, data, form=form, stage=work.stage)
         source.unlink()
         return exported | {"quantizer": record or {}}
@@ -57,16 +58,16 @@ def make_graph(model: Model, quantizer: Any, data: Data, work: Workspace, *, for
     def about() -> dict[str, Any]:
         return network() | graph_options(quantizer, data, form)
 
-    return target, work.stage.share("quantized", about, quantize, target, target.with_name("precisions.svg"))
+    return target, work.stage.keep_in_both("quantized", about, quantize, target, target.with_name("precisions.svg"))
 
 
-def graph_options(quantizer: Any, data: Data, form: str) -> dict[str, Any]:
+def graph_options(quantizer: Quantizer, data: Data, form: str) -> dict[str, Any]:
     """Return what a graph depends on beside its network; calibration runs on a CPU, whose sums follow its threads."""
     import torch
 
     from pq_sweep.core.environment import device_name
 
-    function = getattr(quantizer, "func", quantizer)
+    function: Any = getattr(quantizer, "func", quantizer)
     about = {
         "quantizer": f"{function.__module__}.{function.__qualname__}",
         "options": getattr(quantizer, "keywords", {}),

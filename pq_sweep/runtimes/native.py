@@ -13,7 +13,7 @@ from pq_sweep.runtimes.cuda import own_stream, record_graph, use_tf32
 from pq_sweep.runtimes.engines import EngineBuilder, built, import_tensorrt, need, shape_of
 from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.session import BySize, Call, CallSession
-from pq_sweep.types import Data, Model, Session, Workspace
+from pq_sweep.types import Data, Model, Quantizer, Session, Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class TensorRTNative(EngineBuilder):
 
     name: ClassVar[str] = "tensorrt_native"
 
-    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
+    def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session:
         """Export, check and quantize the graph, build its engine in the job's folder and load that file."""
         import torch
 

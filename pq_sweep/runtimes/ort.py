@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pq_sweep.runtimes.cuda import own_stream, refuse_on_cpu, use_tf32
 from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.session import Call, CallSession
-from pq_sweep.types import Data, Model, Runtime, Session, UserError, Workspace
+from pq_sweep.types import Data, Model, Quantizer, Runtime, Session, UserError, Workspace
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -58,12 +58,12 @@ class OnnxRuntime:
         """Refuse a device for which the installed package has no provider."""
         require_provider(_provider(device))
 
-    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
+    def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session:
         """Export, check, quantize and load the graph."""
         graph, details = make_graph(model, quantizer, data, work, form="cpu")
         return self.load(graph, quantizer, work, details)
 
-    def load(self, graph: Path, quantizer: Any, work: Workspace, details: dict[str, Any]) -> Session:
+    def load(self, graph: Path, quantizer: Quantizer, work: Workspace, details: dict[str, Any]) -> Session:
         """Load a graph that the quantizer wrote."""
         provider, disabled = _provider(work.device), _crashing_optimizers(quantizer, graph)
         details = details | {"disabled_optimizers": disabled}
@@ -283,7 +283,7 @@ def _provider(device: str) -> str:
     return CPU if device == "cpu" else CUDA
 
 
-def _crashing_optimizers(quantizer: Any, graph: Path) -> tuple[str, ...]:
+def _crashing_optimizers(quantizer: Quantizer, graph: Path) -> tuple[str, ...]:
     """Name the optimizers to leave out: this one kills the process on FP16 transformers (onnxruntime 1.31.1)."""
     if precision_of(quantizer) != "fp16":
         return ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from pq_sweep.runtimes.cuda import override_tf32
 from pq_sweep.runtimes.engines import EngineBuilder, Shape, built, import_tensorrt, need, shape_of
@@ -21,10 +21,7 @@ from pq_sweep.runtimes.ort import (
     texts,
 )
 from pq_sweep.runtimes.session import BySize, Call, CallSession
-from pq_sweep.types import Data, Model, Session, UserError, Workspace
-
-if TYPE_CHECKING:
-    pass
+from pq_sweep.types import Data, Model, Quantizer, Session, UserError, Workspace
 
 BF16_OPTION_SINCE = (1, 23)
 
@@ -52,7 +49,7 @@ class TensorRT(EngineBuilder):
 
         return super().about(graph, work, precision) | {"onnxruntime": onnxruntime.__version__}
 
-    def open(self, model: Model, quantizer: Any, data: Data, work: Workspace) -> Session:
+    def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session:
         """Export, check and quantize the graph, and build its engines in the job's folder."""
         precision = precision_of(quantizer)
         import_tensorrt(self.name)  # loads the libraries that the provider links

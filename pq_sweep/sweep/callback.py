@@ -17,7 +17,8 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pq_sweep.core.environment import command_line, git_state
-from pq_sweep.core.files import read_json, write_json
+from pq_sweep.core.files import write_json
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.core.sentences import without_password
 from pq_sweep.sweep.current import CURRENT, check_folder
 from pq_sweep.sweep.explain import explain
@@ -52,12 +53,12 @@ class SweepCallback(Callback):
                 raise UserError("search chooses the jobs of a sweep; leave out hydra.mode=RUN.")
             check_search(config.search, grid.announced)
             grid = Grid()
-        folder = claim_folder(config)
-        earlier = read_json(folder / "sweep.json") or {}
+        folder = SweepFolder(claim_folder(config))
+        earlier = folder.read_manifest()
         check_folder(config, grid, folder, earlier.get("jobs") or [])
         tracker = instantiate(config.tracking)
-        write_json(folder / "sweep.json", manifest_of(config, grid, tracker, earlier))
-        CURRENT.begin(folder, tracker, grid.announced)
+        write_json(folder.manifest, manifest_of(config, grid, tracker, earlier))
+        CURRENT.begin(folder.path, tracker, grid.announced)
 
 
 def manifest_of(config: DictConfig, grid: Grid, tracker: Tracker, earlier: dict[str, Any]) -> dict[str, Any]:

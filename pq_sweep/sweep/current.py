@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pq_sweep.core.files import read_json, write_json
+from pq_sweep.core.files import write_json
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.results.conclude import conclude
 from pq_sweep.results.standing import Watch
 from pq_sweep.sweep.grid import Grid, compose_job, read_grid
@@ -38,13 +39,13 @@ class Current:
 
     def announce(self, config: DictConfig, jobs: list[list[str]], first: int) -> list[dict[str, Any]]:
         """Check and announce more jobs of a sweep that chooses them as it goes; `first` is the first one's number."""
-        folder = Path(config.hydra.sweep.dir)
+        folder = SweepFolder(Path(config.hydra.sweep.dir))
         grid = read_grid(compose_job(config, job, number) for number, job in enumerate(jobs, first))
-        manifest = read_json(folder / "sweep.json")
+        manifest = folder.read_manifest()
         check_folder(config, grid, folder, manifest["jobs"])
         self.announced = [*self.announced[:first], *grid.announced]
         later = manifest["jobs"][len(self.announced) :]  # of an earlier start of this search
-        write_json(folder / "sweep.json", manifest | {"jobs": [*self.announced, *later]})
+        write_json(folder.manifest, manifest | {"jobs": [*self.announced, *later]})
         return grid.announced
 
     def finish(self) -> bool:
@@ -54,7 +55,7 @@ class Current:
         return conclude(Watch(self.folder).look(), self.tracker.finish, self.found)
 
 
-def check_folder(config: DictConfig, grid: Grid, folder: Path, earlier: list[dict[str, Any]]) -> None:
+def check_folder(config: DictConfig, grid: Grid, folder: SweepFolder, earlier: list[dict[str, Any]]) -> None:
     """Refuse a grid whose jobs would replace others in the folder, or cannot load what they need."""
     if config.resume:
         grid.refuse_other(folder, earlier)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -17,7 +15,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pq_sweep.core.fingerprint import WITHOUT_EFFECT, digest, fingerprint
-from pq_sweep.core.groups import GROUPS, job_name
+from pq_sweep.core.folder import SweepFolder
+from pq_sweep.core.groups import GROUPS, group_of, job_name
 from pq_sweep.core.sentences import without_password
 from pq_sweep.job.check import problems
 from pq_sweep.types import UserError
@@ -34,22 +33,23 @@ class Grid:
     announced: list[dict[str, Any]] = field(default_factory=list)
     loads: dict[str, DictConfig] = field(default_factory=dict)
 
-    def refuse_other(self, folder: Path, earlier: list[dict[str, Any]]) -> None:
+    def refuse_other(self, folder: SweepFolder, earlier: list[dict[str, Any]]) -> None:
         """Raise a UserError if a finished job would be replaced by another one, not by itself after a change."""
         before = {job["folder"]: job for job in earlier}
         for job in self.announced:
             old = before.get(job["folder"], job)
             same = (_telling(old), old["choices"]) == (_telling(job), job["choices"])
-            if not same and (folder / job["folder"] / "result.json").exists():
+            place = folder.job(job["folder"])
+            if not same and place.result.exists():
                 raise UserError(
-                    f"{folder / job['folder']} holds the finished job {old['name']!r} of another grid; start the new"
+                    f"{place.path} holds the finished job {old['name']!r} of another grid; start the new"
                     " grid in a folder of its own, or give resume=false to replace what is there."
                 )
 
 
 def _telling(job: dict[str, Any]) -> list[str]:
     """Return the overrides of a job that its result depends on."""
-    return [word for word in job["overrides"] if re.split(r"[.=@]", word.lstrip("+~"))[0] not in WITHOUT_EFFECT]
+    return [word for word in job["overrides"] if group_of(word) not in WITHOUT_EFFECT]
 
 
 def read_grid(jobs: Iterable[DictConfig]) -> Grid:
@@ -69,7 +69,8 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
 def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
     """Compose the jobs one by one as the sweeper will; none under a sweeper that chooses its jobs as it goes."""
     sweeper = config.hydra.sweeper
-    if not sweeper._target_.endswith(("BasicSweeper", "CheckedSweeper")):
+    split = getattr(get_class(sweeper._target_), "split_arguments", None)
+    if split is None:  # Hydra loads its plugins twice, so that a class does not tell which one it is
         return
     loader = GlobalHydra.instance().config_loader()
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
@@ -78,8 +79,7 @@ def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
         raise UserError(
             "experiment=a,b would run without the grids of both files; start one sweep for each experiment."
         )
-    kind: Any = get_class(sweeper._target_)
-    grid = kind.split_arguments(overrides, max_batch_size=None)[0]
+    grid = split(overrides, max_batch_size=None)[0]
     yield from (compose_job(config, list(overrides), number) for number, overrides in enumerate(grid))
 
 
@@ -90,7 +90,7 @@ def by_stage(overrides: list[Override]) -> list[Override]:
     """
 
     def stage(override: Override) -> int:
-        root = re.split(r"[./@]", override.key_or_group)[0]
+        root = group_of(override.key_or_group)
         return STAGES.index(root) + 1 if root in STAGES else 0
 
     return sorted(overrides, key=stage)

@@ -23,7 +23,7 @@ from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
 from omegaconf import open_dict
 
-from pq_sweep.core.folder import finished, forget_error, read_error
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.job.stages import Stages
 from pq_sweep.results.slurm import max_array_size
 from pq_sweep.results.standing import Watch, record_loss, remember
@@ -136,7 +136,7 @@ class SlurmLauncher(WatchedLauncher):
         self.params["setup"] = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *(self.params.get("setup") or ())]
 
         # Two that start the same sweep at once must not both find its jobs missing.
-        with FileLock(folder / ".submit.lock"):
+        with FileLock(SweepFolder(folder).submit_lock):
             missing = list(self._missing(folder, planned))
             try:
                 for node, group in groupby(sorted(missing, key=_node), key=_node):
@@ -158,7 +158,7 @@ class SlurmLauncher(WatchedLauncher):
             row["job"] for row in Watch(folder, patient=False).look().rows if row["status"] in ("pending", "running")
         }
         for plan in planned:
-            done = resume and plan.fingerprint and finished(folder / plan.folder, plan.fingerprint)
+            done = resume and plan.fingerprint and SweepFolder(folder).job(plan.folder).finished(plan.fingerprint)
             if not done and plan.folder not in active:
                 yield plan
 
@@ -170,7 +170,7 @@ class SlurmLauncher(WatchedLauncher):
             arguments = zip(*(self._arguments(plan) for plan in chunk), strict=True)
             for plan, job in zip(chunk, executor.map_array(self, *arguments), strict=True):
                 plan.job = job
-                forget_error(folder / plan.folder)
+                SweepFolder(folder).job(plan.folder).forget_error()
             remember(folder, {plan.folder: _describe(folder, plan) for plan in chunk})
 
 
@@ -213,9 +213,10 @@ class LocalLauncher(WatchedLauncher):
 
 def _tell_if_lost(folder: Path, plan: Planned) -> None:
     """Write down that a job's process ended, if it could not do so itself."""
-    if read_error(folder / plan.folder) is None:
+    job = SweepFolder(folder).job(plan.folder)
+    if job.read_error() is None:
         reason = "The process of the job ended without a result: killed, perhaps for want of memory."
-        record_loss(folder, plan.folder, _describe(folder, plan), reason)
+        record_loss(job, _describe(folder, plan), reason)
 
 
 def _node(plan: Planned) -> str:

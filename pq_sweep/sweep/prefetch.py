@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 from omegaconf import DictConfig
 
-from pq_sweep.core.folder import finished
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.core.imports import quick_imports
 from pq_sweep.sweep.explain import explain
 from pq_sweep.sweep.grid import Grid, refuse_all
 
 
-def prefetch(grid: Grid, folder: Path) -> None:
+def prefetch(grid: Grid, sweep: SweepFolder) -> None:
     """Load every model and dataset once, here: what has to be downloaded is, and what cannot load is told.
 
     Hundreds of jobs would otherwise download the same file at once, or find out one by one that it does not load.
@@ -21,7 +20,7 @@ def prefetch(grid: Grid, folder: Path) -> None:
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    missing = {job["loads"] for job in grid.announced if not finished(folder / job["folder"], job["fingerprint"])}
+    missing = {job["loads"] for job in grid.announced if not sweep.job(job["folder"]).finished(job["fingerprint"])}
     if not missing:
         return
     # In a process of its own, so that a launcher that waits for days does not hold torch's memory.

@@ -14,7 +14,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from pq_sweep.core.groups import COMPRESSING
+from pq_sweep.core.groups import COMPRESSING, group_of, option_of
 from pq_sweep.results.rows import Row
 from pq_sweep.results.sweeps import read_job
 from pq_sweep.sweep.current import CURRENT
@@ -70,7 +70,7 @@ def check_search(search: DictConfig, combinations: list[dict[str, Any]]) -> None
     """Raise a UserError if a combination, as announced, has no amount to search for or is given one."""
     instantiate(search)
     for combination in combinations:
-        if any(word.lstrip("+").startswith(f"{PARAMETER}=") for word in combination["overrides"]):
+        if any(option_of(word) == PARAMETER for word in combination["overrides"]):
             raise UserError(f"{PARAMETER} is what search=constraint chooses; give search.low and search.high.")
         if combination["choices"]["pruner"] == "none" or combination["choices"]["amount"] is None:
             raise UserError("search=constraint needs a pruner with an amount; give pruner=l1_global or such.")
@@ -113,9 +113,6 @@ class Rounds:
 
     def _uncompressed(self) -> Iterator[list[str]]:
         """Yield what the speed of the others is compared with."""
-        kept = (
-            tuple(word for word in words if word.lstrip("+~").replace(".", "=").partition("=")[0] not in COMPRESSING)
-            for words in self.combinations
-        )
+        kept = (tuple(word for word in words if group_of(word) not in COMPRESSING) for words in self.combinations)
         for words in dict.fromkeys(kept):
             yield [*words, *(f"{group}=none" for group in COMPRESSING)]

@@ -15,9 +15,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from pq_sweep.core.files import read_json
 from pq_sweep.core.fingerprint import fingerprint
-from pq_sweep.core.folder import PROGRESS, finished
+from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.imports import quick_imports
 from pq_sweep.job.stages import is_leaving
 from pq_sweep.results.standing import is_logged
@@ -32,27 +31,32 @@ def run_job(cfg: DictConfig) -> None:
     A failing job does not raise: Hydra would leave out the batches after it. `error.json` and `job.log` say what went
     wrong, and `finish` makes the exit code of it.
     """
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    jobs = (read_json(folder.parent / "sweep.json") or {}).get("jobs", [])
-    place = next((number for number, job in enumerate(jobs, 1) if job["folder"] == folder.name), 1)
-    label = f"job {place} of {max(len(jobs), 1)}: {jobs[place - 1]['name'] if jobs else folder.name}"
+    folder = JobFolder(Path(HydraConfig.get().runtime.output_dir))
+    label = label_of(folder)
     if not cfg.resume and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
-        (folder / PROGRESS).unlink(missing_ok=True)
-    elif finished(folder, fingerprint(cfg)):
+        folder.progress.unlink(missing_ok=True)
+    elif folder.finished(fingerprint(cfg)):
         log.info("%s | reused: finished earlier", label)
         return
     try:
         with quick_imports("torch"):
             from pq_sweep.job.run import run
         with clean_stop():
-            run(cfg, folder, label)
+            run(cfg, folder.path, label)
     except (Exception, SystemExit) as error:
         if is_leaving(error):
             raise
         log.error("job %s failed: %s", folder.name, error)
         log.debug("traceback", exc_info=True)
     if not is_logged(folder):
-        instantiate(cfg.tracking).log(folder)
+        instantiate(cfg.tracking).log(folder.path)
+
+
+def label_of(folder: JobFolder) -> str:
+    """Say which job of how many it is, and what: "job 2 of 9: digits_cnn none fp16 onnxruntime"."""
+    jobs = folder.sweep.announced()
+    place = next((number for number, job in enumerate(jobs, 1) if job["folder"] == folder.name), 1)
+    return f"job {place} of {max(len(jobs), 1)}: {jobs[place - 1]['name'] if jobs else folder.name}"
 
 
 @contextmanager

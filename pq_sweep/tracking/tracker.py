@@ -19,7 +19,8 @@ from typing import ClassVar, Protocol, TypeVar
 
 from hydra.utils import instantiate
 
-from pq_sweep.core.files import read_json, shared_file_system
+from pq_sweep.core.files import shared_file_system
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.core.limits import bounded
 from pq_sweep.core.sentences import reason, without_password
 from pq_sweep.results.standing import Watch
@@ -177,7 +178,7 @@ class Mlflow:
 
 def tracker_of(folder: Path) -> Tracker:
     """Return where a sweep is logged; a password is not kept with it and has to come from the environment."""
-    config = (read_json(folder / "sweep.json") or {}).get("tracking")
+    config = SweepFolder(folder).read_manifest().get("tracking")
     if not config:
         return NoTracking()
     if config.pop("from_environment", False) and "MLFLOW_TRACKING_URI" in os.environ:

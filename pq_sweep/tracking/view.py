@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pq_sweep.core.files import read_json
-from pq_sweep.core.folder import error_files, read_error
+from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.groups import GROUPS
+from pq_sweep.core.result import Result
 from pq_sweep.results.rows import SLURM_COLUMNS, Row, batch_sizes, metrics, read_row
 from pq_sweep.results.sweeps import Sweep
 from pq_sweep.tracking import table
@@ -73,8 +74,9 @@ class View:
 
     def upload(self, job: Path) -> bool:
         """Log one job as a child run; return False if the store has it already."""
-        result = read_json(job / "result.json")
-        record = result or read_error(job)
+        folder = JobFolder(job)
+        result = read_json(folder.result)
+        record = result or folder.read_error()
         if record is None:
             return False
         status, started = "FINISHED" if result else "FAILED", f"{record['started']:.6f}"
@@ -84,7 +86,7 @@ class View:
             run = None if self._is_new(job) else self._only(self._find({"pq_sweep.job": job.name}), started)
             if run is not None and _state(run) == (status, started):
                 return False
-            row = read_row(job, self.announced.get(job.name, {}))
+            row = read_row(folder, self.announced.get(job.name, {}))
             tags = self._tags(job, row, result, started)
             if run is None:
                 run = self.client.create_run(self.experiment, int(record["started"] * 1000), tags, row["name"])
@@ -219,7 +221,7 @@ class View:
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
         when = int((result["started"] + result["seconds"]) * 1000) if result else 0
-        figures = metrics(result) if result else {}
+        figures = metrics(Result.of(result)) if result else {}
         self.client.log_batch(
             run.info.run_id,
             [Metric(key, float(value), when, 0) for key, value in figures.items()],
@@ -229,7 +231,7 @@ class View:
         # The client would ask the store for the run that is at hand.
         repository = get_artifact_repository(run.info.artifact_uri, self.client.tracking_uri)
         with TemporaryDirectory() as folder:
-            for path in (*(job / name for name in FILES), *error_files(job), *job.glob("*.svg")):
+            for path in (*(job / name for name in FILES), *JobFolder(job).errors, *job.glob("*.svg")):
                 if path.exists():
                     (Path(folder) / path.name).symlink_to(path.absolute())
             (Path(folder) / "config.yaml").write_text(yaml.dump(job_config(job), Dumper=DUMPER))

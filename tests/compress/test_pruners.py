@@ -202,11 +202,11 @@ def test_reported_sparsity_is_the_share_of_zeros(name: str, amount: float, data:
     weights = weights_of(state_of(model)).values()
     total = sum(weight.numel() for weight in weights)
     found = network.count(model)
-    assert found["sparsity"] == sum(map(zeros, weights)) / total
+    assert found.sparsity == sum(map(zeros, weights)) / total
     # One small layer rounds to whole channels.
-    assert found["sparsity"] == pytest.approx(amount, abs=0.02)
-    assert found["weights"] == total
-    assert found["params"] - found["nonzero_params"] == sum(zeros(p) for p in model.module.parameters())
+    assert found.sparsity == pytest.approx(amount, abs=0.02)
+    assert found.weights == total
+    assert found.params - found.nonzero_params == sum(zeros(p) for p in model.module.parameters())
 
 
 @pytest.mark.parametrize(
@@ -509,4 +509,4 @@ def test_every_pruner_leaves_every_network_alive(name: str, path: Path, request:
     prune(model, data)
     assert_alive(model, data.evaluation.fetch([0, 1, 2, 3]))
     after = network.count(model)
-    assert path.stem == "none" or after["sparsity"] > 0.4 or after["params"] <= 0.6 * before
+    assert path.stem == "none" or after.sparsity > 0.4 or after.params <= 0.6 * before

@@ -163,7 +163,7 @@ def test_every_weight_is_rounded_by_its_own_channel(case: Case, tmp_path: Path, 
 def test_weights_have_seven_bits_where_byte_products_saturate(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vnni: bool, largest: int
 ) -> None:
-    monkeypatch.setattr(qdq, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(qdq, "multiplies_bytes", lambda flags: vnni)
     record = quantize("int8", case, tmp_path / "model.onnx", "cpu")
     graph = onnx.load(tmp_path / "model.onnx")
     constants = tensors(graph)

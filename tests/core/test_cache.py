@@ -317,7 +317,7 @@ for number in range(20):
         made.write_bytes(bytes([number]) * 300_000)
         print(number, flush=True)
         return number
-    assert stage.shared("kind", lambda: {"number": number}, make, made) == number
+    assert stage.keep_in_cache("kind", lambda: {"number": number}, make, made) == number
     assert made.read_bytes() == bytes([number]) * 300_000
 """
 

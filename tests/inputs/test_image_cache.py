@@ -43,12 +43,17 @@ before_pillow_13 = pytest.mark.skipif(
 GREY = Preprocess(size=64, resize=80, channels=1, mean=(0.4,), std=(0.3,))
 
 
+def inputs(cache: ImageCache, paths: list[Path]) -> Tensor:
+    """Return images of a cache as a network takes them."""
+    return normalise(cache.pixels(paths), cache.preprocess)
+
+
 def prepared(path: Path, preprocess: Preprocess) -> Tensor:
     """Return one image of a folder as an input."""
     cache = ImageCache(path.parent, preprocess)
     cache.prepare([path])
     assert cache.usable(path), cache.excluded
-    return cache.inputs([path])[0]
+    return inputs(cache, [path])[0]
 
 
 def turned(orientation: int, *others: tuple[int, int, int, bytes]) -> bytes:
@@ -203,7 +208,7 @@ class TestPixels:
         cache.prepare(paths)
         expected = [transforms(Image.open(path).convert("RGB")) for path in paths]
         assert len(paths) >= 7
-        assert torch.equal(cache.inputs(paths), torch.stack(expected))
+        assert torch.equal(inputs(cache, paths), torch.stack(expected))
 
 
 def shades(channels: int) -> Tensor:
@@ -330,7 +335,7 @@ def use(root: Path, paths: list[Path] | None = None, preprocess: Preprocess = TI
 
 def require(cache: ImageCache, paths: list[Path]) -> None:
     """Compare what a cache gives with what the files hold now."""
-    assert torch.equal(cache.inputs(paths), torch.stack([torchvisions(upright(path), TINY) for path in paths]))
+    assert torch.equal(inputs(cache, paths), torch.stack([torchvisions(upright(path), TINY) for path in paths]))
 
 
 class TestReuse:
@@ -339,7 +344,7 @@ class TestReuse:
         assert len(decodes) == 10
         second = use(root)
         assert len(decodes) == 10
-        assert torch.equal(first.inputs(files(root)), second.inputs(files(root)))
+        assert torch.equal(inputs(first, files(root)), inputs(second, files(root)))
         require(second, files(root))
         counts = [(cache.record()["decoded"], cache.record()["from_cache"]) for cache in (first, second)]
         assert counts == [(10, 0), (0, 10)]
@@ -391,12 +396,12 @@ class TestReuse:
         require(use(root), [link])
 
     def test_touched_file_is_decoded_again(self, root: Path, decodes: list[bytes]) -> None:
-        before = use(root).inputs(files(root))
+        before = inputs(use(root), files(root))
         os.utime(files(root)[2], ns=(1, 1))
         decodes.clear()
         cache = use(root)
         assert len(decodes) == 1
-        assert torch.equal(cache.inputs(files(root)), before)
+        assert torch.equal(inputs(cache, files(root)), before)
         assert len(use(root).record()["left_out"]) == len(decodes) - 1 == 0
 
     def test_deleted_file_is_left_out_until_it_is_back(self, root: Path, decodes: list[bytes]) -> None:
@@ -449,7 +454,7 @@ class TestReuse:
         assert len(decodes) == (0 if shared else 10)
         mode = "RGB" if other.channels == 3 else "L"
         expected = [torchvisions(upright(path, mode), other) for path in files(root)]
-        assert torch.equal(cache.inputs(files(root)), torch.stack(expected))
+        assert torch.equal(inputs(cache, files(root)), torch.stack(expected))
         require(use(root), files(root))
 
     def test_roots_of_the_same_name_are_told_apart_and_links_followed(self, root: Path, decodes: list[bytes]) -> None:
@@ -627,7 +632,7 @@ class TestNoRoom:
         expected = torch.stack([torchvisions(upright(path), big) for path in files(root)])
         cache.prepare(files(root))
         for again in (cache, use(root, preprocess=big)):
-            assert torch.equal(again.inputs(files(root)), expected)
+            assert torch.equal(inputs(again, files(root)), expected)
 
     def test_file_in_the_way_of_the_cache(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PQ_SWEEP_CACHE", str(files(root)[0]))
@@ -714,7 +719,7 @@ def test_killed_writer_loses_at_most_a_chunk(
     cache = use(root, preprocess=preprocess)
     assert len(decodes) == 10 - kept
     expected = [torchvisions(upright(path), preprocess) for path in files(root)]
-    assert torch.equal(cache.inputs(files(root)), torch.stack(expected))
+    assert torch.equal(inputs(cache, files(root)), torch.stack(expected))
 
 
 def fill_together(roots: list[Path], turn: int, barrier: Any, found: Any) -> None:
@@ -725,8 +730,8 @@ def fill_together(roots: list[Path], turn: int, barrier: Any, found: Any) -> Non
         paths = files(root)[:: turn**number]
         for start in range(0, len(paths), 4):
             cache.prepare(paths[start : start + 4])
-            cache.inputs(paths[: start + 4])
-        found.put((root.name, len(cache.decoded), cache.inputs(files(root)).numpy().tobytes()))
+            inputs(cache, paths[: start + 4])
+        found.put((root.name, len(cache.decoded), inputs(cache, files(root)).numpy().tobytes()))
 
 
 @pytest.mark.slow
@@ -751,7 +756,7 @@ def test_processes_that_fill_a_cache_at_once_decode_each_image_once(tmp_path: Pa
         assert cache.record()["decoded"] == 0
         mine = [(decoded, pixels) for name, decoded, pixels in answers if name == root.name]
         assert sum(decoded for decoded, _ in mine) == 24
-        assert {pixels for _, pixels in mine} == {cache.inputs(files(root)).numpy().tobytes()}
+        assert {pixels for _, pixels in mine} == {inputs(cache, files(root)).numpy().tobytes()}
         lines = (cache.folder / "index.jsonl").read_text().split()
         assert len([line for line in lines if '"path":' in line]) == 24
         assert (cache.folder / "pixels.u8").stat().st_size == 24 * 8 * 8 * 3
@@ -779,6 +784,6 @@ def test_writer_killed_at_any_moment(root: Path, tmp_path: Path, decodes: list[b
             assert sum(line.endswith("}") for line in lines) == 400
             chosen = files(root)[::40]
             expected = [torchvisions(upright(path), preprocess) for path in chosen]
-            assert torch.equal(cache.inputs(chosen), torch.stack(expected))
+            assert torch.equal(inputs(cache, chosen), torch.stack(expected))
     finally:
         image_cache.CHUNK = chunk

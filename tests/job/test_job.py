@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pq_sweep.compress.removal import replay
 from pq_sweep.core.files import write_json
+from pq_sweep.core.result import Result
 from pq_sweep.core.weights import prunable
 from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
@@ -59,7 +60,7 @@ class Done:
     """A finished job: its folder, and what `run` returned."""
 
     folder: Path
-    returned: dict[str, Any]
+    returned: Result
 
     @property
     def result(self) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def test_a_result_has_every_part(jobs: Jobs, name: str) -> None:
 
 @each_job
 def test_what_is_returned_is_what_is_written(jobs: Jobs, name: str) -> None:
-    assert json.loads(json.dumps(jobs(name).returned)) == jobs(name).result
+    assert json.loads(json.dumps(jobs(name).returned.plain())) == jobs(name).result
 
 
 @each_job
@@ -460,7 +461,7 @@ def test_stages_add_up(tmp_path: Path) -> None:
             assert read(tmp_path / "status.json")["stage"] == stage.current == name
 
     assert list(stage.seconds) == ["load", "quantize"]
-    assert list(stage.prep) == ["quantize"]
+    assert list(stage.preparation.prep_s) == ["quantize"]
 
 
 def test_a_stage_that_fails_is_named(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from conftest import ROOT, new_user
 from hydra import compose, initialize_config_dir
 
 from pq_sweep.core.fingerprint import file_hash
-from pq_sweep.core.folder import PROGRESS
+from pq_sweep.core.result import Memory, Speed
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job import repeats
 from pq_sweep.job import run as job
@@ -30,6 +30,8 @@ from pq_sweep.job.fresh import KeptStages, check_artifact
 from pq_sweep.job.repeats import RepeatFailed, combine, share_network
 from pq_sweep.job.stages import Stages
 from pq_sweep.measure.timing import DRIFT
+
+PROGRESS = "progress.json"
 
 ONNX = ("pruner=l1", "quantizer=int8", "runtime=onnxruntime")
 TRAINED = ("pruner=remove", "recovery=finetune", "recovery.epochs=1")
@@ -194,16 +196,16 @@ def test_stages_say_which_repeat_it_is(pairs: Pairs, overrides: tuple[str, ...])
 
 
 def test_peaks_of_memory_are_the_highest_of_all_repeats() -> None:
-    def found(p50_ms: float, peak: float | None, nvml: float | None) -> dict[str, Any]:
+    def found(p50_ms: float, peak: float | None, nvml: float | None) -> Speed:
         timed = {"p50_ms": p50_ms, "unstable": []}
-        return {"latency": {"1": timed}, "peak_memory_mb": peak, "memory": {"nvml_process_mb": nvml}}
+        return Speed.of({"latency": {"1": timed}, "peak_memory_mb": peak, "memory": {"nvml_process_mb": nvml}})
 
     combined = combine([found(2.0, 70.0, None), found(1.0, None, 3.0), found(3.0, 50.0, 5.0)])
 
-    assert combined["latency"]["1"]["p50_ms"] == 2.0
-    assert combined["peak_memory_mb"] == 70.0
-    assert combined["memory"] == {"nvml_process_mb": 5.0}
-    assert combine([found(1.0, None, None)])["peak_memory_mb"] is None
+    assert combined.latency["1"].p50_ms == 2.0
+    assert combined.peak_memory_mb == 70.0
+    assert combined.memory == Memory.of({"nvml_process_mb": 5.0})
+    assert combine([found(1.0, None, None)]).peak_memory_mb is None
 
 
 # --- the same network -------------------------------------------------------------------------------------------------
@@ -252,13 +254,13 @@ def test_another_artifact_is_not_measured(tmp_path: Path) -> None:
 def test_a_fresh_process_reads_what_is_kept_and_writes_nothing(tmp_path: Path) -> None:
     stage = Stages(tmp_path, "")
     stage.resume("key")
-    stage.keep("one", lambda: 1)
+    stage.keep_in_job("one", lambda: 1)
     before, told = (tmp_path / PROGRESS).read_bytes(), list[dict[str, Any]]()
     kept = KeptStages(tmp_path, told.append)
     kept.resume("key")
     with kept("load"):
-        assert kept.keep("one", lambda: 2) == 1
-        assert kept.keep("two", lambda: 2) == 2
+        assert kept.keep_in_job("one", lambda: 2) == 1
+        assert kept.keep_in_job("two", lambda: 2) == 2
 
     assert told == [{"stage": "load"}]
     assert (tmp_path / PROGRESS).read_bytes() == before
@@ -268,7 +270,7 @@ def test_a_fresh_process_reads_what_is_kept_and_writes_nothing(tmp_path: Path) -
 def test_a_job_whose_code_changed_is_not_measured_on(tmp_path: Path) -> None:
     stage = Stages(tmp_path, "")
     stage.resume("key")
-    stage.keep("one", lambda: 1)
+    stage.keep_in_job("one", lambda: 1)
     with pytest.raises(RepeatFailed, match="changed since the job started; start it again"):
         KeptStages(tmp_path, print).resume("another")
     assert (tmp_path / PROGRESS).exists()

@@ -26,7 +26,7 @@ from hydra import compose, initialize_config_dir
 from pq_sweep.compress.pruners import l1_global
 from pq_sweep.compress.recovery import finetune
 from pq_sweep.compress.removal import remove
-from pq_sweep.core.folder import PROGRESS
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job import run as job
 from pq_sweep.job import steps as resume
@@ -34,6 +34,8 @@ from pq_sweep.job.stages import Stages
 from pq_sweep.job.steps import change_once
 from pq_sweep.sweep.grid import Grid, announce
 from pq_sweep.types import Model, UserError
+
+PROGRESS = "progress.json"
 
 # Runs launch.py and waits at the beginning of the stage PAUSE_IN for somebody to end the process.
 PAUSING = """
@@ -354,7 +356,7 @@ def test_a_grid_that_only_logs_elsewhere_is_no_other(tmp_path: Path, other: tupl
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "result.json").touch()
     try:
-        Grid([announced(*other)]).refuse_other(tmp_path, [announced()])
+        Grid([announced(*other)]).refuse_other(SweepFolder(tmp_path), [announced()])
     except UserError:
         assert refuses
     else:
@@ -363,7 +365,7 @@ def test_a_grid_that_only_logs_elsewhere_is_no_other(tmp_path: Path, other: tupl
 
 def test_a_grid_may_change_what_is_not_finished(tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
-    Grid([announced("seed=1")]).refuse_other(tmp_path, [announced()])
+    Grid([announced("seed=1")]).refuse_other(SweepFolder(tmp_path), [announced()])
 
 
 @pytest.mark.slow
@@ -516,10 +518,10 @@ def test_what_is_kept_is_made_once(tmp_path: Path) -> None:
     make, calls = counted(value, file)
     first = stages(tmp_path)
     assert not first.has("part")
-    assert first.keep("part", make, file) == first.keep("part", make, file) == value
+    assert first.keep_in_job("part", make, file) == first.keep_in_job("part", make, file) == value
     again = stages(tmp_path)
     assert again.has("part")
-    assert again.keep("part", make, file) == value
+    assert again.keep_in_job("part", make, file) == value
     assert len(calls) == 1
 
 
@@ -527,36 +529,36 @@ def test_what_is_kept_is_made_once(tmp_path: Path) -> None:
 def test_a_part_whose_file_changed_is_not_kept(tmp_path: Path, damage: Callable[[Path], Any]) -> None:
     file = tmp_path / "made.txt"
     make, calls = counted("value", file)
-    stages(tmp_path).keep("part", make, file)
+    stages(tmp_path).keep_in_job("part", make, file)
     damage(file)
     again = stages(tmp_path)
     assert not again.has("part")
-    assert again.keep("part", make, file) == "value"
+    assert again.keep_in_job("part", make, file) == "value"
     assert file.read_text() == "value"
     assert len(calls) == 2
 
 
 def test_a_part_that_failed_is_not_kept(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
-        stages(tmp_path).keep("part", lambda: 1 / 0)
+        stages(tmp_path).keep_in_job("part", lambda: 1 / 0)
     assert not stages(tmp_path).has("part")
 
 
 def test_once_is_a_stage(tmp_path: Path) -> None:
     make, calls = counted(7)
     first = stages(tmp_path)
-    assert first.once("export", make) == 7
+    assert first.time_and_keep("export", make) == 7
     again = stages(tmp_path)
     with stages_of() as names:
-        assert again.once("export", make) == 7
+        assert again.time_and_keep("export", make) == 7
     assert names == []
     assert len(calls) == 1
-    assert again.prep == {"export": first.seconds["export"]}
+    assert again.preparation.prep_s == {"export": first.seconds["export"]}
 
 
 def test_a_stage_of_an_earlier_try_is_not_timed_again(tmp_path: Path) -> None:
     first = stages(tmp_path)
-    first.once("export", lambda: None)
+    first.time_and_keep("export", lambda: None)
     again = stages(tmp_path)
     for name in ("export", "quantize"):
         with again(name):
@@ -573,7 +575,7 @@ def test_a_try_of_the_same_job_is_added(tmp_path: Path) -> None:
 
 
 def test_another_key_clears_the_folder(tmp_path: Path) -> None:
-    stages(tmp_path).keep("part", lambda: 1)
+    stages(tmp_path).keep_in_job("part", lambda: 1)
     for name in ("export.onnx", "model.pt", "prune.kept.pt", "predictions.npy", "pruning.json", "job.log"):
         (tmp_path / name).touch()
     (tmp_path / "engine").mkdir()
@@ -585,7 +587,7 @@ def test_another_key_clears_the_folder(tmp_path: Path) -> None:
 
 
 def test_a_damaged_record_of_progress_counts_for_nothing(tmp_path: Path) -> None:
-    stages(tmp_path).keep("part", lambda: 1)
+    stages(tmp_path).keep_in_job("part", lambda: 1)
     (tmp_path / PROGRESS).write_text('{"key": "key", "kept": {"part"')
     assert not stages(tmp_path).has("part")
 

@@ -18,6 +18,7 @@ from independent import torch_threads
 from protocols import protocol
 from torch import Tensor, nn
 
+from pq_sweep.core.result import Latency
 from pq_sweep.core.threads import use_threads
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job.stages import Stages
@@ -89,9 +90,9 @@ def test_accuracy_is_that_of_a_plain_loop(batch_size: int) -> None:
     session = lookup(logits)
     result, predictions = scores.accuracy(session, data_of(labels, 12), batch_size)
 
-    assert result["samples"] == 101
-    assert result["top1"] == plain_accuracy(logits.numpy(), labels.numpy(), 1)
-    assert result["top5"] == plain_accuracy(logits.numpy(), labels.numpy(), 5)
+    assert result.samples == 101
+    assert result.top1 == plain_accuracy(logits.numpy(), labels.numpy(), 1)
+    assert result.top5 == plain_accuracy(logits.numpy(), labels.numpy(), 5)
     assert predictions.tolist() == logits.numpy().argmax(1).tolist()
     assert session.calls == [min(batch_size, 101 - start) for start in range(0, 101, batch_size)]
 
@@ -103,8 +104,8 @@ def test_accuracy_lets_only_the_classes_of_the_data_compete() -> None:
     result, predictions = scores.accuracy(lookup(logits), data_of(labels, 7, columns), 32)
     chosen = logits.numpy()[:, columns.numpy()]
 
-    assert result["top1"] == plain_accuracy(chosen, labels.numpy(), 1)
-    assert result["top5"] == plain_accuracy(chosen, labels.numpy(), 5)
+    assert result.top1 == plain_accuracy(chosen, labels.numpy(), 1)
+    assert result.top5 == plain_accuracy(chosen, labels.numpy(), 5)
     assert predictions.tolist() == chosen.argmax(1).tolist()
 
 
@@ -113,7 +114,7 @@ def test_top5_needs_more_than_five_classes(classes: int, stated: bool) -> None:
     logits, labels = random_answers(30, classes)
     result, _ = scores.accuracy(lookup(logits), data_of(labels, classes), 8)
 
-    assert (result["top5"] is not None) is stated
+    assert (result.top5 is not None) is stated
 
 
 @pytest.mark.parametrize("classes", [10, 1000])
@@ -124,7 +125,7 @@ def test_equal_logits_count_for_the_first_class(classes: int) -> None:
     result, predictions = scores.accuracy(lookup(logits), data_of(torch.full((50,), 3), classes), 16)
 
     assert set(predictions.tolist()) == {3}
-    assert result["top1"] == 1.0
+    assert result.top1 == 1.0
 
 
 # Wilson's interval
@@ -174,8 +175,8 @@ def test_latency_keeps_every_sample(warmup: int, iterations: int, batch: int) ->
     result, samples = clocked.latency(session, torch.zeros(batch, 1, 8, 8), chosen)
 
     assert session.calls == [batch] * (warmup + iterations)
-    assert result["warmup"]["iterations"] == warmup
-    assert len(samples["host"]) == result["iterations"] == iterations
+    assert result.warmup["iterations"] == warmup
+    assert len(samples["host"]) == result.iterations == iterations
     assert (samples["host"] > 0).all()
 
 
@@ -183,11 +184,11 @@ def test_latency_is_derived_from_its_samples() -> None:
     result, samples = clocked.latency(Fake(torch.clone), torch.zeros(4, 1, 8, 8), protocol(iterations=70))
     again = summarise(samples["host"], 4, math.inf)
 
-    assert {key: result[key] for key in again} == again
-    assert result["clock"] == "perf_counter_ns"
-    assert samples["host"].sum() / 1e9 <= result["duration_s"]
-    assert result["cpu_time_per_iteration_ms"] >= 0
-    assert result["load_of_others"] >= 0
+    assert result.plain().items() >= again.plain().items()
+    assert result.clock == "perf_counter_ns"
+    assert samples["host"].sum() / 1e9 <= result.duration_s
+    assert result.cpu_time_per_iteration_ms >= 0
+    assert result.load_of_others >= 0
 
 
 @pytest.mark.parametrize(("loads", "kept"), [([0.0], 0), ([0.9, 0.1], 1), ([0.9, 0.3, 0.5], 1), ([0.9, 0.9, 0.8], 2)])
@@ -197,17 +198,17 @@ def test_latency_is_taken_again_while_others_are_busy_and_the_quietest_counts(
     session, left = Fake(lambda images: images), list(loads)
 
     def loaded(*_: Any) -> Any:
-        return {"load_of_others": left.pop(0), "number": len(loads) - len(left) - 1}, {}
+        return Latency.of({"load_of_others": left.pop(0), "iterations": len(loads) - len(left) - 1}), {}
 
     monkeypatch.setattr(clocked, "_loaded", loaded)
     result, _ = clocked.latency(session, torch.zeros(1, 1, 8, 8), protocol(retries=2))
 
     assert not left
-    assert (result["number"], result["loads"], result["load_of_others"]) == (kept, loads, min(loads))
+    assert (result.iterations, result.loads, result.load_of_others) == (kept, loads, min(loads))
 
 
 def test_the_state_of_the_device_comes_with_the_latency() -> None:
-    state = clocked.latency(Fake(torch.clone), torch.zeros(1, 1, 8, 8), protocol(iterations=10))[0]["device_state"]
+    state = clocked.latency(Fake(torch.clone), torch.zeros(1, 1, 8, 8), protocol(iterations=10))[0].device_state
     assert state["device"] == "cpu"
     assert state["involuntary_switches"] >= 0
     assert ("energy_j" in state and state["energy_j"] is not None) != ("energy_j" in state["unavailable"])
@@ -234,9 +235,9 @@ def test_a_throttled_device_settles_nothing_and_energy_is_per_image(monkeypatch:
     monkeypatch.setattr(clocked, "Monitor", Hot)
     chosen = protocol(min_s=0.2, interval=math.inf)
     result, samples = clocked.latency(Fake(torch.clone), torch.zeros(4, 1, 8, 8), chosen)
-    assert "throttled" in result["unstable"]
-    assert "power_capped" not in result["unstable"]
-    assert result["energy_per_image_j"] == pytest.approx(1.0 / (4 * len(samples["host"])), rel=0.05)
+    assert "throttled" in result.unstable
+    assert "power_capped" not in result.unstable
+    assert result.energy_per_image_j == pytest.approx(1.0 / (4 * len(samples["host"])), rel=0.05)
 
 
 def test_latency_includes_all_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,10 +263,10 @@ def test_speed_measures_every_batch_size(tmp_path: Path) -> None:
     chosen = protocol(batch_sizes=[1, 8], warmup_iterations=2, iterations=3)
     result, samples = clocked.speed(session, data, chosen, stage, not_opened)
 
-    assert list(result["latency"]) == ["1", "8"]
+    assert list(result.latency) == ["1", "8"]
     assert session.calls == [1] * 5 + [8] * 5
     assert {name: len(values) for name, values in samples.items()} == {"b1_host": 3, "b8_host": 3}
-    assert np.median(samples["b8_host"]) / 1e6 == result["latency"]["8"]["p50_ms"]
+    assert np.median(samples["b8_host"]) / 1e6 == result.latency["8"].p50_ms
     assert set(stage.seconds) == {"latency b1", "latency b8"}
 
 
@@ -280,7 +281,7 @@ def test_pairs_are_timed_with_the_uncompressed_model(tmp_path: Path) -> None:
     assert dense.closed
     assert set(samples) == {f"b{size}_{name}" for size in (1, 2) for name in ("host", "paired", "paired_dense")}
     ratio = np.median(samples["b1_paired_dense"] / samples["b1_paired"])
-    assert result["paired"]["1"]["speedup"] == ratio > 1
+    assert result.paired["1"].speedup == ratio > 1
 
 
 # Threads
@@ -309,9 +310,9 @@ def peak_of(megabytes: int, folder: Path) -> float:
 
     data = data_of(torch.zeros(1), 2)
     result, _ = clocked.speed(Fake(answer), data, protocol(iterations=3), Stages(folder, ""), not_opened)
-    if result["peak_memory_mb"] is None:
+    if result.peak_memory_mb is None:
         pytest.skip("this kernel does not let a process reset its peak of memory")
-    return float(result["peak_memory_mb"])
+    return float(result.peak_memory_mb)
 
 
 def test_the_peak_of_memory_rises_by_what_a_session_takes(tmp_path: Path) -> None:
@@ -324,9 +325,8 @@ def test_the_peak_of_memory_rises_by_what_a_session_takes(tmp_path: Path) -> Non
 
 def test_memory_that_nvml_saw_is_the_peak_of_all_batch_sizes() -> None:
     states: list[dict[str, Any]] = [{"memory_process_mb": 900.0}, {"memory_process_mb": 1200.0}, {"verdicts": []}]
-    latencies = {str(size): {"device_state": state} for size, state in enumerate(states)}
 
-    assert memory.watched_memory(latencies) == {"nvml_process_mb": 1200.0, "nvml_device_mb": None}
+    assert memory.watched_memory(states) == (1200.0, None)
 
 
 @pytest.mark.gpu
@@ -335,13 +335,14 @@ def test_memory_of_a_gpu_is_counted_by_its_allocator_and_by_nvml(tmp_path: Path)
     kept = torch.ones(250_000 * 400, device="cuda")
     session = Fake(lambda images: images + kept[0], "cuda:0")
     result, _ = clocked.speed(session, data, protocol(iterations=30, min_s=1.0), Stages(tmp_path, ""), not_opened)
-    memory = result["memory"]
+    told = result.memory
+    assert told is not None
 
-    assert result["peak_memory_mb"] == memory["allocator_mb"] == pytest.approx(400, rel=0.1)
-    assert memory["allocator_mb"] <= memory["allocator_reserved_mb"]
-    if memory["nvml_device_mb"] is None:
+    assert result.peak_memory_mb == told.allocator_mb == pytest.approx(400, rel=0.1)
+    assert told.allocator_mb <= told.allocator_reserved_mb
+    if told.nvml_device_mb is None:
         pytest.skip("NVML does not tell here")
-    assert memory["allocator_reserved_mb"] <= memory["nvml_device_mb"]
+    assert told.allocator_reserved_mb <= told.nvml_device_mb
 
 
 # Threads
@@ -429,15 +430,15 @@ def test_the_network_is_counted_weight_by_weight() -> None:
     result = network.count(model)
 
     layers = [value for key, value in parameters.items() if value.dim() > 1]
-    assert result["params"] == sum(math.prod(value.shape) for value in parameters.values())
-    assert result["weights"] == sum(math.prod(value.shape) for value in layers)
-    assert result["sparsity"] == sum(value.flatten().tolist().count(0.0) for value in layers) / result["weights"]
-    assert result["nonzero_params"] == sum(int((value != 0).sum()) for value in parameters.values())
-    assert result["sparsity"] * result["weights"] == pytest.approx(10 * 256)
+    assert result.params == sum(math.prod(value.shape) for value in parameters.values())
+    assert result.weights == sum(math.prod(value.shape) for value in layers)
+    assert result.sparsity == sum(value.flatten().tolist().count(0.0) for value in layers) / result.weights
+    assert result.nonzero_params == sum(int((value != 0).sum()) for value in parameters.values())
+    assert result.sparsity * result.weights == pytest.approx(10 * 256)
 
 
 def test_the_projections_of_attention_count_as_weights() -> None:
     result = network.count(model_of(Attention(need_weights=False), 16, 5))
 
-    assert result["weights"] == 4 * 16 * 16
-    assert result["params"] == 4 * 16 * 16 + 4 * 16
+    assert result.weights == 4 * 16 * 16
+    assert result.params == 4 * 16 * 16 + 4 * 16

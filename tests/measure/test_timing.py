@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from protocols import protocol
 from scipy.stats import binom, quantile_test
 
+from pq_sweep.core.result import Latency, Paired, Timed
 from pq_sweep.measure.timing import (
     SAMPLES_FOR,
     Protocol,
@@ -54,13 +55,13 @@ def test_a_summary_is_that_of_its_samples(count: int) -> None:
     ms = [value / 1e6 for value in samples.tolist()]
     result = summarise(samples, 8, math.inf)
 
-    assert result["iterations"] == count
-    assert result["p50_ms"] == pytest.approx(statistics.median(ms))
-    assert result["mean_ms"] == pytest.approx(statistics.fmean(ms))
-    assert result["throughput"] == pytest.approx(8 / (statistics.median(ms) / 1000))
-    assert result["std_ms"] == (pytest.approx(statistics.stdev(ms)) if count > 1 else None)
-    assert result["p90_ms"] == (pytest.approx(interpolated(ms, 0.90)) if count >= 64 else None)
-    assert result["p99_ms"] == (pytest.approx(interpolated(ms, 0.99)) if count >= 662 else None)
+    assert result.iterations == count
+    assert result.p50_ms == pytest.approx(statistics.median(ms))
+    assert result.mean_ms == pytest.approx(statistics.fmean(ms))
+    assert result.throughput == pytest.approx(8 / (statistics.median(ms) / 1000))
+    assert result.std_ms == (pytest.approx(statistics.stdev(ms)) if count > 1 else None)
+    assert result.p90_ms == (pytest.approx(interpolated(ms, 0.90)) if count >= 64 else None)
+    assert result.p99_ms == (pytest.approx(interpolated(ms, 0.99)) if count >= 662 else None)
 
 
 @pytest.mark.parametrize(("q", "samples"), SAMPLES_FOR.items())
@@ -251,7 +252,7 @@ def test_sampling_goes_on_until_the_median_is_known() -> None:
     assert seconds == pytest.approx(taken.sum() / 1e9)
     assert half_width(taken) <= 0.01
     assert half_width(taken[: round(len(taken) * 0.9)]) > 0.01 or len(taken) < 60
-    assert "interval" not in summarise(taken, 1, 0.01)["unstable"]
+    assert "interval" not in summarise(taken, 1, 0.01).unstable
 
 
 def test_sampling_ends_at_its_limit_and_says_that_the_median_is_not_known() -> None:
@@ -260,7 +261,7 @@ def test_sampling_ends_at_its_limit_and_says_that_the_median_is_not_known() -> N
         lambda: None, Machine(noise), protocol(iterations=50, interval=1e-4, max_s=200.0), 1, nullcontext()
     )
     assert 190 < len(taken) < 230
-    assert "interval" in result["unstable"]
+    assert "interval" in result.unstable
 
 
 # Clocks that do what machines do
@@ -277,50 +278,50 @@ def times(seconds: Iterable[float], share: float = 0.002) -> Iterator[float]:
     return (value * factor for value, factor in zip(seconds, jitter(share), strict=False))
 
 
-def measured(seconds: Iterator[float], **options: Any) -> tuple[dict[str, Any], np.ndarray]:
+def measured(seconds: Iterator[float], **options: Any) -> tuple[Timed, np.ndarray]:
     chosen = {"iterations": 1000, "interval": 0.01, "max_s": 100.0, "window": 20, "agreement": 0.02} | options
     return timed(lambda: None, Machine(seconds), protocol(**{"warmup_max_s": 15.0} | chosen), 1, nullcontext())
 
 
 def test_a_steady_machine_is_stable() -> None:
     result, _ = measured(times(repeat(0.010)))
-    assert result["unstable"] == []
-    assert result["p50_ms"] == pytest.approx(10.0, rel=1e-3)
-    assert result["outliers"] == 0
+    assert result.unstable == []
+    assert result.p50_ms == pytest.approx(10.0, rel=1e-3)
+    assert result.outliers == 0
 
 
 def test_a_slow_start_is_dropped() -> None:
     slow = [0.5, 0.2, 0.1, *(0.05 * 0.9**i for i in range(15))]
     result, taken = measured(times(chain(slow, repeat(0.010))))
-    assert result["warmup"]["converged"]
-    assert result["warmup"]["iterations"] >= len(slow)
+    assert result.warmup["converged"]
+    assert result.warmup["iterations"] >= len(slow)
     assert taken.max() < 0.0105e9
-    assert result["p50_ms"] == pytest.approx(10.0, rel=1e-3)
-    assert result["unstable"] == []
+    assert result.p50_ms == pytest.approx(10.0, rel=1e-3)
+    assert result.unstable == []
 
 
 def test_a_drifting_machine_is_unstable() -> None:
     """As one that gets hot: a thousandth slower every ten calls, too little for two windows to differ."""
     result, _ = measured(times(0.010 * 1.0001**i for i in range(10**6)))
-    assert result["warmup"]["converged"]
-    assert "drift" in result["unstable"]
+    assert result.warmup["converged"]
+    assert "drift" in result.unstable
 
 
 @pytest.mark.parametrize("share", [0.5, 0.7])
 def test_a_machine_of_two_speeds_is_unstable(share: float) -> None:
     fast = np.random.default_rng(3).random(10**5) < share
     result, _ = measured(times(np.where(fast, 0.010, 0.013)))
-    assert "spread" in result["unstable"]
-    assert ("interval" in result["unstable"]) == (share == 0.5)
+    assert "spread" in result.unstable
+    assert ("interval" in result.unstable) == (share == 0.5)
 
 
 def test_spikes_are_kept_and_counted_and_do_not_move_the_median() -> None:
     spiky = (0.1 if i % 97 == 50 else 0.010 for i in range(10**6))
     result, taken = measured(times(spiky))
-    assert result["unstable"] == []
-    assert result["p50_ms"] == pytest.approx(10.0, rel=1e-3)
-    assert result["outliers"] == (taken > 0.05e9).sum() > 0
-    assert result["p99_ms"] > 50
+    assert result.unstable == []
+    assert result.p50_ms == pytest.approx(10.0, rel=1e-3)
+    assert result.outliers == (taken > 0.05e9).sum() > 0
+    assert result.p99_ms > 50
 
 
 def test_outliers_are_not_looked_for_where_most_samples_are_equal() -> None:
@@ -347,7 +348,7 @@ class TwoMachines(Machine):
         return round(step * 1e9)
 
 
-def in_turn(machine: Machine, **options: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def in_turn(machine: Machine, **options: Any) -> tuple[Paired, dict[str, np.ndarray]]:
     return paired(lambda: "own", lambda: "dense", machine, protocol(**{"iterations": 200, "interval": 0.01} | options))
 
 
@@ -355,29 +356,29 @@ def test_a_ratio_is_known_on_a_machine_that_drifts() -> None:
     """Twice as slow at the end as at the beginning: the medians say nothing, the ratio does."""
     slowing = times((0.010 * (1 + i / 2000) for i in range(10**6)), share=0.001)
     result, taken = in_turn(TwoMachines(slowing, 1.25), iterations=1000)
-    assert result["speedup"] == pytest.approx(1.25, rel=1e-3)
-    low, high = result["speedup_ci95"]
+    assert result.speedup == pytest.approx(1.25, rel=1e-3)
+    low, high = result.speedup_ci95
     assert low <= 1.25 <= high
-    assert result["unstable"] == []
-    assert "drift" in summarise(taken["paired"], 1, 0.01)["unstable"]
+    assert result.unstable == []
+    assert "drift" in summarise(taken["paired"], 1, 0.01).unstable
 
 
 def test_who_goes_first_alternates() -> None:
     machine = TwoMachines(repeat(0.01), 2.0)
     result, taken = in_turn(machine, iterations=6, warmup_iterations=3)
     assert machine.order == ["dense"] * 3 + ["own", "dense", "dense", "own"] * 3
-    assert result["pairs"] == len(taken["paired"]) == 6
+    assert result.pairs == len(taken["paired"]) == 6
     assert (taken["paired_dense"] == 2 * taken["paired"]).all()
-    assert result["speedup"] == 2.0
-    assert result["dense_p50_ms"] == pytest.approx(2 * result["p50_ms"]) == pytest.approx(20.0)
+    assert result.speedup == 2.0
+    assert result.dense_p50_ms == pytest.approx(2 * result.p50_ms) == pytest.approx(20.0)
 
 
 def test_pairs_are_taken_until_the_ratio_is_known() -> None:
     noisy = times(repeat(0.01), share=0.1)
     result, taken = in_turn(TwoMachines(noisy, 1.5), iterations=10, interval=0.005)
     assert len(taken["paired"]) > 100
-    low, high = result["speedup_ci95"]
-    assert (high - low) / 2 <= 0.0055 * result["speedup"]
+    low, high = result.speedup_ci95
+    assert (high - low) / 2 <= 0.0055 * result.speedup
     assert low <= 1.5 <= high
 
 
@@ -399,10 +400,10 @@ def test_the_middle_of_repeats_is_one_of_them(
     medians: list[float], place: int, spread: float, unstable: list[str]
 ) -> None:
     """Of four it is the lower one of the two in the middle, and of equals the first."""
-    measured = [{"p50_ms": value, "mean_ms": -value, "unstable": ["drift"]} for value in medians]
+    measured = [Latency.of({"p50_ms": value, "mean_ms": -value, "unstable": ["drift"]}) for value in medians]
     result = middle(measured, "p50_ms")
 
-    assert result["p50_ms"] == -result["mean_ms"] == medians[place - 1]
-    assert result["repeats"] == {"p50_ms": medians, "middle": place, "spread": pytest.approx(spread)}
-    assert result["unstable"] == ["drift", *unstable]
-    assert measured[place - 1]["unstable"] == ["drift"]
+    assert result.p50_ms == -result.mean_ms == medians[place - 1]
+    assert result.repeats == {"p50_ms": medians, "middle": place, "spread": pytest.approx(spread)}
+    assert result.unstable == ["drift", *unstable]
+    assert measured[place - 1].unstable == ["drift"]

@@ -24,6 +24,7 @@ from sweep_folders import (
 )
 
 from pq_sweep.core.groups import job_name
+from pq_sweep.core.result import Result
 from pq_sweep.results import terminal as drawing
 from pq_sweep.results.comparison import comparable, reference
 from pq_sweep.results.rows import metrics
@@ -226,7 +227,7 @@ def test_csv_values(tmp_path: Path) -> None:
     assert float(first["Original Size"]) == pytest.approx(result["size_bytes"]["original"] / 1e6)
     assert float(first["Compressed Size"]) == pytest.approx(result["size_bytes"]["compressed"] / 1e6)
     assert float(first["Prep Time (s)"]) == pytest.approx(sum(result["prep_s"].values()))
-    assert {key: float(first[key]) for key in metrics(result)} == metrics(result)
+    assert {key: float(first[key]) for key in metrics(Result.of(result))} == metrics(Result.of(result))
 
 
 def test_csv_of_unfinished_jobs_has_their_state_and_empty_cells(half_finished: Path) -> None:
@@ -242,7 +243,7 @@ def test_percentile_that_was_not_stated_is_an_empty_cell(tmp_path: Path) -> None
     write_result(sweep, "0", with_latency(b1=0.75))
     write_result(sweep, "1", with_latency(b1=None))
     assert [row["latency_p99_ms/b1"] for row in csv_rows(sweep)] == ["0.75", ""]
-    assert "latency_p99_ms/b1" not in metrics(with_latency(b1=None))
+    assert "latency_p99_ms/b1" not in metrics(Result.of(with_latency(b1=None)))
     table = "".join(drawn(sweep, 250))
     assert "/0.750" in table
     assert re.search(r"\d/- ", table)
@@ -251,7 +252,7 @@ def test_percentile_that_was_not_stated_is_an_empty_cell(tmp_path: Path) -> None
 def test_top5_of_few_classes_is_left_out(tmp_path: Path) -> None:
     result = real_result()
     result["accuracy"]["top5"] = None
-    assert "accuracy_top5" not in metrics(result)
+    assert "accuracy_top5" not in metrics(Result.of(result))
     write_result(tmp_path, "0", result)
     assert csv_rows(tmp_path)[0]["status"] == "finished"
 
@@ -497,8 +498,8 @@ def test_what_hardware_lacks_is_said_once_with_its_jobs(tmp_path: Path, capsys: 
 
 def test_memory_of_a_gpu_has_its_own_columns() -> None:
     result = real_result()
-    assert not {"peak_memory_allocator_mb", "peak_memory_nvml_mb"} & metrics(result).keys()
+    assert not {"peak_memory_allocator_mb", "peak_memory_nvml_mb"} & metrics(Result.of(result)).keys()
     result["memory"] = {"allocator_mb": 400.0, "allocator_reserved_mb": 500.0, "nvml_process_mb": None}
 
-    assert metrics(result)["peak_memory_allocator_mb"] == 400.0
-    assert "peak_memory_nvml_mb" not in metrics(result)
+    assert metrics(Result.of(result))["peak_memory_allocator_mb"] == 400.0
+    assert "peak_memory_nvml_mb" not in metrics(Result.of(result))

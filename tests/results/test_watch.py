@@ -25,12 +25,12 @@ from rich.console import Console
 from sweep_folders import announced, dead_pid, write_error, write_manifest, write_result, write_status
 
 from pq_sweep.core.files import read_json, tail, write_json
-from pq_sweep.core.folder import read_error
+from pq_sweep.core.folder import JobFolder, SweepFolder
 from pq_sweep.results import slurm, watch
 from pq_sweep.results.commands import start_again
 from pq_sweep.results.rows import Row
 from pq_sweep.results.slurm import Ended, Queued
-from pq_sweep.results.standing import SUBMITTED, WATCHED, WATCHED_S, Watch, is_logged, remember
+from pq_sweep.results.standing import WATCHED_S, Watch, is_logged, remember
 from pq_sweep.results.sweeps import Sweep, read_sweep
 from pq_sweep.results.watch import Logger, table
 from pq_sweep.tracking.tracker import Mlflow, NoTracking, tracker_of
@@ -102,7 +102,7 @@ def ended_with(folder: Path, code: str = "pickled") -> None:
 
 
 def error_of(folder: Path, job: str = "0") -> dict[str, Any]:
-    found = read_error(folder / job)
+    found = JobFolder(folder / job).read_error()
     assert found is not None
     return found
 
@@ -159,7 +159,7 @@ def test_a_requeued_job_is_no_failure(sweep: Path, queue: Queue) -> None:
 
 
 def test_a_sweep_that_was_not_submitted_asks_nobody(sweep: Path, queue: Queue) -> None:
-    (sweep / SUBMITTED).unlink()
+    SweepFolder(sweep).submitted.unlink()
     write_status(sweep, "0", os.getppid())
     assert [row["status"] for row in Watch(sweep).look().rows] == ["running", "missing", "missing"]
     assert not queue.asked("squeue")
@@ -167,7 +167,7 @@ def test_a_sweep_that_was_not_submitted_asks_nobody(sweep: Path, queue: Queue) -
 
 def test_jobs_are_remembered_beside_earlier_ones(sweep: Path) -> None:
     remember(sweep, {"1": submitted("40_0")})
-    jobs = read_json(sweep / SUBMITTED)["jobs"]
+    jobs = read_json(SweepFolder(sweep).submitted)["jobs"]
     assert {name: job["id"] for name, job in jobs.items()} == {"0": "12_0", "1": "40_0", "2": "12_2"}
 
 
@@ -244,7 +244,7 @@ def test_a_job_that_nobody_remembers_is_lost_after_a_while(sweep: Path, queue: Q
     for _ in range(2):
         row = first(eyes.look())
         assert (row["status"], row["reason"]) == ("running", "left the queue")
-    assert read_error(sweep / "0") is None
+    assert JobFolder(sweep / "0").read_error() is None
     eyes.gone_since["0"] -= LATER
     row = first(eyes.look())
     assert row["status"] == "failed"
@@ -262,7 +262,7 @@ def test_the_grace_time_begins_anew_for_a_job_that_came_back(sweep: Path, queue:
     assert first(eyes.look())["status"] == "running"
     others_wait(queue)
     assert first(eyes.look())["status"] == "running"
-    assert read_error(sweep / "0") is None
+    assert JobFolder(sweep / "0").read_error() is None
 
 
 def test_completed_without_a_result_is_waited_for(sweep: Path, queue: Queue) -> None:
@@ -509,7 +509,7 @@ def test_watching_ends_with_the_last_job(
 
 
 def test_watching_goes_on_while_the_caller_is_busy(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (sweep / SUBMITTED).unlink()
+    SweepFolder(sweep).submitted.unlink()
     answers = iter([True, True, False])
     clock_of(monkeypatch, lambda seconds: None)
     assert watch.watch(sweep, busy=lambda: next(answers)).count("missing") == 3
@@ -526,10 +526,10 @@ def test_jobs_are_logged_as_they_end(sweep: Path, queue: Queue, monkeypatch: pyt
     steps = iter(("1", "2"))
 
     def pause(seconds: float) -> None:
-        assert (sweep / WATCHED).exists()
+        assert SweepFolder(sweep).watched.exists()
         job = next(steps)
         write_result(sweep, job)
-        assert is_logged(sweep / job)
+        assert is_logged(JobFolder(sweep / job))
         queue.prints("squeue", *(["12_2|RUNNING|v1|None"] if job == "1" else []))
 
     def log(job: Path) -> bool:
@@ -540,8 +540,8 @@ def test_jobs_are_logged_as_they_end(sweep: Path, queue: Queue, monkeypatch: pyt
     clock_of(monkeypatch, pause)
     assert watch.watch(sweep, log=log).summary == "3 done"
     assert logged in (["1"], ["1", "2"])
-    assert not (sweep / WATCHED).exists()
-    assert not is_logged(sweep / "2")
+    assert not SweepFolder(sweep).watched.exists()
+    assert not is_logged(JobFolder(sweep / "2"))
 
 
 def test_jobs_log_themselves_while_who_watches_cannot(sweep: Path) -> None:
@@ -561,7 +561,7 @@ def test_jobs_log_themselves_while_who_watches_cannot(sweep: Path) -> None:
             assert called.wait(10)
             until(lambda able=able: logger.able is able)
             logger.take(read_sweep(sweep))
-            assert is_logged(sweep / job) is able
+            assert is_logged(JobFolder(sweep / job)) is able
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -585,12 +585,12 @@ def test_a_store_that_is_slow_holds_nobody_up(sweep: Path) -> None:
 def test_who_was_killed_logs_no_more(sweep: Path) -> None:
     """The sign of one that died stays; it is old when a job ends later."""
     write_result(sweep, "0")
-    sign = sweep / WATCHED
+    sign = SweepFolder(sweep).watched
     sign.touch()
-    assert is_logged(sweep / "0")
+    assert is_logged(JobFolder(sweep / "0"))
     ended = (sweep / "0").stat().st_mtime
     os.utime(sign, (ended - WATCHED_S - 1, ended - WATCHED_S - 1))
-    assert not is_logged(sweep / "0")
+    assert not is_logged(JobFolder(sweep / "0"))
 
 
 def test_who_stops_watching_is_told_that_jobs_go_on(sweep: Path, queue: Queue) -> None:

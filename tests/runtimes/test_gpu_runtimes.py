@@ -67,28 +67,7 @@ def expected(images: Tensor) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine with an A100, whose memory is the CPU's, with ONNX Runtime's providers and TensorRT 10."""
-    providers = [TENSORRT, CUDA, "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Gpu)
-    monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
-    for name, value in (
-        ("sessions", []),
-        ("ran_on", None),
-        ("elsewhere", {}),
-        ("engines", 1),
-        ("slow_in", ()),
-        ("builds", 0),
-    ):
-        monkeypatch.setattr(Gpu, name, value)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(engines, "device_name", lambda device: "NVIDIA A100-SXM4-40GB")
-    monkeypatch.setattr(torch.cuda, "device", gpu_stand_in.no_device)
-    monkeypatch.setattr(
-        ort, "model_input", lambda session, size, device: torch.zeros(size, *session.get_inputs()[0].shape[1:])
-    )
-    monkeypatch.setitem(sys.modules, "tensorrt", gpu_stand_in.tensorrt())
+    gpu_stand_in.as_a100(monkeypatch)
     monkeypatch.setenv("PQ_SWEEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(TF32_OVERRIDE, "0")
 

@@ -29,6 +29,7 @@ from sweep_folders import announced, real_result, write_error, write_manifest, w
 
 from pq_sweep.core.files import shared_file_system
 from pq_sweep.core.limits import bounded
+from pq_sweep.core.result import Result
 from pq_sweep.core.sentences import without_password
 from pq_sweep.results.rows import metrics
 from pq_sweep.results.spreadsheet import write_csv
@@ -133,7 +134,7 @@ def test_finished_job(uri: str, tracker: Mlflow, sweep: Path) -> None:
     track(tracker, sweep)
     run = parent_and_jobs(uri)[1]["0"]
     result = json.loads((sweep / "0" / "result.json").read_text())
-    assert run.data.metrics == pytest.approx(metrics(result))
+    assert run.data.metrics == pytest.approx(metrics(Result.of(result)))
     chosen = {"model": "digits_cnn", "pruner": "l1_global", "pruner.amount": "0.5", "quantizer": "none", "seed": "0"}
     assert {key: run.data.params.get(key) for key in chosen} == chosen
     assert run.data.params["runtime"] == "torch"
@@ -902,7 +903,7 @@ def test_real_server(tmp_path: Path, environment: dict[str, str]) -> None:
         parent, jobs = parent_and_jobs(url)
         assert f"MLflow UI: {address(url, parent.info.experiment_id)}" in done.stdout
         (result,) = results(only_sweep(tmp_path))
-        assert jobs["0"].data.metrics == pytest.approx(metrics(result))
+        assert jobs["0"].data.metrics == pytest.approx(metrics(Result.of(result)))
         assert jobs["0"].info.status == parent.info.status == "FINISHED"
         assert artifacts(url, jobs["0"]) == {"config.yaml", "result.json", "layers.json", "samples.npz"}
         assert artifacts(url, parent) == {"results.csv", "sweep.json", "comparison.json", "pareto.png"}

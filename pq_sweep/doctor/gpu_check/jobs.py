@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pq_sweep.core.files import read_json
-from pq_sweep.core.folder import read_error
+from pq_sweep.core.folder import JobFolder
 from pq_sweep.doctor.children import last_line
 from pq_sweep.doctor.gpu_check import ROOT, Check, Verdict
 from pq_sweep.doctor.gpu_check.children import run_python
@@ -144,7 +144,7 @@ def check_job(row: Row, folder: Path, device: str, ending: str) -> Check:
         verdict, reason = "failed", f"it ran on {row['device']} instead of {device}"
     elif verdict == "passed" and row["dataset"] == "digits" and row["accuracy"] < LEAST_TOP1:
         verdict, reason = "failed", f"it knows {row['accuracy']:.1%} of the digits instead of at least {LEAST_TOP1:.0%}"
-    seconds = (read_json(folder / "result.json") or {}).get("seconds")
+    seconds = (read_json(JobFolder(folder).result) or {}).get("seconds")
     short = [f"{key.partition('/')[2]} {row[key]:.3g} ms" for key in row if key.startswith("latency_ms/")]
     figures = {key: value for key, value in row.items() if key not in ("job", "name", "status", "stage", "error")}
     return Check("sweep", row["name"], verdict, reason, seconds, ", ".join(short), figures)
@@ -154,7 +154,7 @@ def _ending(row: Row, folder: Path, ending: str) -> tuple[Verdict, str]:
     """Say how a job ended; one that refused what this machine does not have, or did not begin in time, is skipped."""
     if row["status"] == "finished":
         return "passed", ""
-    if error := read_error(folder):
+    if error := JobFolder(folder).read_error():
         return ("skipped" if error["type"] == UserError.__name__ else "failed"), error["message"]
     if ending == TIME_IS_UP and not row["stage"]:
         return "skipped", NO_TIME

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import resource
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pq_sweep.core.hardware import CPUINFO, processors
 from pq_sweep.measure.monitor.figures import gather, spread
 from pq_sweep.measure.monitor.nvml import Absent
 
 # More than any CPU package draws for long: until range / PACKAGE_W its energy counter wraps once at most.
 PACKAGE_W = 600.0
-POWERCAP, CPUS, CPUINFO = Path("/sys/class/powercap"), Path("/sys/devices/system/cpu"), Path("/proc/cpuinfo")
+POWERCAP, CPUS = Path("/sys/class/powercap"), Path("/sys/devices/system/cpu")
 
 Energy = dict[str, tuple[int, int]]
 
@@ -78,9 +78,5 @@ def core_mhz(cores: set[int], cpus: Path = CPUS, cpuinfo: Path = CPUINFO) -> lis
     """Return the clocks of `cores` by cpufreq, else by /proc/cpuinfo; none if neither has them."""
     with suppress(OSError, ValueError):
         return [_number(cpus / f"cpu{core}" / "cpufreq" / "scaling_cur_freq") / 1e3 for core in sorted(cores)]
-    try:
-        blocks = cpuinfo.read_text().split("\n\n")
-    except OSError:
-        return []
-    pairs = (re.search(r"^processor\s*: (\d+)$.*^cpu MHz\s*: ([\d.]+)$", block, re.M | re.S) for block in blocks)
-    return [float(pair[2]) for pair in pairs if pair and int(pair[1]) in cores]
+    found = [one for one in processors(cpuinfo) if "cpu MHz" in one]
+    return [float(one["cpu MHz"]) for one in found if int(one["processor"]) in cores]

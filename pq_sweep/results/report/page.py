@@ -15,11 +15,12 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from pq_sweep.core.environment import cache_home
-from pq_sweep.core.files import read_json, write_text
+from pq_sweep.core.files import write_text
+from pq_sweep.core.folder import JobFolder, SweepFolder
+from pq_sweep.core.result import Result
 from pq_sweep.results.commands import baselines, command
 from pq_sweep.results.decision import Goal, by_place, decide
-from pq_sweep.results.recommend import figures as told
-from pq_sweep.results.recommend import lines, none_feasible, wanted
+from pq_sweep.results.recommend import facts, lines, none_feasible, wanted
 from pq_sweep.results.report.charts import Figure, figures
 from pq_sweep.results.report.frame import DETAILS, NAMES, comparison, rounded
 from pq_sweep.results.report.views import View, views
@@ -67,7 +68,7 @@ class Report:
         return {
             "wanted": wanted(goal),
             "names": [f"job {row['job']}: {row['name']}" for row in chosen],
-            "lines": list(lines([told(row, self.sweep, goal) for row in chosen], goal)),
+            "lines": list(lines([facts(row, self.sweep, goal) for row in chosen], goal)),
             "doubts": decision.doubts,
             "command": command(decision.winner),
         }
@@ -156,20 +157,20 @@ def provenance(sweep: Sweep) -> list[tuple[str, list[str]]]:
 def _started(folder: Path) -> Iterator[tuple[str, Any]]:
     """Yield where a sweep lies and what started it."""
     yield "sweep", folder
-    given = (read_json(folder / "sweep.json") or {}).get("command")
+    given = SweepFolder(folder).read_manifest().get("command")
     if given:
         yield "command", given
 
 
 def _origin(row: Row) -> Iterator[tuple[str, Any]]:
-    result = read_json(Path(row["folder"]) / "result.json")
+    result = Result.read(JobFolder(Path(row["folder"])).result)
     if not result:
         return
-    environment, gpu = result["environment"], result["environment"]["gpu"] or {}
+    environment, gpu = result.environment, result.environment["gpu"] or {}
     yield "device", environment["device"]
     yield "host", environment["host"]
-    yield "protocol", result["config"]["measure"]["name"]
-    yield "engine", result["session"]["engine"]
+    yield "protocol", result.config["measure"]["name"]
+    yield "engine", result.session.engine
     yield "threads of the CPU", environment["cpu"]["threads"]
     for name in ("driver", "uuid", "compute_capability"):
         if gpu.get(name):

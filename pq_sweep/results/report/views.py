@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.files import read_json
+from pq_sweep.core.folder import JobFolder
 from pq_sweep.results.comparison import is_uncompressed, reference, speedup
 from pq_sweep.results.decision import by_place, front, on_front
 from pq_sweep.results.report.frame import short
@@ -136,7 +137,7 @@ class View:
     def layers_of(self, row: Row) -> dict[str, Any]:
         """Return what is known of the layers of a job."""
         if row["job"] not in self._layers:
-            self._layers[row["job"]] = read_json(Path(row["folder"]) / "layers.json") or {}
+            self._layers[row["job"]] = read_json(JobFolder(Path(row["folder"])).layers) or {}
         return self._layers[row["job"]]
 
     @cached_property
