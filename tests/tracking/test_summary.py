@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import SHORT, launch_in
+from commands import SHORT, Done, launch_in
+from conftest import new_user, python
 from mlflow import MlflowClient
 from stored_runs import artifact, artifacts, parent_and_jobs
-from sweep_folders import announced, write_error, write_manifest, write_result
-from test_report import finished, told
+from sweep_folders import announced, finished, write_error, write_manifest, write_result
 
 from pq_sweep.results.spreadsheet import write_csv
 from pq_sweep.results.sweeps import read_sweep
 from pq_sweep.tracking.tracker import Mlflow
+
+
+def told(folder: Path, *arguments: str, **environ: str) -> Done:
+    return python(["-m", "pq_sweep.report", *arguments], folder, new_user() | environ)
 
 
 @pytest.fixture(scope="module")

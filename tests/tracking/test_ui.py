@@ -25,8 +25,7 @@ from conftest import ROOT, Ran, new_user, only_sweep, python, results
 from mlflow import MlflowClient
 from playwright.sync_api import Page
 from stored_runs import parent_and_jobs
-from sweep_folders import announced, real_result, write_error, write_manifest, write_result
-from test_report import finished
+from sweep_folders import announced, finished, real_result, write_error, write_manifest, write_result
 
 from pq_sweep.results.rows import metrics
 from pq_sweep.tracking import table
