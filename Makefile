@@ -24,8 +24,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Prints the address of MLflow's table of the jobs; PORT is the port instead of 5000.
 ui: install
-	$(BIN)/mlflow ui --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} --host 127.0.0.1
+	$(BIN)/python -m pq_sweep.tracking ui $(if $(PORT),--port $(PORT))
 
 weights: install
 	$(BIN)/python -m benchmarks.train_digits pq_sweep/inputs/weights/digits_cnn.safetensors

@@ -24,6 +24,7 @@ from pq_sweep.core.folder import SweepFolder
 from pq_sweep.core.limits import bounded
 from pq_sweep.core.sentences import reason, without_password
 from pq_sweep.results.standing import Watch
+from pq_sweep.tracking import table
 from pq_sweep.tracking.store import SETTINGS, Store, import_mlflow, persistent
 from pq_sweep.tracking.view import View, sight
 
@@ -89,46 +90,48 @@ class Mlflow:
         if file and (kind := shared_file_system(file)):
             advice = "run an MLflow server, see docs/cluster.md"
             log.warning("%s lies on %s, where SQLite breaks when several nodes write to it; %s", file, kind, advice)
-        return self._attempt(sweep, lambda: self._within(lambda: self._begin(sweep)))
+        return bool(self._attempt(sweep, lambda: self._within(lambda: self._begin(sweep))))
 
     def log(self, job: Path) -> bool:
         """Log one job, finished or failed; say whether the store has it."""
         if time.monotonic() - self.down.get(self.store, -math.inf) < AGAIN_S:
             return False
-        return self._attempt(job.parent, lambda: self._within(lambda: self._upload(job)))
+        return bool(self._attempt(job.parent, lambda: self._within(lambda: self._upload(job))))
 
     def finish(self, sweep: Path) -> str:
         """Log what is still missing, end the parent run, and say how to look at it."""
-        return self._how_to_open() if self._attempt(sweep, lambda: self._upload_sweep(sweep)) else ""
+        experiment = self._attempt(sweep, lambda: self._upload_sweep(sweep)[1])
+        return "" if experiment is None else self._how_to_open(experiment)
 
-    def _how_to_open(self) -> str:
-        shown = without_password(Store(self.store).address)
-        if shown.startswith("http"):
-            return f"MLflow UI: {shown}"
-        default = " (or: make ui)" if shown.endswith(f"/{DEFAULT_STORE}") else ""
-        return f"MLflow UI: mlflow ui --backend-store-uri {shown}{default}"
+    def _how_to_open(self, experiment: str) -> str:
+        """Return the address of the experiment's jobs, or the command that shows them."""
+        if self.store.startswith("http"):
+            return f"MLflow UI: {table.address(self.store, experiment)}"
+        shown = without_password(self.store)
+        named = f" --uri {shown}" if shown == self.store or self.uri else ""  # else the variable has the password
+        default = " (or: make ui)" if self.store.endswith(f"/{DEFAULT_STORE}") else ""
+        return f"MLflow UI: python -m pq_sweep.tracking ui{named}{default}"
 
     def sync(self, sweep: Path) -> int:
         """Log what is missing, raising if the store is down; return the number of jobs that were logged now."""
         Store(self.store).reach()
         import_mlflow()
-        return self._upload_sweep(sweep)
+        return self._upload_sweep(sweep)[0]
 
     @property
     def store(self) -> str:
         """Return the URI of the store."""
         return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT_STORE).absolute()}"
 
-    def _attempt(self, sweep: Path, steps: Callable[[], object]) -> bool:
-        """Say whether the store took what it was given; one that is down or lost on the way is not an error."""
+    def _attempt(self, sweep: Path, steps: Callable[[], T]) -> T | None:
+        """Return what steps in the store come to; None if it is down or lost on the way, which is not an error."""
         try:
             Store(self.store).reach()
             import_mlflow()
-            steps()
+            return steps()
         except Exception as error:
             self._give_up(sweep, error)
-            return False
-        return True
+            return None
 
     def _within(self, step: Callable[[], T]) -> T:
         """Give a step a bounded time, and a second chance unless the store has failed before."""
@@ -146,11 +149,12 @@ class Mlflow:
     def _view(self, sweep: Path) -> View:
         return View(Store(self.store), self.experiment, sweep, self.log_model)
 
-    def _begin(self, sweep: Path) -> None:
+    def _begin(self, sweep: Path) -> bool:
         with closing(self._view(sweep)) as view:
             view.begin()
+        return True
 
-    def _upload(self, job: Path) -> None:
+    def _upload(self, job: Path) -> bool:
         """Log a job in the view that the last job left if it is still good; one that fails or hangs is not left."""
         key = (self, self.store, job.parent.absolute())
         view = self.views.pop(key, None)
@@ -159,16 +163,17 @@ class Mlflow:
         with closing(view):
             view.upload(job)
         self.views[key] = view
+        return True
 
-    def _upload_sweep(self, sweep: Path) -> int:
-        """Log every job that is not yet, then the summary."""
+    def _upload_sweep(self, sweep: Path) -> tuple[int, str]:
+        """Log every job that is not yet, then the summary; return how many jobs were, and the experiment."""
         done = Watch(sweep).look()
         with closing(self._within(lambda: self._view(sweep))) as view:
             self._within(view.survey)
             jobs = [sweep / row["job"] for row in done.rows if row["status"] in ("finished", "failed")]
             logged = sum(self._within(partial(view.upload, job)) for job in jobs)
             self._within(lambda: view.summarize(done))
-        return logged
+        return logged, view.experiment
 
 
 def tracker_of(folder: Path) -> Tracker:

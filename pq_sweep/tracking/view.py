@@ -24,6 +24,7 @@ from pq_sweep.core.groups import GROUPS
 from pq_sweep.core.result import Result
 from pq_sweep.results.rows import SLURM_COLUMNS, Row, batch_sizes, metrics, read_row
 from pq_sweep.results.sweeps import Sweep
+from pq_sweep.tracking import table
 from pq_sweep.tracking.store import Store, held
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ log = logging.getLogger(__name__)
 LOCK = ".mlflow.lock"  # in the folder of what is logged: the sweep, or a job
 BEGUN = ".mlflow"  # in the sweep's folder since its first parent run, with a file for each job begun to be logged
 RENEWED_S = 60.0  # until a view is opened anew: the parent run may be deleted, or a server have another database
-VIEW = "mlflow.sharedViewState.pq_sweep"  # a tag of the experiment: ...runs?viewStateShareKey=pq_sweep
 ONNX = ("onnx", "onnxruntime", "onnxruntime-gpu")
 TABLE = "comparison.json"  # in the form of MLflow's tables
 FILES = ("result.json", "layers.json", "samples.npz")
@@ -150,7 +150,7 @@ class View:
         tags = [RunTag("mlflow.note.content", found.note), RunTag("mlflow.loggedArtifacts", tables)]
         self.client.log_batch(parent, [Metric(key, value, now, 0) for key, value in found.metrics.items()], tags=tags)
         self.client.log_dict(parent, found.table, TABLE)
-        self.client.set_experiment_tag(self.experiment, VIEW, _columns(batch_sizes(done.rows)))
+        table.save(self.client, self.experiment, batch_sizes(done.rows), [row["name"] for row in done.rows])
         with TemporaryDirectory() as folder:
             for name, content in found.figures.items():
                 (Path(folder) / name).write_bytes(content)
@@ -263,13 +263,6 @@ class View:
                 pip_requirements=[f"{name}=={versions[name]}" for name in ONNX if name in versions],
             )
             self.client.log_artifacts(run, f"{folder}/model", "model")
-
-
-def _columns(sizes: list[int]) -> str:
-    """Return the columns of MLflow's table of runs, in its form: it shows no figures unless told which."""
-    metrics = ["accuracy", "accuracy_drop_points", *(f"latency_ms/b{size}" for size in sizes), "engine_size_mb"]
-    columns = [f"params.`{name}`" for name in ("pruner", "pruner.amount", "quantizer")]
-    return json.dumps({"selectedColumns": [*(f"metrics.`{name}`" for name in metrics), *columns]})
 
 
 def sight(store: Store, sweep: Path) -> tuple[object, ...]:

@@ -7,12 +7,11 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from browser import Chromium, Seen, started
 from conftest import new_user, python
-from sweep_folders import announced, real_result, write_error, write_manifest, write_result
+from sweep_folders import announced, finished, real_result, write_error, write_manifest, write_result
 
 from pq_sweep.results.commands import baselines
 from pq_sweep.results.comparison import aggregate
@@ -27,24 +26,6 @@ Done = subprocess.CompletedProcess[str]
 ODD = "<b>größer & 漢字</b> " + "very long " * 20
 QUANTIZERS = ("none", "int8")
 LAYER = {"weights": 100, "nonzero": 100, "limit": 1.0, "counts": [2] * 50}
-
-
-def finished(number: int, amount: float, quantizer: str, device: str = "AMD EPYC") -> dict[str, Any]:
-    """Return a result whose figures follow from what the job is."""
-    found = real_result()
-    speed = 8.0 * (1 - amount / 2) * (0.5 if quantizer == "int8" else 1)
-    found["environment"]["device"] = device
-    once = found["latency"]["1"] | {"unstable": []}
-    found["latency"] = {
-        str(size): once | {"p50_ms": speed * size, "p50_ci95_ms": [speed * size * 0.99, speed * size * 1.01]}
-        for size in (1, 8)
-    }
-    lost = 20 * amount**4 + number * 1e-4
-    found["accuracy"] |= {"top1": 0.95 - lost / 100, "top1_ci95": [0.94 - lost / 100, 0.96 - lost / 100]}
-    found["accuracy"] |= {"drop_points": lost, "drop_ci95_points": [lost - 1, lost + 1]}
-    found["size_bytes"] |= {"compressed": int(1e6 * (1 - amount) * (0.25 if quantizer == "int8" else 1)) + 1}
-    found["prep_s"] = {"prune": 0.1, "export": 1.5}
-    return found
 
 
 def write_sweep(folder: Path, jobs: int, pruners: tuple[str, ...] = ("l1_global", "remove")) -> Sweep:

@@ -159,7 +159,7 @@ def test_readme_sweep_is_in_mlflow(readme_sweep: Ran) -> None:
         assert (run.data.params["pruner"], run.data.params["pruner.amount"]) == ("l1_global", amount)
         files = {item.path for item in MlflowClient(store_in(folder)).list_artifacts(run.info.run_id)}
         assert files >= {"config.yaml", "result.json"}
-    assert f"mlflow ui --backend-store-uri {store_in(folder)}" in done.stdout
+    assert f"MLflow UI: python -m pq_sweep.tracking ui --uri {store_in(folder)} (or: make ui)" in done.stdout
 
 
 @pytest.mark.slow

@@ -1,33 +1,26 @@
-"""What MLflow has of a sweep beside its jobs, and how its pages show it."""
+"""What MLflow has of a sweep beside its jobs."""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import requests
-from browser import started
-from commands import SHORT, launch_in
-from conftest import ROOT, Ran, new_user
+from commands import SHORT, Done, launch_in
+from conftest import new_user, python
 from mlflow import MlflowClient
 from stored_runs import artifact, artifacts, parent_and_jobs
-from sweep_folders import announced, write_error, write_manifest, write_result
-from test_report import finished, told
+from sweep_folders import announced, finished, write_error, write_manifest, write_result
 
 from pq_sweep.results.spreadsheet import write_csv
 from pq_sweep.results.sweeps import read_sweep
 from pq_sweep.tracking.tracker import Mlflow
+
+
+def told(folder: Path, *arguments: str, **environ: str) -> Done:
+    return python(["-m", "pq_sweep.report", *arguments], folder, new_user() | environ)
 
 
 @pytest.fixture(scope="module")
@@ -120,76 +113,6 @@ def test_a_logged_model_is_loaded_back_and_gives_the_same_answers(tmp_path: Path
 
     assert model.metadata.signature.inputs.to_dict()[0]["tensor-spec"]["shape"] == (-1, 1, 8, 8)
     assert np.array_equal(next(iter(model.predict({"input": images}).values())), expected)
-
-
-# MLflow's own pages
-
-
-WIDE = {"width": 2200, "height": 1000}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def ui(uri: str, folder: Path) -> Iterator[str]:
-    """Start MLflow's UI on a store, and stop it."""
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
-    env = new_user() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = [str(Path(sys.executable).with_name("mlflow")), "ui", "--backend-store-uri", uri, "--port", str(port)]
-    with (folder / "ui.log").open("wb") as log:
-        server = subprocess.Popen(command, env=env, stdout=log, stderr=log, cwd=folder)
-    try:
-        for _ in range(600):
-            try:
-                if requests.get(f"{address}/health", timeout=1).ok:
-                    break
-            except requests.ConnectionError:
-                time.sleep(0.1)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(30)
-
-
-@pytest.mark.slow
-def test_mlflows_pages_list_and_compare_the_jobs_of_make_sweep(readme_sweep: Ran, tmp_path: Path) -> None:
-    uri = f"sqlite:///{readme_sweep[0]}/mlflow.db"
-    parent, jobs = parent_and_jobs(uri)
-    accuracies = [f"{jobs[name].data.metrics['accuracy']:.3f}" for name in "012"]
-    chosen = json.dumps([jobs[name].info.run_id for name in "012"])
-    with ui(uri, tmp_path) as address, started() as chromium:
-        experiment = f"{address}/#/experiments/{parent.info.experiment_id}"
-        runs = chromium.open(f"{experiment}/runs?viewStateShareKey=pq_sweep", viewport=WIDE)
-        runs.page.set_default_timeout(60_000)
-        for heading in ("accuracy", "latency_ms/b1", "engine_size_mb"):
-            runs.page.get_by_role("columnheader").filter(has_text=heading).first.wait_for()
-        runs.page.locator(".ag-row button").first.click()  # opens the sweep
-        for amount in ("0.1", "0.5", "0.9"):
-            runs.page.get_by_text(f"digits_cnn l1_global {amount}").first.wait_for()
-        cells = runs.page.locator(".ag-cell").all_inner_texts()
-        runs.shoot("mlflow-runs")
-        compare = chromium.open(f'{address}/#/compare-runs?runs={chosen}&experiments=["{parent.info.experiment_id}"]')
-        compare.page.set_default_timeout(60_000)
-        compare.page.get_by_text("Comparing 3 Runs").first.wait_for()
-        compare.page.get_by_text("accuracy", exact=True).first.wait_for()
-        compared = compare.page.inner_text("body")
-        compare.shoot("mlflow-compare")
-
-    for accuracy in accuracies:
-        assert any(cell.startswith(accuracy[:4]) for cell in cells), (accuracy, cells)
-        assert accuracy[:4] in compared
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_ui_opens_the_store_that_jobs_log_to() -> None:
-    shown = subprocess.run(["make", "-n", "ui"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-    assert re.search(r"mlflow ui --backend-store-uri \S*sqlite:///mlflow.db\S* --host 127.0.0.1", shown)
 
 
 def test_a_summary_that_fails_does_not_leave_the_sweep_open(

@@ -40,6 +40,7 @@ from pq_sweep.tracking import store as stores
 from pq_sweep.tracking import tracker as tracking
 from pq_sweep.tracking import view as runs
 from pq_sweep.tracking.store import Store, held
+from pq_sweep.tracking.table import address
 from pq_sweep.tracking.tracker import Mlflow, NoTracking
 
 NO_DATABASE = "postgresql+psycopg2://user:s3cret@127.0.0.1:9/pq"
@@ -118,7 +119,7 @@ def test_sweep_is_a_parent_with_a_child_per_job(uri: str, tracker: Mlflow, sweep
     assert parent.data.tags["pq_sweep.command"] == "python launch.py"
     assert parent.info.run_name == "day/hour"
     assert artifact(uri, parent, "results.csv") == (sweep / "results.csv").read_text()
-    assert said == f"MLflow UI: mlflow ui --backend-store-uri {uri} (or: make ui)"
+    assert said == f"MLflow UI: python -m pq_sweep.tracking ui --uri {uri} (or: make ui)"
 
 
 def test_parent_of_a_sweep_without_failures_is_finished(uri: str, tracker: Mlflow, tmp_path: Path) -> None:
@@ -899,8 +900,8 @@ def test_real_server(tmp_path: Path, environment: dict[str, str]) -> None:
         env = environment | {"MLFLOW_TRACKING_URI": url}
         done = python([LAUNCH, *SHORT, "pruner=l1"], tmp_path, env)
         assert done.returncode == 0, done.stderr
-        assert f"MLflow UI: {url}" in done.stdout
         parent, jobs = parent_and_jobs(url)
+        assert f"MLflow UI: {address(url, parent.info.experiment_id)}" in done.stdout
         (result,) = results(only_sweep(tmp_path))
         assert jobs["0"].data.metrics == pytest.approx(metrics(Result.of(result)))
         assert jobs["0"].info.status == parent.info.status == "FINISHED"
