@@ -32,6 +32,13 @@ def slurm() -> Iterator[Cluster]:
         yield until_the_end(stack, cluster(stack.enter_context(short_folder())))
 
 
+@pytest.fixture
+def forgetful() -> Iterator[Cluster]:
+    """A SLURM without accounting, whose arrays have one job or two."""
+    with ExitStack() as stack:
+        yield until_the_end(stack, cluster(stack.enter_context(short_folder()), accounting=False, max_array_size=2))
+
+
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     with ExitStack() as stack:
