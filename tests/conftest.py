@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,15 +44,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Run the fast tests first, those of the cluster last, and skip GPU tests, saying why, where there is no GPU."""
+    """Run the fast tests first, those of the cluster last, and skip, saying why, what needs a device or program."""
     if is_worker(config):
         items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     else:
         items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("slurm", "slow")])
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device and torch finds none"))
+    missing = {
+        "gpu": "" if torch.cuda.is_available() else "needs a CUDA device and torch finds none",
+        "chromium": "" if shutil.which("chromium") else "needs Chromium: apt-get install chromium",
+    }
+    for item in items:
+        for name, reason in missing.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def is_worker(config: pytest.Config) -> bool:

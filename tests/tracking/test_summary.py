@@ -157,6 +157,7 @@ def ui(uri: str, folder: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.chromium
 def test_mlflows_pages_list_and_compare_the_jobs_of_make_sweep(readme_sweep: Ran, tmp_path: Path) -> None:
     uri = f"sqlite:///{readme_sweep[0]}/mlflow.db"
     parent, jobs = parent_and_jobs(uri)
