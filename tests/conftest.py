@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,20 +25,67 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 Ran = tuple[Path, subprocess.CompletedProcess[str]]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the fast tests first, those of the cluster last, and skip GPU tests, saying why, where there is no GPU."""
-    items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("slurm", "slow")])
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device and torch finds none"))
+# What takes longest begins first: a worker who begins with it late ends alone.
+LONGEST = ("tests/cluster/", "tests/test_photographs.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give pytest-xdist's workers whole classes and modules, as their tests share what is expensive."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            """All tests of the cluster share one SLURM."""
+            return "tests/cluster/" if nodeid.startswith("tests/cluster/") else super()._split_scope(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run the fast tests first, those of the cluster last, and skip, saying why, what needs a device or program."""
+    if is_worker(config):
+        items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    else:
+        items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("slurm", "slow")])
+    missing = {
+        "gpu": "" if torch.cuda.is_available() else "needs a CUDA device and torch finds none",
+        "chromium": "" if shutil.which("chromium") else "needs Chromium: apt-get install chromium",
+    }
+    for item in items:
+        for name, reason in missing.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Say whether this process is one of several that share the tests."""
+    return hasattr(config, "workerinput")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_turns(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Give a worker a temporary folder of its own: the jobs of all would wait there for their turns on the device.
+
+    The users who run daemons have to reach it.
+    """
+    if not is_worker(request.config):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="pq-tests-") as folder, pytest.MonkeyPatch.context() as patch:
+        Path(folder).chmod(0o755)
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", None)
+        yield
 
 
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """On 8x8 images several threads wait for each other longer than they work, above all on a busy machine."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads if request.node.get_closest_marker("slow") else 1)
+    alone = not is_worker(request.config)
+    torch.set_num_threads(threads if alone and request.node.get_closest_marker("slow") else 1)
     yield
     torch.set_num_threads(threads)
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, Launch, new_user, only_sweep, python, results
+from conftest import ROOT, new_user, only_sweep, python, results
 from PIL import Image
 
 TOP1 = {"resnet18": 0.962, "mobilenet_v2": 0.982, "squeezenet1_1": 0.924}  # of the 500, as the data's manifest says
-SHORT = ("measure.batch_sizes=[1]", "measure.iterations=5", "measure.max_s=0.1", "tracking=none")
+# Threads that wait for each other take many times longer on a busy machine.
+SHORT = ("measure.batch_sizes=[1]", "measure.threads=1", "measure.iterations=5", "measure.max_s=0.1", "tracking=none")
+QUANTIZED = ("quantizer=none,fp16,int8", "runtime=onnxruntime")
+AMOUNTS = (0.5, 0.7)
 
 Sweep = Callable[..., tuple[Path, list[dict[str, Any]]]]
 
@@ -60,74 +63,91 @@ def plain_loop(name: str, shared: Path) -> dict[str, int]:
     return answers
 
 
-@pytest.mark.parametrize("name", sorted(TOP1))
-def test_every_answer_is_that_of_a_plain_torchvision_loop(sweep: Sweep, shared_data: Path, name: str) -> None:
-    folder, (dense, *_) = sweep(name, "quantizer=none,fp16,int8", "runtime=onnxruntime")
-    _, (torch_job,) = sweep(name, "runtime=torch")
-    with next(folder.glob("baseline/*/images.csv")).open() as file:
-        images = [row["image"] for row in csv.DictReader(file)]
+class Photographs:
+    """What holds for each network; its tests share its sweeps, so they are one class."""
 
-    expected = plain_loop(name, shared_data)
+    name: ClassVar[str]
+    points: ClassVar[float]  # what INT8 may cost
 
-    assert dense["accuracy"]["top1"] == torch_job["accuracy"]["top1"] == TOP1[name]
-    baseline = np.load(next(folder.glob("baseline/*/predictions.npy")))
-    assert dict(zip(images, baseline.tolist(), strict=True)) == expected
-    assert dict(zip(images, np.load(folder / "0" / "predictions.npy").tolist(), strict=True)) == expected
+    def test_every_answer_is_that_of_a_plain_torchvision_loop(self, sweep: Sweep, shared_data: Path) -> None:
+        folder, (dense, *_) = sweep(self.name, *QUANTIZED)
+        _, (torch_job,) = sweep(self.name, "runtime=torch")
+        with next(folder.glob("baseline/*/images.csv")).open() as file:
+            images = [row["image"] for row in csv.DictReader(file)]
 
+        expected = plain_loop(self.name, shared_data)
 
-@pytest.mark.parametrize(("name", "points"), [("resnet18", 1.0), ("mobilenet_v2", 2.0), ("squeezenet1_1", 2.0)])
-def test_quantization_costs_little(sweep: Sweep, name: str, points: float) -> None:
-    _, (dense, fp16, int8) = sweep(name, "quantizer=none,fp16,int8", "runtime=onnxruntime")
+        assert dense["accuracy"]["top1"] == torch_job["accuracy"]["top1"] == TOP1[self.name]
+        baseline = np.load(next(folder.glob("baseline/*/predictions.npy")))
+        assert dict(zip(images, baseline.tolist(), strict=True)) == expected
+        assert dict(zip(images, np.load(folder / "0" / "predictions.npy").tolist(), strict=True)) == expected
 
-    assert fp16["accuracy"]["drop_points"] <= 0.3
-    assert int8["accuracy"]["drop_points"] <= points
-    sizes = [job["size_bytes"]["compressed"] / dense["size_bytes"]["compressed"] for job in (fp16, int8)]
-    assert sizes[0] == pytest.approx(0.5, abs=0.02)
-    assert 0.24 < sizes[1] < 0.3
+    def test_quantization_costs_little(self, sweep: Sweep) -> None:
+        _, (dense, fp16, int8) = sweep(self.name, *QUANTIZED)
 
-
-def top1(sweep: Sweep, pruner: str, *more: str) -> dict[float, float]:
-    """Return the accuracy of resnet18 at the amounts .5 and .7, by torch."""
-    _, jobs = sweep("resnet18", f"pruner={pruner}", "pruner.amount=0.5,0.7", *more)
-    return dict(zip((0.5, 0.7), (job["accuracy"]["top1"] for job in jobs), strict=True))
+        assert fp16["accuracy"]["drop_points"] <= 0.3
+        assert int8["accuracy"]["drop_points"] <= self.points
+        sizes = [job["size_bytes"]["compressed"] / dense["size_bytes"]["compressed"] for job in (fp16, int8)]
+        assert sizes[0] == pytest.approx(0.5, abs=0.02)
+        assert 0.24 < sizes[1] < 0.3
 
 
-def test_pruning_keeps_the_papers_order(sweep: Sweep) -> None:
-    everywhere, layerwise, random, removed = (top1(sweep, pruner) for pruner in ("l1_global", "l1", "random", "remove"))
-
-    assert abs(everywhere[0.5] - TOP1["resnet18"]) <= 0.02
-    for amount in (0.5, 0.7):
-        assert everywhere[amount] > layerwise[amount] > random[amount], amount
-        assert layerwise[amount] > removed[amount], amount  # zeros cost less than channels, nothing being repaired
-
-
-def test_batchnorm_repairs_what_pruning_broke(sweep: Sweep) -> None:
-    broken = top1(sweep, "l1")
-    repaired = top1(sweep, "l1", "recovery=bn_reestimate")
-
-    assert repaired[0.7] - broken[0.7] > 0.5
-    assert repaired[0.5] > broken[0.5]
+def pruned(sweep: Sweep, pruners: tuple[str, ...], *more: str) -> Iterator[dict[float, float]]:
+    """Yield the accuracy of resnet18 by amount for each pruner, by torch."""
+    amounts = ",".join(map(str, AMOUNTS))
+    _, jobs = sweep("resnet18", f"pruner={','.join(pruners)}", f"pruner.amount={amounts}", *more)
+    found = iter(job["accuracy"]["top1"] for job in jobs)
+    for _ in pruners:
+        yield {amount: next(found) for amount in AMOUNTS}
 
 
-def test_later_sweeps_decode_nothing_and_answer_the_same(sweep: Sweep, shared_data: Path, launch: Launch) -> None:
-    first, (one,) = sweep("squeezenet1_1", "seed=0")
-    second, (two, three) = sweep("squeezenet1_1", "seed=0,1")
-
-    assert two["images"]["decoded"] == three["images"]["decoded"] == 0
-    assert two["images"]["from_cache"] == 564
-    assert one["accuracy"] == two["accuracy"]
-    assert (first / "0" / "predictions.npy").read_bytes() == (second / "0" / "predictions.npy").read_bytes()
+PRUNERS = ("l1_global", "l1", "random", "remove")
 
 
-def test_mixed_precision_on_mobilenet(sweep: Sweep) -> None:
-    """Two points of the calibration images are allowed, the worst layers stay, and most are in 8 bit."""
-    folder, (job,) = sweep("mobilenet_v2", "quantizer=mixed", "quantizer.max_drop=2", "runtime=onnxruntime")
-    record = job["session"]["quantizer"]
-    noise = {layer["name"]: layer["snr_db"] for layer in record["layers"]}
-    kept = {layer["name"] for layer in record["layers"] if layer["precision"] == "fp32"}
+class TestResnet18(Photographs):
+    name, points = "resnet18", 1.0
 
-    assert len(noise) == 53
-    assert kept == set(sorted(noise, key=lambda name: noise[name])[: len(kept)])
-    assert record["calibration_drop_points"] <= 2
-    assert job["accuracy"]["drop_points"] <= 3
-    assert (folder / "0" / "precisions.svg").stat().st_size > 1000
+    def test_pruning_keeps_the_papers_order(self, sweep: Sweep) -> None:
+        everywhere, layerwise, random, removed = pruned(sweep, PRUNERS)
+
+        assert abs(everywhere[0.5] - TOP1["resnet18"]) <= 0.02
+        for amount in AMOUNTS:
+            assert everywhere[amount] > layerwise[amount] > random[amount], amount
+            assert layerwise[amount] > removed[amount], amount  # zeros cost less than channels, nothing being repaired
+
+    def test_batchnorm_repairs_what_pruning_broke(self, sweep: Sweep) -> None:
+        _, broken, *_ = pruned(sweep, PRUNERS)
+        (repaired,) = pruned(sweep, ("l1",), "recovery=bn_reestimate")
+
+        assert repaired[0.7] - broken[0.7] > 0.5
+        assert repaired[0.5] > broken[0.5]
+
+
+class TestSqueezenet(Photographs):
+    name, points = "squeezenet1_1", 2.0
+
+    def test_later_sweeps_decode_nothing_and_answer_the_same(self, sweep: Sweep) -> None:
+        first, (one,) = sweep(self.name, "seed=0")
+        second, (two, three) = sweep(self.name, "seed=0,1")
+
+        assert two["images"]["decoded"] == three["images"]["decoded"] == 0
+        assert two["images"]["from_cache"] == 564
+        assert one["accuracy"] == two["accuracy"]
+        assert (first / "0" / "predictions.npy").read_bytes() == (second / "0" / "predictions.npy").read_bytes()
+
+
+class TestMobilenet(Photographs):
+    name, points = "mobilenet_v2", 2.0
+
+    def test_mixed_precision(self, sweep: Sweep) -> None:
+        """Two points of the calibration images are allowed, the worst layers stay, and most are in 8 bit."""
+        folder, (job,) = sweep(self.name, "quantizer=mixed", "quantizer.max_drop=2", "runtime=onnxruntime")
+        record = job["session"]["quantizer"]
+        noise = {layer["name"]: layer["snr_db"] for layer in record["layers"]}
+        kept = {layer["name"] for layer in record["layers"] if layer["precision"] == "fp32"}
+
+        assert len(noise) == 53
+        assert kept == set(sorted(noise, key=lambda name: noise[name])[: len(kept)])
+        assert record["calibration_drop_points"] <= 2
+        assert job["accuracy"]["drop_points"] <= 3
+        assert (folder / "0" / "precisions.svg").stat().st_size > 1000

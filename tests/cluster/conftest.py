@@ -32,6 +32,13 @@ def slurm() -> Iterator[Cluster]:
         yield until_the_end(stack, cluster(stack.enter_context(short_folder())))
 
 
+@pytest.fixture
+def forgetful() -> Iterator[Cluster]:
+    """A SLURM without accounting, whose arrays have one job or two."""
+    with ExitStack() as stack:
+        yield until_the_end(stack, cluster(stack.enter_context(short_folder()), accounting=False, max_array_size=2))
+
+
 @pytest.fixture(scope="session")
 def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     with ExitStack() as stack:
@@ -54,11 +61,12 @@ class Many:
     launcher: subprocess.Popen[str]
 
 
-# Of two sessions Linux gives each half of a core, whatever the priorities of their processes, unless told here.
+# Linux divides cores among sessions, whatever the priorities of their processes, unless told here. At 10 eight jobs
+# weigh as much as the tests beside them; at 19 they would get nothing where all cores are busy.
 STEP_BACK = """\
 #!/bin/sh
-renice -n 19 $PPID >/dev/null 2>&1
-echo 19 2>/dev/null >/proc/self/autogroup
+renice -n 10 $PPID >/dev/null 2>&1
+echo 10 2>/dev/null >/proc/self/autogroup
 exit 0
 """
 
@@ -83,7 +91,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
 
 @pytest.fixture(scope="session", autouse=True)
 def many_in_the_background(request: pytest.FixtureRequest) -> None:
-    """Start what takes longest before everything else; it runs when a core has nothing better to do."""
+    """Start what takes longest before everything else."""
     if any("many" in getattr(item, "fixturenames", ()) for item in request.session.items):
         with suppress(pytest.skip.Exception):
             request.getfixturevalue("many")

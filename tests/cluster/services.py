@@ -193,9 +193,9 @@ def run(command: Sequence[str], user: str | None) -> None:
 
 
 def _program(name: str) -> str:
-    found = shutil.which(name) or next(
-        (str(path) for path in sorted(Path("/usr/lib/postgresql").glob(f"*/bin/{name}"), reverse=True)), None
-    )
+    """Return where a program is: Debian hides it from PATH, and leaves there what runs it."""
+    hidden = Path("/usr/lib/postgresql").glob(f"*/bin/{name}") if shutil.which("pg_ctlcluster") else ()
+    found = shutil.which(name) or next((str(path) for path in sorted(hidden, reverse=True)), None)
     if found is None:
         raise Unavailable("PostgreSQL is not installed: apt-get install --no-install-recommends postgresql")
     return found

@@ -24,7 +24,8 @@ from string import Template
 from typing import Any
 
 GPUS = {"v1": "v100", "v2": "v100", "a1": "a100"}
-PROGRAMS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Daemons lie in the `sbin` beside a `bin`, which is not on everyone's PATH.
+PROGRAMS = os.pathsep.join(f"{Path(folder).with_name('sbin')}{os.pathsep}{folder}" for folder in os.get_exec_path())
 KEEP = "PQ_SWEEP_KEEP_CLUSTER"
 
 CONFIGS = {

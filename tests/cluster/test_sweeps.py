@@ -14,7 +14,7 @@ from stored_runs import parent_and_jobs
 
 from cluster.services import Server
 from cluster.site import ON_V100, Site, done, read, site_in, until
-from cluster.slurm import Cluster, cluster, short_folder
+from cluster.slurm import Cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -170,12 +170,11 @@ def test_a_job_that_hits_its_time_limit_too_often_says_what_to_raise(accidents: 
     )
 
 
-def test_without_accounting_nothing_hangs(tmp_path: Path) -> None:
+def test_without_accounting_nothing_hangs(tmp_path: Path, forgetful: Cluster) -> None:
     """SLURM's controller remembers for some minutes how a job ended."""
     kinds = ("nothing", "killed", "raise")
-    with short_folder() as folder, cluster(folder, accounting=False, max_array_size=2) as slurm:
-        site = site_in(tmp_path, slurm, "")
-        ended = site.sweep("forgetful", *grid_of_accidents(kinds), "tracking=none")
+    site = site_in(tmp_path, forgetful, "")
+    ended = site.sweep("forgetful", *grid_of_accidents(kinds), "tracking=none")
     assert ended.returncode == 1
     fine, killed, raised = site.rows("forgetful")
     assert [row["status"] for row in (fine, killed, raised)] == ["finished", "failed", "failed"]

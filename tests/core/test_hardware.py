@@ -61,7 +61,7 @@ def test_int8_on_a_v100_is_said_to_have_no_tensor_cores() -> None:
         (Cpu("Cortex-A72", frozenset({"asimd"}), "aarch64"), set(PRECISIONS) - {"fp32"}),
         (Cpu("POWER9", frozenset(), "ppc64le"), set()),  # of which nothing is known
     ],
-    ids=str,
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_what_is_not_accelerated_where(device: Gpu | Cpu, expected: set[str]) -> None:
     assert {name for name in PRECISIONS if lacks(name, device)} == expected

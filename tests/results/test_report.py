@@ -264,6 +264,7 @@ def seen(file: Path, chromium: Chromium) -> Seen:
 
 
 @pytest.mark.slow
+@pytest.mark.chromium
 def test_a_browser_draws_everything_without_a_complaint(seen: Seen) -> None:
     page = seen.page
     page.wait_for_selector("table.dataTable tbody tr")
@@ -279,6 +280,7 @@ def test_a_browser_draws_everything_without_a_complaint(seen: Seen) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.chromium
 def test_the_table_sorts_and_filters(seen: Seen) -> None:
     page = seen.page
     cells = "table#jobs tbody tr td:first-child"
@@ -303,6 +305,7 @@ def test_the_table_sorts_and_filters(seen: Seen) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.chromium
 def test_a_point_tells_what_it_is_and_keys_reach_what_can_be_chosen(seen: Seen) -> None:
     page = seen.page
     page.locator("[data-figure=pareto]").scroll_into_view_if_needed()
@@ -320,6 +323,7 @@ def test_a_point_tells_what_it_is_and_keys_reach_what_can_be_chosen(seen: Seen) 
 
 
 @pytest.mark.slow
+@pytest.mark.chromium
 @pytest.mark.parametrize(("scheme", "width"), [("dark", 1400), ("light", 390)])
 def test_dark_screens_and_phones_are_served(file: Path, chromium: Chromium, scheme: str, width: int) -> None:
     found = chromium.open(file.as_uri(), color_scheme=scheme, viewport={"width": width, "height": 844})
@@ -336,6 +340,7 @@ def test_dark_screens_and_phones_are_served(file: Path, chromium: Chromium, sche
 
 
 @pytest.mark.slow
+@pytest.mark.chromium
 def test_five_hundred_jobs_are_drawn(chromium: Chromium, tmp_path: Path) -> None:
     sweep = write_sweep(tmp_path / "sweep", 500, ("l1", "l1_global", "random", "remove"))
     file = tmp_path / "page.html"

@@ -151,6 +151,7 @@ def figure(row: dict[str, str], name: str) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.chromium
 def test_make_ui_shows_the_figures_of_make_sweep_without_a_click(browsed: Path, readme_sweep: Ran) -> None:
     expected = [metrics(result) for result in reversed(results(only_sweep(readme_sweep[0])))]
     with shown(browsed) as running, started() as chromium:
@@ -171,6 +172,7 @@ def test_make_ui_shows_the_figures_of_make_sweep_without_a_click(browsed: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.chromium
 def test_jobs_of_two_sweeps_are_sorted_by_latency_and_a_kept_view_stays(browsed: Path, tmp_path: Path) -> None:
     shutil.copy(browsed / "mlflow.db", tmp_path)
     assert Mlflow(f"sqlite:///{tmp_path}/mlflow.db", "pq_sweep").sync(write_second(tmp_path)) == 3
@@ -192,6 +194,7 @@ def test_jobs_of_two_sweeps_are_sorted_by_latency_and_a_kept_view_stays(browsed:
 
 
 @pytest.mark.slow
+@pytest.mark.chromium
 def test_mlflows_page_compares_the_jobs_of_make_sweep(browsed: Path) -> None:
     parent, jobs = parent_and_jobs(f"sqlite:///{browsed}/mlflow.db")
     chosen = json.dumps([jobs[name].info.run_id for name in "012"])
