@@ -20,7 +20,7 @@ from typing import ClassVar, Protocol, TypeVar
 from hydra.utils import instantiate
 
 from pq_sweep.core.files import shared_file_system
-from pq_sweep.core.folder import SweepFolder
+from pq_sweep.core.folder import JobFolder, SweepFolder
 from pq_sweep.core.limits import bounded
 from pq_sweep.core.sentences import reason, without_password
 from pq_sweep.results.standing import Watch
@@ -161,7 +161,7 @@ class Mlflow:
         if view is None or view.seen != sight(Store(self.store), job.parent):
             view = self._view(job.parent)
         with closing(view):
-            view.upload(job)
+            view.upload(JobFolder(job))
         self.views[key] = view
         return True
 
@@ -170,7 +170,7 @@ class Mlflow:
         done = Watch(sweep).look()
         with closing(self._within(lambda: self._view(sweep))) as view:
             self._within(view.survey)
-            jobs = [sweep / row["job"] for row in done.rows if row["status"] in ("finished", "failed")]
+            jobs = [SweepFolder(sweep).job(row["job"]) for row in done.rows if row["status"] in ("finished", "failed")]
             logged = sum(self._within(partial(view.upload, job)) for job in jobs)
             self._within(lambda: view.summarize(done))
         return logged, view.experiment

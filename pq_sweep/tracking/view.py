@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pq_sweep.core.files import read_json
-from pq_sweep.core.folder import JobFolder
+from pq_sweep.core.folder import JobFolder, SweepFolder
 from pq_sweep.core.groups import GROUPS
 from pq_sweep.core.result import Result
 from pq_sweep.results.rows import SLURM_COLUMNS, Row, batch_sizes, metrics, read_row
@@ -32,12 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOCK = ".mlflow.lock"  # in the folder of what is logged: the sweep, or a job
-BEGUN = ".mlflow"  # in the sweep's folder since its first parent run, with a file for each job begun to be logged
 RENEWED_S = 60.0  # until a view is opened anew: the parent run may be deleted, or a server have another database
 ONNX = ("onnx", "onnxruntime", "onnxruntime-gpu")
 TABLE = "comparison.json"  # in the form of MLflow's tables
-FILES = ("result.json", "layers.json", "samples.npz")
 PAGE = 100  # runs that are read at once: each takes 0.1 MB
 MAX_VALUE = 6000  # MLflow's limit for the length of a parameter
 # Those of libyaml where it is there: ten times as fast.
@@ -52,7 +48,7 @@ class View:
     """One sweep in a store: the parent run, made if it is not there, and a child for each job."""
 
     def __init__(self, store: Store, experiment: str, sweep: Path, log_model: bool = False) -> None:
-        self.sweep, self.log_model = sweep, log_model
+        self.sweep, self.files, self.log_model = sweep, SweepFolder(sweep), log_model
         self.manifest = read_manifest(sweep)
         self.announced = {job["folder"]: job for job in self.manifest.get("jobs") or ()}
         self.client, self.experiment = store.open(experiment)
@@ -72,34 +68,33 @@ class View:
         if self.parent.info.status != "RUNNING":
             self.client.update_run(self.parent.info.run_id, "RUNNING")
 
-    def upload(self, job: Path) -> bool:
+    def upload(self, job: JobFolder) -> bool:
         """Log one job as a child run; return False if the store has it already."""
-        folder = JobFolder(job)
-        result = read_json(folder.result)
-        record = result or folder.read_error()
-        if record is None:
+        result, error = Result.read(job.result), job.read_error()
+        if not result and not error:
             return False
-        status, started = "FINISHED" if result else "FAILED", f"{record['started']:.6f}"
+        begun = result.started if result else (error or {})["started"]
+        status, started = "FINISHED" if result else "FAILED", f"{begun:.6f}"
         if self.logged.get(job.name) == (status, started):
             return False
-        with held(job / LOCK):  # the job, its launcher and a sync can be here at the same time
+        with held(job.store_lock):  # the job, its launcher and a sync can be here at the same time
             run = None if self._is_new(job) else self._only(self._find({"pq_sweep.job": job.name}), started)
             if run is not None and _state(run) == (status, started):
                 return False
-            row = read_row(folder, self.announced.get(job.name, {}))
+            row = read_row(job, self.announced.get(job.name, {}))
             tags = self._tags(job, row, result, started)
             if run is None:
-                run = self.client.create_run(self.experiment, int(record["started"] * 1000), tags, row["name"])
+                run = self.client.create_run(self.experiment, int(begun * 1000), tags, row["name"])
                 tags = {}
             self._fill(run, job, row, result, tags)
-            ended = int((record["started"] + record["seconds"]) * 1000) if result else None
+            ended = int((result.started + result.seconds) * 1000) if result else None
             self.client.set_terminated(run.info.run_id, status, ended)
         return True
 
-    def _is_new(self, job: Path) -> bool:
+    def _is_new(self, job: JobFolder) -> bool:
         """Say whether nobody has ever begun to log a job: looking for its run takes the longer, the more there are."""
         try:
-            (self.sweep / BEGUN / job.name).touch(exist_ok=False)
+            (self.files.begun / job.name).touch(exist_ok=False)
         except OSError:  # somebody has, or it is not known
             return False
         return job.name not in self.logged
@@ -123,9 +118,9 @@ class View:
         parent = self.parent.info.run_id
         for status in ("finished", "failed", "missing"):
             self.client.set_tag(parent, f"pq_sweep.{status}", str(done.count(status)))
-        for name in ("results.csv", "sweep.json"):
-            if (self.sweep / name).exists():
-                self.client.log_artifact(parent, str(self.sweep / name))
+        for path in (self.files.table, self.files.manifest):
+            if path.exists():
+                self.client.log_artifact(parent, str(path))
         if done.count("finished"):
             self._sum_up(done)
         if done.count("running") or done.count("pending"):
@@ -184,7 +179,7 @@ class View:
         tags = {"pq_sweep.kind": "sweep"}
         found = self._find(tags)
         if not found:
-            with held(self.sweep / LOCK):
+            with held(self.files.store_lock):
                 found = self._find(tags) or [self._make_parent(tags)]
         return found[0]
 
@@ -199,29 +194,29 @@ class View:
         start = int(self.manifest.get("created", 0) * 1000) or None
         name = "/".join(self.sweep.absolute().parts[-2:])
         with suppress(OSError):
-            (self.sweep / BEGUN).mkdir(exist_ok=True)
+            self.files.begun.mkdir(exist_ok=True)
         return self.client.create_run(self.experiment, start_time=start, tags=tags | about, run_name=name)
 
-    def _tags(self, job: Path, row: Row, result: Row | None, started: str) -> dict[str, str]:
+    def _tags(self, job: JobFolder, row: Row, result: Result | None, started: str) -> dict[str, str]:
         """Return what tells of a job which it is, how it ended and where it ran."""
         tags = {
             "pq_sweep.sweep": self.manifest["id"],
             "pq_sweep.job": job.name,
             "mlflow.parentRunId": self.parent.info.run_id,
             "pq_sweep.started": started,
-            "pq_sweep.folder": str(job.absolute()),
+            "pq_sweep.folder": str(job.path.absolute()),
         }
         tags |= _result_tags(result) if result else {"pq_sweep.error": row["error"], "pq_sweep.stage": row["stage"]}
         tags |= {f"pq_sweep.{key}": row[key] for key in ("status", *SLURM_COLUMNS) if key in row}
         return {key: str(value)[:MAX_VALUE] for key, value in tags.items()}
 
-    def _fill(self, run: Run, job: Path, row: Row, result: Row | None, tags: dict[str, str]) -> None:
+    def _fill(self, run: Run, job: JobFolder, row: Row, result: Result | None, tags: dict[str, str]) -> None:
         """Log parameters, metrics, tags and files of one job, in one batch each."""
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-        when = int((result["started"] + result["seconds"]) * 1000) if result else 0
-        figures = metrics(Result.of(result)) if result else {}
+        when = int((result.started + result.seconds) * 1000) if result else 0
+        figures = metrics(result) if result else {}
         self.client.log_batch(
             run.info.run_id,
             [Metric(key, float(value), when, 0) for key, value in figures.items()],
@@ -231,7 +226,7 @@ class View:
         # The client would ask the store for the run that is at hand.
         repository = get_artifact_repository(run.info.artifact_uri, self.client.tracking_uri)
         with TemporaryDirectory() as folder:
-            for path in (*(job / name for name in FILES), *JobFolder(job).errors, *job.glob("*.svg")):
+            for path in (job.result, job.layers, job.samples, *job.errors, *job.path.glob("*.svg")):
                 if path.exists():
                     (Path(folder) / path.name).symlink_to(path.absolute())
             (Path(folder) / "config.yaml").write_text(yaml.dump(job_config(job), Dumper=DUMPER))
@@ -239,9 +234,9 @@ class View:
         if self.log_model and result:
             self._log_model(run.info.run_id, job, result)
 
-    def _log_model(self, run: str, job: Path, result: dict[str, Any]) -> None:
+    def _log_model(self, run: str, job: JobFolder, result: Result) -> None:
         """Log the graph that ran so that mlflow.pyfunc and mlflow.onnx load it, with what it takes and gives."""
-        artifact, network = job / result["session"]["artifact"], result["network"]
+        artifact, network = job.path / result.session.artifact, result.network
         if artifact.suffix != ".onnx":
             log.warning("tracking.log_model needs an ONNX graph, and job %s ran %s", job.name, artifact.name)
             return
@@ -252,9 +247,9 @@ class View:
         from mlflow.types import Schema, TensorSpec
 
         kind = np.dtype(np.float32)
-        taken = Schema([TensorSpec(kind, (-1, *network["input"]), "input")])
-        given = Schema([TensorSpec(kind, (-1, network["classes"]), "output")])
-        versions = result["environment"]["versions"]
+        taken = Schema([TensorSpec(kind, (-1, *network.input), "input")])
+        given = Schema([TensorSpec(kind, (-1, network.classes), "output")])
+        versions = result.environment["versions"]
         with TemporaryDirectory() as folder:
             mlflow.onnx.save_model(
                 onnx.load(artifact),
@@ -267,7 +262,7 @@ class View:
 
 def sight(store: Store, sweep: Path) -> tuple[object, ...]:
     """Return what is another when jobs were announced, the store's file was replaced, or a view has served its time."""
-    jobs, file = (path and path.exists() and path.stat() for path in (sweep / "sweep.json", store.file))
+    jobs, file = (path and path.exists() and path.stat() for path in (SweepFolder(sweep).manifest, store.file))
     return (
         jobs and (jobs.st_ino, jobs.st_mtime_ns),
         file and (file.st_dev, file.st_ino),
@@ -281,18 +276,17 @@ def _state(run: Run) -> State:
 
 def read_manifest(sweep: Path) -> dict[str, Any]:
     """Return what is known of a sweep; one without `sweep.json` is known by its folder."""
-    manifest: dict[str, Any] | None = read_json(sweep / "sweep.json")
+    manifest = SweepFolder(sweep).read_manifest()
     return manifest or {"id": hashlib.sha256(str(sweep.resolve()).encode()).hexdigest()[:32]}
 
 
-def job_config(job: Path) -> dict[str, Any]:
+def job_config(job: JobFolder) -> dict[str, Any]:
     """Return the composed config of a job without where it was logged, which may hold a password."""
-    path = job / ".hydra" / "config.yaml"
-    config = yaml.load(path.read_text(), LOADER) if path.exists() else {}
+    config = yaml.load(job.config.read_text(), LOADER) if job.config.exists() else {}
     return {str(group): values for group, values in config.items() if group != "tracking"}
 
 
-def parameters(job: Path, row: dict[str, Any]) -> dict[str, str]:
+def parameters(job: JobFolder, row: dict[str, Any]) -> dict[str, str]:
     """Return a job's choices and options by name: `pruner`, `pruner.amount`, ..."""
     options: dict[str, str] = {}
     for group, values in job_config(job).items():
@@ -303,13 +297,13 @@ def parameters(job: Path, row: dict[str, Any]) -> dict[str, str]:
     return options | {name: str(row[name]) for name in GROUPS if name in row}
 
 
-def _result_tags(result: dict[str, Any]) -> dict[str, Any]:
-    environment, session = result["environment"], result["session"]
+def _result_tags(result: Result) -> dict[str, Any]:
+    environment, session = result.environment, result.session
     tags = {
         "pq_sweep.device": environment["device"],
-        "pq_sweep.engine": session["engine"],
-        "pq_sweep.precision": session["precision"],
-        "pq_sweep.protocol": result["config"]["measure"]["name"],
+        "pq_sweep.engine": session.engine,
+        "pq_sweep.precision": session.precision,
+        "pq_sweep.protocol": result.config["measure"]["name"],
         "pq_sweep.host": environment["host"],
     }
     tags |= _provenance(environment)

@@ -28,6 +28,7 @@ from stored_runs import EXPERIMENT, all_runs, artifact, artifacts, parent_and_jo
 from sweep_folders import announced, real_result, write_error, write_manifest, write_result, write_status
 
 from pq_sweep.core.files import shared_file_system
+from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.limits import bounded
 from pq_sweep.core.result import Result
 from pq_sweep.core.sentences import without_password
@@ -295,7 +296,7 @@ def test_parent_runs_while_jobs_are_to_come(uri: str, tracker: Mlflow, sweep: Pa
 
 def test_sync_where_no_lock_can_be(uri: str, tracker: Mlflow, sweep: Path) -> None:
     for folder in (sweep, sweep / "0", sweep / "1"):
-        (folder / runs.LOCK).mkdir()  # as little of a lock file as in a folder that cannot be written
+        (folder / ".mlflow.lock").mkdir()  # as little of a lock file as in a folder that cannot be written
     assert tracker.sync(sweep) == 2
     assert set(parent_and_jobs(uri)[1]) == {"0", "1"}
 
@@ -489,7 +490,7 @@ def test_job_that_ran_again_in_the_same_process_replaces_its_run(
 ) -> None:
     tracker.log(sweep / "1")
     if not signed:  # as in a folder that an earlier version logged, or that was copied without hidden files
-        shutil.rmtree(sweep / runs.BEGUN)
+        shutil.rmtree(sweep / ".mlflow")
     (sweep / "1" / "error.json").unlink()
     write_result(sweep, "1")
     tracker.log(sweep / "1")
@@ -499,7 +500,7 @@ def test_job_that_ran_again_in_the_same_process_replaces_its_run(
 def test_sync_finds_a_run_that_no_sign_tells_of(uri: str, tracker: Mlflow, sweep: Path) -> None:
     """As of a copy of the folder from before the job was logged."""
     tracker.log(sweep / "1")
-    (sweep / runs.BEGUN / "1").unlink()
+    (sweep / ".mlflow" / "1").unlink()
     (sweep / "1" / "error.json").unlink()
     write_result(sweep, "1")
     assert tracker.sync(sweep) == 2
@@ -625,7 +626,7 @@ def test_config_is_read_as_it_was_composed(tmp_path: Path) -> None:
     path = tmp_path / ".hydra" / "config.yaml"
     path.parent.mkdir()
     OmegaConf.save(config, path)
-    assert runs.job_config(tmp_path) == OmegaConf.to_container(config)
+    assert runs.job_config(JobFolder(tmp_path)) == OmegaConf.to_container(config)
 
 
 def test_long_values_are_shortened(uri: str, tracker: Mlflow, tmp_path: Path) -> None:
@@ -847,7 +848,7 @@ def test_no_tracking_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_parameters_are_the_choices_and_their_options(sweep: Path) -> None:
     (row, _) = read_sweep(sweep).rows
-    found = runs.parameters(sweep / "0", row)
+    found = runs.parameters(JobFolder(sweep / "0"), row)
     assert found["pruner"] == "l1_global"
     assert found["measure.batch_sizes"] == "[1]"
     assert not any("_target_" in key or key.startswith("tracking") for key in found)
