@@ -17,6 +17,7 @@ def job_name(choices: dict[str, Any]) -> str:
 
 
 COMPRESSING = ("pruner", "recovery", "quantizer")
+FOLDER_OPTIONS = ("hydra.sweep.dir", "hydra.run.dir")  # either names the sweep's folder
 
 
 def option_of(word: str) -> str:

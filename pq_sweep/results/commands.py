@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from pq_sweep.core.folder import JobFolder, SweepFolder
-from pq_sweep.core.groups import COMPRESSING, group_of
+from pq_sweep.core.groups import COMPRESSING, FOLDER_OPTIONS, group_of, option_of
 from pq_sweep.results.comparison import unreferenced
 from pq_sweep.results.rows import Row
 from pq_sweep.results.sweeps import Sweep
@@ -62,7 +62,7 @@ def start_again(folder: Path) -> int:
     """Start a sweep once more by its own command, in its folder, and return the exit code; what is done stays."""
     manifest = SweepFolder(folder).read_manifest()
     given = manifest.get("arguments", ())
-    arguments = [word for word in given if not word.startswith("hydra.sweep.dir=") and word != "resume=false"]
+    arguments = [word for word in given if option_of(word) not in FOLDER_OPTIONS and word != "resume=false"]
     if not arguments or any("***" in word for word in arguments):
         raise UserError(
             f"{folder} cannot be started again from here: its command is not known, or held a password; repeat the"

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from pq_sweep.core.environment import command_line, git_state
 from pq_sweep.core.files import write_json
 from pq_sweep.core.folder import SweepFolder
+from pq_sweep.core.groups import FOLDER_OPTIONS, option_of
 from pq_sweep.core.sentences import without_password
 from pq_sweep.sweep.current import CURRENT, check_folder
 from pq_sweep.sweep.explain import explain
@@ -97,8 +98,9 @@ def claim_folder(config: DictConfig) -> Path:
 
     Two sweeps that start in the same second would share `multirun/<date>/<time>`: the later one gets a suffix.
     """
+    take_run_folder(config)
+    named = any(option_of(word) == "hydra.sweep.dir" for word in config.hydra.overrides.hydra)
     wanted = Path(config.hydra.sweep.dir)
-    named = any(override.startswith("hydra.sweep.dir=") for override in config.hydra.overrides.hydra)
     folder, number = wanted, 1
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +123,27 @@ def claim_folder(config: DictConfig) -> Path:
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")  # what the jobs are composed from
         config.hydra.sweep.dir = str(folder)
     return folder
+
+
+def take_run_folder(config: DictConfig) -> None:
+    """Take hydra.run.dir as the sweep's folder where the user gave it: a single run is a sweep of one job.
+
+    Raises:
+        UserError: If hydra.sweep.dir names another folder.
+    """
+    options = [option_of(word) for word in config.hydra.overrides.hydra]
+    if "hydra.run.dir" not in options:
+        return
+    run, sweep = str(config.hydra.run.dir), str(config.hydra.sweep.dir)
+    if "hydra.sweep.dir" in options and Path(run) != Path(sweep):
+        raise UserError(
+            f"hydra.run.dir={run} and hydra.sweep.dir={sweep} both name the sweep's folder; leave out one of them."
+        )
+    config.hydra.sweep.dir = run
+    config.hydra.run.dir = "${hydra.sweep.dir}/${hydra.sweep.subdir}"  # as it is in conf/config.yaml
+    kept = [word for word in config.hydra.overrides.hydra if option_of(word) not in FOLDER_OPTIONS]
+    quoted = run.replace("'", r"\'")
+    config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir='{quoted}'"]  # what the jobs are composed from
 
 
 def _or_exit(begin: Callable[[], None]) -> None:

@@ -679,6 +679,8 @@ ECHO = "import json, os, sys\njson.dump([os.getcwd(), sys.argv[1:]], open('calle
     [
         (["-m", "a=1", "b=2"], ["-m", "HERE", "a=1", "b=2"]),
         (["a=1", "hydra.sweep.dir=s", "-m"], ["HERE", "a=1", "-m"]),
+        (["hydra.run.dir=s", "a=1"], ["HERE", "a=1"]),
+        (["a=1", "++hydra.run.dir=s", "++hydra.sweep.dir=s"], ["HERE", "a=1"]),
         (["--config-dir", "conf", "-m", "a=1"], ["--config-dir", "conf", "-m", "HERE", "a=1"]),
         (["-m"], ["-m", "HERE"]),
         ([], ["HERE"]),

@@ -382,6 +382,39 @@ def test_sweep_in_the_place_of_an_earlier_one_replaces_its_jobs(tmp_path: Path, 
     assert [row["status"] for row in rows_of(tmp_path / "here")] == ["finished"]
 
 
+@pytest.mark.parametrize("mode", [(), ("hydra.mode=RUN",), ("-m",)])
+def test_the_folder_of_a_single_run_is_that_of_its_sweep(mode: tuple[str, ...], tmp_path: Path, launch: Launch) -> None:
+    """What is finished there is not run again."""
+    command = (*mode, "hydra.run.dir='a b/first'", "tracking=none", *SHORT)
+    first, again = launch(*command), launch(*command)
+    assert first.returncode == again.returncode == 0, first.stdout + first.stderr
+    assert len(results(tmp_path / "a b" / "first")) == 1
+    assert "reused: finished earlier" not in first.stdout + first.stderr
+    assert "reused: finished earlier" in again.stdout + again.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"a b"}
+    assert [path.name for path in (tmp_path / "a b").iterdir()] == ["first"]
+
+
+@pytest.mark.slow
+def test_jobs_at_the_same_time_lie_in_the_folder_of_the_run(tmp_path: Path, launch: Launch) -> None:
+    """A launcher keeps its own files there as well."""
+    done = launch("hydra/launcher=local_parallel", "hydra.run.dir=s", "pruner=none,l1", "tracking=none", *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(results(tmp_path / "s")) == 2
+    assert list((tmp_path / "s").glob(".submitit/*/*.err"))
+    assert {path.name for path in tmp_path.iterdir()} == {"s"}
+
+
+@pytest.mark.parametrize("mode", ["RUN", "MULTIRUN"])
+def test_two_folders_for_one_sweep_are_refused(mode: str, tmp_path: Path, launch: Launch) -> None:
+    done = launch(f"hydra.mode={mode}", "hydra.run.dir=a", "hydra.sweep.dir=b", "tracking=none", *SHORT)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "hydra.run.dir=a and hydra.sweep.dir=b both name the sweep's folder; leave out one of them.\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def composed(*overrides: str) -> list[DictConfig]:
     """Return the jobs that `launch.py` would run."""
     swept = [word for word in overrides if "," in word]
