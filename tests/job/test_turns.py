@@ -74,7 +74,7 @@ def test_a_killed_process_holds_nothing() -> None:
     process.wait()
     start = time.monotonic()
     with Turns("cpu").take(alone=True):
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
 
 
 def test_jobs_with_cores_of_their_own_do_not_wait() -> None:
@@ -85,7 +85,7 @@ def test_jobs_with_cores_of_their_own_do_not_wait() -> None:
         time.sleep(0.3)
         start = time.monotonic()
         with Turns("cpu").take(alone=True):
-            assert time.monotonic() - start < 5
+            assert time.monotonic() - start < 30
     finally:
         process.kill()
         process.wait()

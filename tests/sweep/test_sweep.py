@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from itertools import permutations, product
 from pathlib import Path
@@ -331,18 +331,27 @@ def test_killed_sweep_keeps_what_it_has(tmp_path: Path) -> None:
     assert (child.data.tags["pq_sweep.job"], child.info.status) == ("0", "FINISHED")
 
 
+def wait_for_new(sweep: Path, name: str, process: subprocess.Popen[bytes], seconds: float = 120) -> None:
+    """Wait until a process that has just started writes such a file for one of its jobs, or is over."""
+    start, end = time.time(), time.monotonic() + seconds
+    while process.poll() is None and not any(path.stat().st_mtime > start for path in sweep.glob(f"*/{name}")):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_ten_times_ends_with_every_job_run_once(tmp_path: Path) -> None:
     amounts = ",".join(f"0.{number:02}" for number in range(5, 65, 5))
     command = [sys.executable, LAUNCH, "-m", "pruner=l1_global", f"pruner.amount={amounts}", "hydra.sweep.dir=sweep"]
     command += [*SHORT, "tracking=none", "runtime=torch"]
     source, first = random.Random(0), dict[str, bytes]()
-    for _ in range(10):
+    for kill in range(10):
         known = set(first)
         process = subprocess.Popen(command, cwd=tmp_path, env=new_user(), start_new_session=True)
-        end = time.monotonic() + source.uniform(4, 12)
-        while time.monotonic() < end and process.poll() is None:
-            time.sleep(0.02)
+        if kill % 3:  # else it is still starting
+            wait_for_new(tmp_path / "sweep", ("status.json", "result.json")[kill % 2], process)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(source.uniform(0, 1))
         os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
         process.wait()
         for path in (tmp_path / "sweep").glob("*/result.json"):
