@@ -49,7 +49,7 @@ READ = """
     if (!pinned && place.right > screen.right) continue;
     const name = cell.querySelector('a span');
     const row = rows[cell.closest('.ag-row').getAttribute('row-index')] ??= {};
-    row[cell.getAttribute('col-id')] = cell.innerText.trim();
+    row[cell.getAttribute('col-id')] = (name ?? cell).innerText.trim();
     if (name) row.whole = [name, ...function* () { for (let e = name; e !== cell; e = e.parentElement) yield e; }()]
       .every(each => each.scrollWidth <= each.clientWidth || each.clientWidth === 0);
   }
