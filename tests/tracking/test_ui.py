@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 from browser import Seen, started
-from cluster.services import free_port
+from cluster.services import descendants, free_port, postgres
+from cluster.slurm import Unavailable
 from conftest import ROOT, Ran, new_user, only_sweep, python
 from mlflow import MlflowClient
 from playwright.sync_api import Page
@@ -49,7 +50,7 @@ READ = """
     if (!pinned && place.right > screen.right) continue;
     const name = cell.querySelector('a span');
     const row = rows[cell.closest('.ag-row').getAttribute('row-index')] ??= {};
-    row[cell.getAttribute('col-id')] = cell.innerText.trim();
+    row[cell.getAttribute('col-id')] = (name ?? cell).innerText.trim();
     if (name) row.whole = [name, ...function* () { for (let e = name; e !== cell; e = e.parentElement) yield e; }()]
       .every(each => each.scrollWidth <= each.clientWidth || each.clientWidth === 0);
   }
@@ -270,6 +271,26 @@ def test_ui_names_every_experiment_with_sweeps_the_newest_first(store: Path, tmp
         f"metrics.`latency_ms/b{size}`" for size in (1, 8, 64)
     ]
     assert view_of(client, "pq_sweep")["searchFilter"] == table.JOBS
+
+
+@pytest.mark.slow
+def test_ui_of_postgresql_shows_its_password_to_nobody(tmp_path: Path) -> None:
+    sweep = write_manifest(tmp_path / "sweep", announced("0"))
+    write_result(sweep, "0")
+    try:
+        with postgres(tmp_path) as database:
+            uri = database.uri.replace("pq@", "pq:s3cret@")
+            Mlflow(uri, "pq_sweep").sync(sweep)
+            with shown(tmp_path, MLFLOW_TRACKING_URI=uri) as running:
+                expected = table.address(f"http://127.0.0.1:{running.port}", "1")
+                processes = [running.process.pid, *descendants(running.process.pid)]
+                commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in processes]
+    except Unavailable as error:
+        pytest.skip(str(error))
+
+    assert running.lines == [f"MLflow: {expected}"]
+    assert len(commands) >= 3  # mlflow starts uvicorn
+    assert "s3cret" not in str(commands) + running.log.read_text()
 
 
 @pytest.mark.slow
