@@ -17,7 +17,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 def ship(job: Path, target: Path, told: dict[str, Any], figures: list[tuple[str, str]], doubts: list[str]) -> None:
     """Copy the model of a job folder into a new one with all that is needed to run it.
 
-    `told` are the job's figures by name, `figures` those to show, `doubts` what speaks against it.
+    `told` has the job's figures by name, `figures` those to show, and `doubts` what speaks against the model.
     """
     if target.exists() and any(target.iterdir()):
         raise UserError(f"--export {target} is not empty; give a folder that is not there yet.")
@@ -35,7 +35,7 @@ def ship(job: Path, target: Path, told: dict[str, Any], figures: list[tuple[str,
 
 
 def describe(result: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
-    """Return what card and script say of a result."""
+    """Return what the card and the script say about a result."""
     session, network = result["session"], result["network"]
     labels = network["labels"] or [str(number) for number in range(network["classes"])]
     return {
@@ -60,7 +60,7 @@ def describe(result: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
 
 
 def written_by() -> str:
-    """Return the version of this package, and its commit if it is known: run.py names what they hold."""
+    """Return the version of this package, and its commit if it is known, which run.py names as needed to run."""
     commit = (git_state() or {}).get("commit")
     return f"{__version__} (commit {commit[:12]})" if commit else __version__
 
@@ -76,7 +76,7 @@ def render(template: str, about: dict[str, Any]) -> str:
 
 
 def _write_options(config: dict[str, Any], target: Path) -> None:
-    """Write all options, and those of the network alone without weights, which are in the artifact."""
+    """Write all options, and those of the model alone, without its weights: the artifact has them."""
     from omegaconf import OmegaConf
 
     OmegaConf.save(OmegaConf.create(config), target / "config.yaml")
