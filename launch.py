@@ -11,7 +11,7 @@ from pq_sweep.sweep.worker import run_job
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def launch(cfg: DictConfig) -> None:
-    """Run one job; what is heavy is imported here and not before."""
+    """Run one job; heavy packages are imported here and no earlier."""
     run_job(cfg)
 
 

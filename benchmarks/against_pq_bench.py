@@ -1,9 +1,9 @@
 """pq_sweep and PQ Bench's procedure on one grid: `python -m benchmarks.against_pq_bench --images DIR --weights DIR`.
 
-Both run by their own command, one after the other, with nothing kept from before: pq_sweep at its defaults but for
-runtime=onnxruntime and an empty cache, then `benchmarks.pq_bench`, which so finds the files in the system's memory. It
-prints, in Markdown, what both took, where that went, and whether they came to the same answers, image by image. It has
-to run alone on its machine.
+Both run by their own command, one after the other, with nothing kept from before: first pq_sweep at its defaults
+(except runtime=onnxruntime and an empty cache), then `benchmarks.pq_bench`, which therefore finds the files in the
+system's memory. This prints, in Markdown, what both took, where the time went, and whether they came to the same
+answers, image by image. It has to run alone on its machine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pq_sweep.core.environment import device_name, versions
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = {"fp32": "none", "int8": "int8"}
 NAMES = ("PQ Bench's procedure", "pq_sweep")
-# What each step of the one and of the other is; a step not named here is `rest`.
+# What each step is in the one and in the other; a step not named here counts as `rest`.
 STEPS = {
     "load": "load weights, find images; pq_sweep: decode them, once",
     "decode": "decode images, again in every pass",
@@ -68,7 +68,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one of both took, and what it found of each combination."""
+    """What one of the two took, and what it found for each combination."""
 
     cost: Cost
     decoded: int
@@ -125,13 +125,13 @@ def spent(results: Iterable[dict[str, Any]]) -> dict[str, float]:
     for result in results:
         for stage, taken in result["stage_s"].items():
             name = stage.partition(" ")[0]  # "latency b8"
-            if stage not in result["from_cache"]:  # else another job has spent them
+            if stage not in result["from_cache"]:  # else another job has spent these seconds
                 seconds[{"calibrate": "quantize", "trace": "export"}.get(name, name)] += taken
     return seconds
 
 
 def overrides(options: argparse.Namespace) -> list[str]:
-    """Return the grid as pq_sweep's command line takes it; nothing else is changed but the runtime."""
+    """Return the grid as pq_sweep's command line takes it; apart from it, only the runtime is changed."""
     return [
         f"model={','.join(options.models)}",
         f"model.weights={quoted(options.weights / '${model.name}.pth')}",
@@ -154,7 +154,7 @@ def quoted(path: Path) -> str:
 
 
 def key_of(result: dict[str, Any]) -> Key:
-    """Say which combination a result of pq_sweep is of."""
+    """Say which combination a result of pq_sweep belongs to."""
     config = result["config"]
     return config["model"]["name"], float(config["pruner"]["amount"]), PRECISIONS[result["session"]["precision"]]
 
@@ -202,7 +202,7 @@ def timed(command: list[Any], folder: Path) -> Cost:
     environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
     environment |= {"PQ_SWEEP_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     before, start = (children_cpu(), machine_cpu()), time.perf_counter()
-    # What they print goes to where the table does not.
+    # Their output goes to standard error, so that it does not mix with the table.
     subprocess.run([sys.executable, *map(str, command)], cwd=folder, env=environment, stdout=sys.stderr, check=True)
     wall, cpu, machine = time.perf_counter() - start, children_cpu() - before[0], machine_cpu() - before[1]
     return Cost(wall, cpu, max(0.0, machine - cpu) / wall)
@@ -215,14 +215,14 @@ def children_cpu() -> float:
 
 
 def machine_cpu() -> float:
-    """Return the CPU seconds used on this machine since it started, by whatever it was."""
+    """Return the CPU seconds used on this machine since it started, by all processes."""
     ticks = [int(word) for word in Path("/proc/stat").read_text().split()[1:9]]
     idle = ticks[3] + ticks[4]
     return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK")
 
 
 def heading(options: argparse.Namespace, outcome: Outcome) -> list[str]:
-    """Say what ran where."""
+    """Say what ran, and on which machine."""
     grid = f"{', '.join(options.models)}; l1_global {', '.join(map(str, options.amounts))}; {', '.join(QUANTIZERS)}"
     size = f"{len(outcome.jobs)} jobs at batch sizes {', '.join(map(str, BATCH_SIZES))}, {len(outcome.images)} images"
     return [f"{size} ({grid}); {machine()}; {options.workers} workers of the DataLoader.", ""]
@@ -251,7 +251,7 @@ def costs(theirs: Outcome, ours: Outcome) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Return a number with as many digits as tell something."""
+    """Return a number with only as many digits as mean something."""
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.1f}"
 
 
@@ -276,7 +276,7 @@ def steps(theirs: Outcome, ours: Outcome) -> list[str]:
 
 
 def answers(theirs: Outcome, ours: Outcome) -> list[str]:
-    """Show the right answers to each job, and say which jobs differ in what."""
+    """Show the number of right answers of each job, and say which jobs differ, and in what."""
     total = len(ours.images)
     lines = table("job", *(f"correct of {total}, {name}" for name in NAMES), "differs in")
     found = {key: differences(job, ours.jobs[key]) for key, job in theirs.jobs.items()}
@@ -292,7 +292,7 @@ def answers(theirs: Outcome, ours: Outcome) -> list[str]:
 
 
 def differences(theirs: Job, ours: Job) -> list[str]:
-    """Say in what a job came out differently in both."""
+    """Say in what the two outcomes of a job differ."""
     wrong = []
     if set(theirs.correct) != set(ours.correct):
         wrong.append("right answers")
@@ -307,7 +307,7 @@ def differences(theirs: Job, ours: Job) -> list[str]:
 def numbers(graph: Path) -> list[str]:
     """Return a hash of each weight, scale and zero point of a graph, whatever their names and order."""
     arrays = (numpy_helper.to_array(item) for item in onnx.load(graph).graph.initializer)
-    # A zero of either sign is the same weight.
+    # Zeros of both signs count as the same weight.
     return sorted(hashlib.sha256((array + array.dtype.type(0)).tobytes()).hexdigest() for array in arrays)
 
 

@@ -1,9 +1,9 @@
 """How fast do images come? `python -m benchmarks.data_path FOLDER` prints images per second of each way as Markdown.
 
-FOLDER has a folder of photographs per class. `Split.batches` from the warm cache, the same from JPEG with an empty
-cache, and torchvision's ImageFolder with a DataLoader of 0 and 2 workers, all by the same transform. Every round
-measures each way once, from the first batch that is asked for to the last one on the device, and each round starts
-with another; a DataLoader's workers start anew in each, as they do in each epoch. Files are read once before.
+FOLDER has a folder of photographs per class. The ways are `Split.batches` from the warm cache, the same from JPEG with
+an empty cache, and torchvision's ImageFolder with a DataLoader of 0 and 2 workers, all with the same transform. Every
+round measures each way once, from asking for the first batch to the last one on the device, and starts with another
+way. A DataLoader's workers start anew in each round, as they do in each epoch. All files are read once before.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def ways_of(folder: Path, chosen: Labelled, size: int, device: str) -> dict[str,
 
 @contextlib.contextmanager
 def from_cache(folder: Path, chosen: Labelled, size: int, device: str) -> Iterator[Batches]:
-    """Read images that are decoded already, as the second job and every later one does."""
+    """Read images that are already decoded, as the second job and all later ones do."""
     cache = ImageCache(folder, PREPROCESS)
     yield split_of(cache, readable(cache, chosen)).batches(size, device)
 
@@ -116,7 +116,7 @@ def take_all(way: Way, device: str) -> tuple[float, torch.Tensor]:
 
 
 def measured(ways: dict[str, Way], rounds: int, device: str) -> dict[str, list[float]]:
-    """Return the seconds of each way, round by round; every round starts with another one."""
+    """Return the seconds of each way, round by round; every round starts with another way."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     names = list(ways)
     for number in range(rounds):

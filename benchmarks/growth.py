@@ -1,13 +1,14 @@
-"""What does a job more cost? `python -m benchmarks.growth` prints a table of sweeps of 10, 100 and 1,000 jobs.
+"""What does one more job cost? `python -m benchmarks.growth` prints a table of sweeps of 10, 100 and 1,000 jobs.
 
-Each is a `python launch.py -m` of its own in an empty folder: the embedded network pruned by as many different amounts,
-measured as shortly as can be, MLflow on SQLite beside it. Seconds per job are those from the first result to the last,
-of the clock and of the CPU; the start is what comes before, composing all jobs among it, the end what comes after. MB
-are what the process has in memory. MLflow's milliseconds are of logging the finished jobs into an empty store, one by
-one; the first one, which opens it, does not count. `results` is the command as a whole, and its table alone.
+Each sweep is a `python launch.py -m` of its own in an empty folder. It prunes the embedded network by as many different
+amounts as it has jobs, measures as briefly as possible, and logs to MLflow on SQLite. Seconds per job, by the clock and
+of the CPU, are those from the first result to the last. The start is the time before, which includes composing all
+jobs, and the end the time after. MB are what the process has in memory. MLflow's milliseconds are for logging the
+finished jobs into an empty store, one by one, without the first, which opens the store. `results` is the time of the
+whole command, and that of its table alone.
 
-From 100 jobs to 1,000 it should be the same per job within 10 %, with less than 50 MB more, and the table of 1,000 jobs
-there in less than a second.
+From 100 jobs to 1,000, the cost per job should stay the same within 10 %, memory should grow by less than 50 MB, and
+the table of 1,000 jobs should take less than a second.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ SHORT = [
     "measure.min_s=0",
     "measure.max_s=0",
 ]
-SETTLED = 10  # jobs after which everything is imported that jobs import
+SETTLED = 10  # after this many jobs, everything that jobs import has been imported
 WIDTH = 200
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A process at some moment: when, the seconds of the CPU that it took until then, and what it has in memory."""
+    """A process at some moment: the time, the CPU seconds that it took until then, and its memory."""
 
     time_s: float
     cpu_s: float
@@ -89,7 +90,7 @@ def measure(folder: Path, jobs: int) -> dict[str, str]:
 
 
 def run(folder: Path, jobs: int) -> tuple[float, list[Seen]]:
-    """Run a sweep; return the seconds to its first result, and how it was then, at the tenth, the last and its end."""
+    """Run a sweep; return the seconds to its first result, and its state then, at the tenth, the last and its end."""
     amounts = ",".join(f"{(number + 1) / (jobs + 1):.6f}" for number in range(jobs))
     chosen = ["pruner=l1_global", f"pruner.amount={amounts}", "hydra.sweep.dir=sweep", *SHORT]
     env = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
@@ -105,7 +106,7 @@ def run(folder: Path, jobs: int) -> tuple[float, list[Seen]]:
 
 
 def watched(process: subprocess.Popen[bytes], files: list[Path]) -> list[Seen]:
-    """Wait for a process to end; return how it was when each of the files was there, and at its end."""
+    """Wait for a process to end; return its state when each of the files appeared, and at its end."""
     seen: list[Seen] = []
     now = look(process.pid)
     while process.poll() is None:

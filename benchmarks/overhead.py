@@ -1,14 +1,15 @@
 """What does a sweep take beyond its work? `python -m benchmarks.overhead --images DIR --weights DIR`.
 
-It runs the grid of `benchmarks.against_pq_bench` by pq_sweep's command line with an empty cache, then, one by one and
-timed alone, all that cannot be left out of it: decoding each image once, and once per model the answers of the
-uncompressed one and the graph of its operations; for each amount pruning and its weights in that graph; for each job
-quantization with its calibration, a session, one pass over all images, and as many calls of each batch size as were
-measured. What the sweep took over the sum of that is its overhead: start and imports, checks, records, sizes, tables,
-MLflow. Each round is such a pair; the ratio is the median over them. It has to run alone on its machine.
+It runs the grid of `benchmarks.against_pq_bench` by pq_sweep's command line with an empty cache. Then it runs all that
+cannot be left out, one part after the other, each timed alone: decoding each image once; for each model the answers of
+the uncompressed network and the graph of its operations; for each amount pruning, and filling the weights into that
+graph; for each job quantization with its calibration, a session, one pass over all images, and as many calls of each
+batch size as were measured. What the sweep takes beyond the sum of these parts is its overhead: start and imports,
+checks, records, sizes, tables, MLflow. Each round is such a pair; the ratio is the median over all rounds. It has to
+run alone on its machine.
 
-It measures by the `standard` protocol, as a sweep does whose latencies are to be relied on. What is beyond the work is
-the same with `--measure quick`, which looks at each batch size for under a second, and so is a larger share there.
+It measures by the `standard` protocol, as a sweep with reliable latencies does. With `--measure quick`, which looks at
+each batch size for under a second, the overhead takes as many seconds and is therefore a larger share.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from pq_sweep.runtimes.export import fill, trace
 from pq_sweep.types import Model, Preprocess
 
 LIMIT = 1.15
-# What takes time: first what cannot be left out, by its name in `benchmarks.against_pq_bench.STEPS`.
+# The parts that take time, by name in `benchmarks.against_pq_bench.STEPS`; those that cannot be left out come first.
 PARTS = {
     "load": "read weights, decode each image once",
     "baseline": "answers of the uncompressed models",
@@ -82,7 +83,7 @@ class Round:
 
     @property
     def ratio(self) -> float:
-        """Return how often the parts would fit into the sweep."""
+        """Return how many times as long as its parts the sweep takes."""
         return self.sweep.cost.wall_s / sum(self.alone.values())
 
 
@@ -124,7 +125,7 @@ def main() -> None:
 
 
 def counted(scratch: Path) -> Measured:
-    """Return how a sweep ran its jobs; calls of warm-up count."""
+    """Return how a sweep ran its jobs; the calls of the warm-up count as well."""
     results = [json.loads(path.read_text()) for path in scratch.glob("sweep/*/result.json")]
     (at_once,) = {result["accuracy"]["batch_size"] for result in results}
     calls = {
@@ -138,7 +139,7 @@ def counted(scratch: Path) -> Measured:
 
 
 def parts(options: argparse.Namespace, measured: Measured) -> dict[str, float]:
-    """Do what cannot be left out, each part alone, and return its seconds."""
+    """Run what cannot be left out, each part alone, and return the seconds of each."""
     tally = Tally()
     use_threads(None)
     for number, name in enumerate(options.models):
@@ -210,7 +211,7 @@ def answer(session: Any, images: torch.Tensor) -> None:
 
 
 def report(rounds: list[Round]) -> Iterable[str]:
-    """Draw what was found."""
+    """Draw what was measured."""
     sweep = rounds[0].sweep
     size = f"{len(sweep.jobs)} jobs, {len(sweep.images)} images, {len(rounds)} rounds"
     yield from (f"{size}; {machine()}.", "", *table("part", "alone, s", "in the sweep, s"))

@@ -1,4 +1,4 @@
-"""How long a report takes to be drawn: `python -m benchmarks.page report.html`, in Chromium, milliseconds."""
+"""How long does Chromium take to draw a report? `python -m benchmarks.page report.html` prints milliseconds."""
 
 from __future__ import annotations
 

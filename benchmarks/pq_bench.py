@@ -1,13 +1,14 @@
 """The procedure of PQ Bench, written anew from the thesis behind it: `python -m benchmarks.pq_bench --help`.
 
-Schulze, *Benchmarking Pruning and Quantization Techniques*, master's thesis, 2024; Schulze et al., DEEM 2025. It is
-here to be compared with, see `benchmarks.against_pq_bench`. Section 4.1: one combination of model, pruner, quantizer
-and batch size runs after the other, as many times as there are iterations; each loads, compresses, exports and
-calibrates for itself, has a preparation time of its own, and is evaluated on all images, from their files by a
-DataLoader, with PyTorch's profiler around each batch. Section 5: ten batches of warm-up come first.
+Schulze, *Benchmarking Pruning and Quantization Techniques*, master's thesis, 2024; Schulze et al., DEEM 2025. It serves
+as the comparison in `benchmarks.against_pq_bench`. Section 4.1: the combinations of model, pruner, quantizer and batch
+size run one after the other, as many times as there are iterations. Each loads, compresses, exports and calibrates for
+itself, has a preparation time of its own, and is evaluated on all images, which a DataLoader reads from their files,
+with PyTorch's profiler around each batch. Section 5: ten batches of warm-up come first.
 
-ONNX Runtime on the CPU stands for TensorRT. The images and the layers to prune are chosen as pq_sweep does, so that
-both can come to the same answers. Where the thesis leaves open what is done again, what takes less time is taken.
+ONNX Runtime on the CPU stands for TensorRT. The images and the layers to prune are chosen as pq_sweep chooses them, so
+that both can come to the same answers. Where the thesis leaves open whether something is done again, the choice here is
+the one that takes less time.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Tally:
             self.steps.pop()
 
     def turn(self) -> None:
-        """Count what has passed for the step that is on."""
+        """Count the time since the last turn for the current step."""
         now = time.perf_counter()
         self.seconds[self.steps[-1]] += now - self.since
         self.since = now
@@ -77,7 +78,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Job:
-    """A combination, what all of them share by the command line, and the tally of all."""
+    """A combination, the options of the command line, and the tally that all combinations share."""
 
     model: str
     amount: float
@@ -119,7 +120,7 @@ def main() -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says which grid to run, and on what."""
+    """Add the options that say which grid to run, and on which images and weights."""
     parser.add_argument("--images", type=Path, required=True, help="folder with train/ and val/ with class folders")
     parser.add_argument("--weights", type=Path, required=True, help="folder with <model>.pth of trained weights")
     parser.add_argument("--models", nargs="+", default=MODELS)
@@ -226,7 +227,7 @@ def export(network: nn.Module, path: Path) -> None:
 
 
 class Calibration(CalibrationDataReader):
-    """Calibration images one by one, each decoded as it is asked for."""
+    """Calibration images one by one, each decoded when it is asked for."""
 
     def __init__(self, images: Subset[Any], tally: Tally) -> None:
         self.loader, self.tally = iter(DataLoader(images, 1)), tally
@@ -278,7 +279,7 @@ def evaluate(job: Job, session: Any, pictures: Pictures) -> Row:
         right.append(answers[-1] == labels)
         times.append(seconds)
     return {
-        # As PQ Bench states it: the mean over batches, however small the last one is. The rest is to be compared.
+        # As PQ Bench states it: the mean over batches, however small the last one is. The other entries are compared.
         "accuracy": float(torch.stack([part.float().mean() for part in right]).mean()),
         "correct": int(torch.cat(right).sum()),
         "predictions": torch.cat(answers).tolist(),
@@ -293,7 +294,7 @@ def random_images(count: int) -> Tensor:
 
 
 def batches(job: Job, images: Subset[Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield images and labels from a DataLoader, and count the wait for them."""
+    """Yield images and labels from a DataLoader, and count the time spent waiting for them as decoding."""
     loader = DataLoader(images, job.batch_size, num_workers=job.options.workers)
     with job.tally("decode"):
         waiting = iter(loader)

@@ -1,13 +1,14 @@
 """How long until something happens? `python -m benchmarks.startup` prints the seconds of each start as Markdown.
 
-`--help`, `--cfg job` and a completion query; `import torch, mlflow` alone; and `python launch.py` with its defaults, in
-an empty folder, from its start to its first measurement, which is when `status.json` names the stage of it; the same
-with `tracking=none`, which needs no MLflow. One after the other, round by round; seconds of the CPU are those of the
-process and its children. What jobs keep in the user's cache is kept between the runs (the images of the default data
-set, figures of the uncompressed network), and one start before all others, which counts nowhere, puts it there.
+The starts are `--help`, `--cfg job` and a completion query; `import torch, mlflow` alone; `python launch.py` with its
+defaults, in an empty folder, from its start until `status.json` names the stage of its first measurement; and the same
+with `tracking=none`, which needs no MLflow. They run one after the other, round by round. Seconds of the CPU are those
+of the process and its children. The user's cache (images of the default data set, figures of the uncompressed network)
+is kept between the runs; a first start, which is not counted, fills it.
 
-What imports cost is what `-X importtime` tells of one run up to its first measurement: seconds of a package and of all
-that belongs to it, without what it imports in turn. That takes longer than without, so read it as shares.
+The cost of imports is what `-X importtime` reports for one run up to its first measurement: the seconds of a package
+and all its modules, without the packages that these import in turn. Imports take longer under that option, so read them
+as shares.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ TOP = 8
 
 @dataclass(frozen=True)
 class Start:
-    """Seconds of the clock and of the CPU, and for a job how they divide: seconds of its parts in their order."""
+    """Seconds by the clock and of the CPU and, for a job, the seconds of its parts in their order."""
 
     wall: float
     cpu: float
@@ -90,7 +91,7 @@ def run(arguments: list[str], environment: dict[str, str]) -> Start:
 
 
 def run_job(overrides: list[str], environment: dict[str, str]) -> Start:
-    """Run a job to its end in an empty folder; what counts is what happened before its first measurement."""
+    """Run a job to its end in an empty folder; only the time before its first measurement counts."""
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "said").open("w") as said:
         began = time.time()
         command = [sys.executable, LAUNCH, *overrides]
@@ -116,7 +117,7 @@ def await_measurement(process: subprocess.Popen[bytes], folder: Path) -> tuple[f
 
 
 def failure(folder: Path) -> SystemExit:
-    """Say with what a job ended."""
+    """Return an exit that shows the output of a failed job."""
     lines = (line for line in (folder / "said").read_text().splitlines() if not line.startswith("import time:"))
     return SystemExit("\n".join(["the job failed:", *lines]))
 
@@ -128,7 +129,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def parts(result: dict[str, Any], began: float, created: float, since: float) -> dict[str, float]:
-    """Divide the time before the first measurement: what comes before a job, and the stages of its result."""
+    """Divide the time before the first measurement into what comes before the job, and the job's stages."""
     stages = list(result["stage_s"])
     before = {name: result["stage_s"][name] for name in stages[: stages.index(FIRST_MEASUREMENT)]}
     started = result["started"]
@@ -158,7 +159,7 @@ def import_seconds(environment: dict[str, str]) -> Counter[str]:
 def table(starts: dict[str, list[Start]]) -> str:
     """Draw the median seconds of each start, and whether it is within its limit."""
     walls = {name: statistics.median(start.wall for start in found) for name, found in starts.items()}
-    limits = LIMITS | {JOB: walls[IMPORTS] + ABOVE_IMPORTS}  # nothing is wanted of the rest
+    limits = LIMITS | {JOB: walls[IMPORTS] + ABOVE_IMPORTS}  # the other starts have no limit
     lines = [
         "| start | seconds | smallest | largest | of the CPU | limit | within |",
         "|---|---:|---:|---:|---:|---:|---|",

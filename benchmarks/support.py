@@ -1,8 +1,9 @@
 """Try every model with every kind of compression and write a table: `python -m benchmarks.support docs/support.md`.
 
-Each cell is run, on the CPU, at default settings: status, seconds, size as a share of the FP32 network's file, and how
-near the logits stay to those of the FP32 network (signal-to-noise ratio in dB). Weights come from
-`--weights FOLDER` where it has <model>.pth, and are random elsewhere; images from `--images FOLDER`, else noise.
+Each cell is run on the CPU at default settings. It shows whether that worked, the seconds, the size as a share of the
+FP32 network's file, and how near the logits stay to those of the FP32 network (signal-to-noise ratio in dB). Weights
+come from `--weights FOLDER` if it has <model>.pth, and are random otherwise; images come from `--images FOLDER`, or are
+noise without it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Cell = dict[str, Any]
 
 
 def main() -> None:
-    """Run what has no record yet, model by model in a process of its own, and write the table."""
+    """Try each model that has no record yet, in a process of its own, and write the table."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("table", type=Path, help="the Markdown file to write")
     parser.add_argument("--weights", type=Path, help="folder with <model>.pth of trained weights")
@@ -60,7 +61,7 @@ def model_names() -> list[str]:
 
 
 def in_own_process(name: str, options: argparse.Namespace) -> Cell:
-    """Try a model where a crash takes nothing else with it."""
+    """Try a model in a process of its own, so that a crash does not end the others."""
     given = [f"--{key}={value}" for key in ("weights", "images") if (value := getattr(options, key))]
     command = [sys.executable, "-m", "benchmarks.support", "unused", "--one", name, *given]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -105,7 +106,7 @@ def config(*overrides: str) -> Any:
 
 
 def randomise(model: Any) -> None:
-    """Draw all weights so that answers depend on the image: torchvision's ViT, for one, starts with a head of zeros."""
+    """Draw all weights so that answers depend on the image: torchvision's ViT, for example, starts with a zero head."""
     from torch import nn
 
     for part in model.module.modules():
@@ -114,7 +115,7 @@ def randomise(model: Any) -> None:
 
 
 def settle(model: Any, data: Any) -> None:
-    """Give BatchNorm the statistics of what it sees, as training would have."""
+    """Give BatchNorm the statistics of its inputs, as training would have done."""
     from torch import nn
 
     from pq_sweep.compress.recovery import bn_reestimate
@@ -124,7 +125,7 @@ def settle(model: Any, data: Any) -> None:
 
 
 def attempt(technique: str, model: Any, data: Any, folder: Path) -> Cell:
-    """Run one cell; what goes wrong is its content."""
+    """Run one cell; if that fails, the cell holds the error."""
     try:
         return run(technique, copy.deepcopy(model), data, folder)
     except Exception as error:
@@ -146,7 +147,7 @@ def run(technique: str, model: Any, data: Any, folder: Path) -> Cell:
     seconds = time.perf_counter() - start
     if technique == "remove + int8":
         with torch.inference_mode():
-            reference = model.module(images)  # the removed network, which the graph is to compute
+            reference = model.module(images)  # the smaller network, which the graph has to reproduce
     assert logits.shape == reference.shape, f"{tuple(logits.shape)} logits instead of {tuple(reference.shape)}"
     assert logits.isfinite().all(), "the logits are not finite"
     return {"size": artifact.stat().st_size / original, "snr_db": snr_db(reference, logits), "seconds": seconds}
@@ -248,7 +249,7 @@ def text(cell: Cell) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Name what ran."""
+    """Return the versions and the machine that ran."""
     import onnxruntime
     import torch
     import torchvision

@@ -1,8 +1,8 @@
-"""Is our median right? Our timing in turn with other people's: `python -m benchmarks.timing`.
+"""Is our median right? `python -m benchmarks.timing` times in turn with other people's tools.
 
-Against torch.utils.benchmark for torch, against a bare loop of `session.run` for ONNX Runtime, on the CPU. Each model
-and batch size is measured in rounds, ours and theirs in turn in one process, who goes first alternating; the ratio is
-that of the medians of a round, and the figure the median of the ratios. It should be within 3 % of 1.
+It compares with torch.utils.benchmark for torch, and with a bare loop of `session.run` for ONNX Runtime, on the CPU.
+Each model and batch size is measured in rounds, by us and by them in turn in one process, and the two alternate in
+going first. Each round gives the ratio of the two medians; the median of these ratios should be within 3 % of 1.
 """
 
 from __future__ import annotations

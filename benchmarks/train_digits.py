@@ -1,6 +1,6 @@
 """Trains the weights of the embedded model: `make weights`.
 
-Seed 0, deterministic algorithms and one thread, so the same torch on the same kind of CPU gives the same bytes.
+With seed 0, deterministic algorithms and one thread, the same torch on the same kind of CPU gives the same bytes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model, a data set, a pruner and a quantizer of one's own, in one file outside the package.
+"""Your own model, data set, pruner and quantizer, in one file outside the package.
 
 python examples/custom_run.py                                     the sweep below
 python examples/custom_run.py model=shapes_cnn dataset=shapes     any other job or sweep, as with launch.py
@@ -59,7 +59,7 @@ class Shapes(Dataset[tuple[Tensor, int]]):
 
 
 def shapes(model: Model, *, images: int, calibration: int) -> Data:
-    """Return drawings: the parts have seeds of their own, so no image is in two of them."""
+    """Return drawings; each part has a seed of its own, so that no image is in two parts."""
     counts = {"evaluation": images, "calibration": calibration, "train": 3 * images}
     parts = {
         name: Split.of_dataset(Shapes(count, model.preprocess.size, seed))
@@ -72,7 +72,7 @@ def shapes(model: Model, *, images: int, calibration: int) -> Data:
 
 
 def shapes_cnn(*, width: int, seed: int) -> Model:
-    """Return a small network, trained here in a second or two; usually one would load a state_dict."""
+    """Return a small network, trained here in a second or two; usually you would load a state_dict."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for inputs, outputs in ((1, width), (width, 2 * width)):
@@ -94,7 +94,7 @@ def shapes_cnn(*, width: int, seed: int) -> Model:
 
 
 def weak_filters(model: Model, data: Data, *, amount: float) -> None:
-    """Zero the convolution filters that answer least to the calibration images."""
+    """Zero the convolution filters that respond least to the calibration images."""
     layers = [layer for layer in model.module.modules() if isinstance(layer, nn.Conv2d)]
     for layer in layers:
         answers: list[Tensor] = []
@@ -109,18 +109,18 @@ def weak_filters(model: Model, data: Data, *, amount: float) -> None:
 
 
 def note_strength(answers: list[Tensor], layer: nn.Module, inputs: object, output: Tensor) -> None:
-    """Note the mean answer of each filter."""
+    """Note the mean response of each filter."""
     answers.append(output.abs().mean((0, 2, 3)))
 
 
-# 4. A quantizer: reads the FP32 graph at `source`, writes `target`, and says by its mark which precision it makes.
+# 4. A quantizer: reads the FP32 graph at `source` and writes `target`; @quantizer says which precision it makes.
 
 
 @quantizer("int8")
 def convolutions_int8(
     source: Path, target: Path, data: Data, *, form: str, stage: Stage, images: int
 ) -> dict[str, int]:
-    """Quantize nothing but convolutions, with ranges that leave out the rarest activations."""
+    """Quantize only convolutions, with ranges that leave out the rarest activations."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -153,7 +153,7 @@ def convolutions_int8(
 
 
 def register() -> None:
-    """Add the four to their groups."""
+    """Add the four components to their groups."""
     store = ConfigStore.instance()
     here = Path(__file__).stem
     store.store(group="model", name="shapes_cnn", node={"_target_": f"{here}.shapes_cnn", "width": 16, "seed": 0})

@@ -1,4 +1,4 @@
-"""What jobs share, shown and made smaller: `python -m pq_sweep.cache ls|prune`."""
+"""The command line of the cache that jobs share: `python -m pq_sweep.cache ls|prune`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _show() -> None:
 
 
 def main() -> None:
-    """Show what jobs share, or remove of it what was not used for longest."""
+    """Show what jobs share, or remove the part of it that has been unused for longest."""
     parser = argparse.ArgumentParser(prog="python -m pq_sweep.cache", description=main.__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("ls", help="what there is, by kind")

@@ -1,4 +1,4 @@
-"""`python -m pq_sweep.gpu_check`: see the package."""
+"""The command line of the GPU check: `python -m pq_sweep.gpu_check`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pq_sweep.doctor.gpu_check.report import assemble, draw, problem, slug
 from pq_sweep.doctor.gpu_check.suite import run_tests
 
 BUDGET_S = 480.0
-TESTS_SHARE = 0.65  # the sweep has the rest
+TESTS_SHARE = 0.65  # the sweep gets the rest of the time
 DEVICE = "cuda:0"
 HOW = "install them, without a network by pip install --no-index --no-deps --target=FOLDER WHEELS and PYTHONPATH=FOLDER"
-# What neither tests nor jobs can do without, by the module that is imported.
+# The packages that both tests and jobs need, by the module that is imported.
 PACKAGES = {
     "pytest": "pytest",
     "hydra": "hydra-core",
@@ -63,18 +63,18 @@ def absent() -> str:
 
 
 def _why() -> str:
-    """Return in brackets why torch finds no device."""
+    """Return, in brackets, why torch finds no device."""
     import torch
 
     try:
         torch.cuda.init()
-    except Exception as error:  # an AssertionError or a RuntimeError, by how torch was built
+    except Exception as error:  # an AssertionError or a RuntimeError, depending on how torch was built
         return f" ({first_line(error).split('. ')[0].rstrip('.')})"
     return ""
 
 
 def check(device: str, output: Path, budget_s: float) -> str:
-    """Check a device and write the report into `output`; return what is wrong, "" if nothing is."""
+    """Check a device and write the report into `output`; return what is wrong, or "" if nothing is."""
     start, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     try:
         about = in_child("pq_sweep.doctor.gpu_check.report", "environment", device)

@@ -1,4 +1,4 @@
-"""Which model to ship: `python -m pq_sweep.recommend FOLDER... --max-accuracy-drop 1 --minimize latency`."""
+"""Recommends a model to ship: `python -m pq_sweep.recommend FOLDER... --max-accuracy-drop 1 --minimize latency`."""
 
 from __future__ import annotations
 

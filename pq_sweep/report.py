@@ -1,4 +1,4 @@
-"""The command line of the report."""
+"""The command line of the report: `python -m pq_sweep.report FOLDER...`."""
 
 from __future__ import annotations
 

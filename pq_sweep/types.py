@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
 T = TypeVar("T")
-# What a component or a part of a job tells, as plain values.
+# What a component or a part of a job reports, as plain values.
 Record = dict[str, Any]
-# Writes the graph of a network in its precision, (source, target, data, *, form, stage); a function that is marked by
-# @quantizer with what `precision_of` returns, or a partial of one.
+# A function (source, target, data, *, form, stage) that writes the graph of a network in its precision, or a partial of
+# one. @quantizer marks it with the precision, which `precision_of` returns.
 Quantizer = Callable[..., Record | None]
-# Tells what something depends on, in plain values; called only where that is looked up.
+# Returns what something depends on, as plain values; called only where that is looked up.
 About = Callable[[], dict[str, Any]]
 
 
@@ -75,7 +75,7 @@ class Model:
 
 # Images in memory at a time when they are hashed.
 HASHED_AT_ONCE = 32
-# To start a thread and wait for it takes a few tenths of a millisecond, in which a core copies about as much.
+# Starting a thread and waiting for it takes a few tenths of a millisecond, in which a core copies about as many bytes.
 BYTES_WORTH_A_THREAD = 2_000_000
 
 
@@ -83,9 +83,9 @@ BYTES_WORTH_A_THREAD = 2_000_000
 class Split:
     """Labelled images fetched by index: labels (N,) int64; `fetch` maps indices to (B, C, H, W) normalised float32.
 
-    `names` say which images they are, such as their files; `marks` hash each image and how it is prepared, where that
-    is cheaper than to fetch it. Where images are cheaper to move before they are normalised, `raw` fetches them so, as
-    uint8 (B, H, W, C) say, from any thread, and `finish` makes of them what `fetch` returns, on whatever device.
+    `names` say which images they are, such as their files. `marks` hash each image and how it is prepared, if that is
+    cheaper than fetching it. If images are cheaper to move before they are normalised, `raw` fetches them as they are,
+    such as uint8 (B, H, W, C), in any thread, and `finish` turns them into what `fetch` returns, on any device.
     """
 
     labels: Tensor
@@ -141,7 +141,7 @@ class Split:
     def identity(self) -> str:
         """Return a SHA-256 (hex) of what each image shows to a network, of the images' order and of their labels.
 
-        It is the same in every process, and that of a subset depends on nothing but what is in it.
+        It is the same in every process. The identity of a subset depends on nothing but the images in it.
         """
         indices = list(range(len(self)))
         marks = self.marks(indices) if self.marks else hash_each(self.fetch, indices)
@@ -155,8 +155,8 @@ class Split:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images, labels) on `device` in batches of `size`, the last one possibly smaller.
 
-        Raw images are fetched while the batch before is in use; what is computed with them belongs to the device's
-        current stream.
+        Raw images are fetched while the batch before is in use. They are copied on the device's current stream, so what
+        computes with them has to run on that stream as well.
         """
         order = list(range(len(self))) if order is None else order
         parts = [order[start : start + size] for start in range(0, len(order), size)]
@@ -169,7 +169,7 @@ class Split:
 def _ahead(fetch: Callable[[list[int]], Tensor], parts: list[list[int]]) -> Iterator[Tensor]:
     """Yield the images of each part; where they are many bytes, a thread fetches the next ones meanwhile.
 
-    The thread ends with its batch, so that none is left whatever becomes of the one who asked, and it is waited for.
+    Each thread ends with its batch and is waited for, so that none is left over whatever becomes of the caller.
     """
     if not parts:
         return
@@ -201,7 +201,7 @@ def _pinning(fetch: Callable[[list[int]], Tensor], device: Any) -> Callable[[lis
 
 
 def _at(indices: list[int], call: Callable[[list[int]], T]) -> Callable[[list[int]], T]:
-    """Return a call that counts within `indices`."""
+    """Return a call that takes positions within `indices` instead of indices."""
     return lambda inner: call([indices[i] for i in inner])
 
 
@@ -231,7 +231,7 @@ class Data:
         return output if self.columns is None else output[:, self.columns.to(output.device)]
 
     def identity(self, *parts: Split | None) -> list[Any]:
-        """Return what of the data an outcome depends on that saw these parts: the images, and which logits compete."""
+        """Return what an outcome depends on that used these parts of the data: images, and which logits compete."""
         columns = None if self.columns is None else self.columns.tolist()
         return [columns, *(part and part.identity() for part in parts)]
 
@@ -249,7 +249,7 @@ class Data:
 
 
 class Cache(Protocol):
-    """Files that one job made and others need too, by their kind and all that they depend on."""
+    """Files that one job made and others need too, found by their kind and all that they depend on."""
 
     def alone(self, kind: str, about: dict[str, Any]) -> AbstractContextManager[None]: ...
 
@@ -261,7 +261,7 @@ class Cache(Protocol):
 class Stage(Protocol):
     """Times a named part of a job, `with stage("export"): ...`, and keeps what is not to be done again.
 
-    What a job keeps is for itself, should it be continued; what it keeps in the cache is for every job.
+    What is kept in the job serves the job itself if it is continued; what is kept in the cache serves every job.
     """
 
     folder: Path
@@ -283,7 +283,7 @@ class Workspace:
     """Where and how a job runs: its folder, device ("cpu" or "cuda:0"), CPU threads and stage timer.
 
     With `shared`, several sessions take turns: threads of one must not spin while another runs. `batch_sizes` are those
-    that are timed, for which engines are tuned.
+    that are timed; engines are tuned for them.
     """
 
     folder: Path
@@ -304,7 +304,7 @@ class Session(Protocol):
 
     @property
     def engine(self) -> str:
-        """Name the library, its version and what of it executes."""
+        """Name the library, its version and the part of it that executes."""
         ...
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -317,9 +317,10 @@ class Session(Protocol):
 
 
 class RuntimeChoice(Protocol):
-    """What `runtime=` chooses: a runtime, or what picks one by precision and device; `precisions` are by device kind.
+    """What `runtime=` chooses: a runtime, or a choice among runtimes by precision and device.
 
-    `resolve` returns the runtime that is meant, or a UserError if its options do not fit the device.
+    `precisions` are listed by kind of device. `resolve` returns the runtime for a precision and a device, or raises a
+    UserError if its options do not fit the device.
     """
 
     precisions: ClassVar[dict[str, tuple[str, ...]]]

@@ -1,10 +1,10 @@
-"""Our launchers and our sweeper where Hydra looks for them; what they do is in `pq_sweep.sweep`."""
+"""Our launchers and our sweeper where Hydra looks for them; `pq_sweep.sweep` has their code."""
 
 from pq_sweep.sweep import launchers, sweeper
 
 
 class CheckedSweeper(sweeper.CheckedSweeper):
-    """Hydra's basic sweeper for jobs that were all composed and checked before."""
+    """Hydra's basic sweeper, for jobs that have all been composed and checked before."""
 
 
 class SlurmLauncher(launchers.SlurmLauncher):
@@ -12,4 +12,4 @@ class SlurmLauncher(launchers.SlurmLauncher):
 
 
 class LocalLauncher(launchers.LocalLauncher):
-    """Some jobs at a time as processes of this machine."""
+    """Jobs as processes of this machine, some at a time."""

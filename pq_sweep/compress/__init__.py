@@ -1,1 +1,1 @@
-"""Prune, recover, quantize."""
+"""What makes a model smaller or faster: pruners, channel removal, recovery after pruning, and quantizers."""

@@ -1,8 +1,8 @@
-"""Blocks that stop torch-pruning, and what helps it past them in every network that contains one.
+"""Blocks that torch-pruning cannot handle, and what helps it past them in every network that contains one.
 
-It follows the channels through one run of the network. A block through which it cannot follow them has a stand-in for
-that run (`STAND_INS`): the same widths, in steps that it knows. A block that it cannot shrink, or not without mixing
-its heads, has a pruning function of its own (`SHRINKERS`).
+torch-pruning follows the channels through one run of the network. A block through which it cannot follow them has a
+stand-in for that run (`STAND_INS`): the same widths, in steps that it knows. A block that it cannot shrink, or not
+without mixing up the block's heads, has a pruning function of its own (`SHRINKERS`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Score = Callable[[Any], Tensor | None]
 
 
 class Stay(torch.autograd.Function):
-    """The identity, as a mark in the traced graph: channels that pass here are not removed."""
+    """The identity, as a mark in the traced graph: channels that pass through it are not removed."""
 
     @staticmethod
     def forward(context: Any, x: Tensor) -> Tensor:
@@ -35,12 +35,12 @@ class Stay(torch.autograd.Function):
 
 
 def stays(grad_fn: Any) -> bool:
-    """Say whether a step of the traced graph is such a mark."""
+    """Say whether a step of the traced graph is the mark `Stay`."""
     return isinstance(grad_fn, Stay._backward_cls)
 
 
 def _without_shuffle(block: Any, x: Tensor) -> Tensor:
-    """Run a block of ShuffleNet V2 but for the shuffle: what is halved or shuffled stays, what is inside may leave."""
+    """Run a block of ShuffleNet V2 without its shuffle: only channels inside its branches may be removed."""
     half = x.shape[1] // 2
     # torch-pruning knows the sizes of a split, but not of a chunk.
     first, second = Stay.apply(x).split([half, half], 1) if block.stride == 1 else (x, x)
@@ -52,7 +52,7 @@ def _same_width(block: Any, x: Tensor) -> Tensor:
 
 
 def _twice_the_width(block: Any, x: Tensor) -> Tensor:
-    """Answer (B, H, W, C) by (B, 1, W, 2C)."""
+    """Map (B, H, W, C) to (B, 1, W, 2C)."""
     return x.mean(1, keepdim=True).repeat(1, 1, 1, 2)
 
 
@@ -66,7 +66,7 @@ STAND_INS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
 
 @contextmanager
 def traceable(module: nn.Module) -> Iterator[None]:
-    """Let stand-ins run for a while, and end a trace that goes astray, which could otherwise take hours."""
+    """Let stand-ins run for a while, and end a trace that recurses too deep, which could otherwise take hours."""
     standing = [(part, run) for part in module.modules() for kind, run in STAND_INS.items() if isinstance(part, kind)]
     for part, run in standing:
         vars(part)["forward"] = partial(run, part)
@@ -83,7 +83,8 @@ def traceable(module: nn.Module) -> Iterator[None]:
 class NormShrinker(function.LayernormPruner):
     """Takes channels out of LayerNorm and leaves the others in order.
 
-    The library's sorts a copy and drops it, so that a network of which little is left has its norms in disorder.
+    The library's own function sorts a copy and drops it, so that the norms of a network that keeps only a few channels
+    end up in disorder.
     """
 
     def prune_out_channels(self, layer: Any, idxs: list[int]) -> nn.Module:
@@ -97,7 +98,7 @@ class NormShrinker(function.LayernormPruner):
     prune_in_channels = prune_out_channels
 
 
-# Importances count what these names prune; a pruning function of the network's own they would leave out.
+# Importances only count what the functions under these names prune; a pruning function of ours they would leave out.
 NORMS = NormShrinker()
 function.PrunerBox[tp.ops.OPTYPE.LN] = NORMS
 function.prune_layernorm_out_channels = function.prune_layernorm_in_channels = NORMS.prune_out_channels
@@ -149,7 +150,7 @@ class WindowAttentionShrinker(tp.BasePruningFunc):
 
 
 class MergingShrinker(tp.BasePruningFunc):
-    """Takes channels out of Swin's patch merging, which reads four pixels side by side and writes one."""
+    """Takes channels out of Swin's patch merging, which reads four neighbouring pixels and writes one."""
 
     def __init__(self, score: Score) -> None:
         super().__init__()
@@ -184,13 +185,13 @@ SHRINKERS: dict[type[nn.Module], Callable[[Score], tp.BasePruningFunc]] = {
 
 
 def shrinkers(module: nn.Module, score: Score) -> dict[type[nn.Module], tp.BasePruningFunc]:
-    """Return the pruning functions that this network needs; torch-pruning does not know subclasses by their base."""
+    """Return the pruning functions that this network needs, by exact type: torch-pruning does not look at bases."""
     types = {type(part) for part in module.modules()}
     return {found: shrink(score) for found in types for kind, shrink in SHRINKERS.items() if issubclass(found, kind)}
 
 
 def rounding(module: nn.Module, round_to: int | None) -> int:
-    """Round to a multiple of all head counts too, so that every attention head keeps a whole size."""
+    """Return a multiple of `round_to` and of all head counts, so that every attention head keeps a whole size."""
     attentions = (nn.MultiheadAttention, ShiftedWindowAttention)
     return math.lcm(round_to or 1, *(part.num_heads for part in module.modules() if isinstance(part, attentions)))
 
@@ -203,7 +204,7 @@ def refresh(module: nn.Module) -> None:
 
 
 def _weakest_of_each_head(reader: nn.Linear, heads: int, count: int, score: Score) -> list[int]:
-    """Return the `count` least important channels that `reader` takes in, as many of each head."""
+    """Return the `count` least important channels that `reader` takes in, equally many of each head."""
     width = reader.in_features
     graph = tp.DependencyGraph().build_dependency(reader, reader.weight.new_zeros(1, width))
     group = graph.get_pruning_group(reader, tp.prune_linear_in_channels, list(range(width)))
@@ -217,8 +218,8 @@ def _weakest_of_each_head(reader: nn.Linear, heads: int, count: int, score: Scor
 def _line_up(rows: list[Tensor | None], columns: list[Tensor | None], leaving: list[int], idxs: list[int]) -> None:
     """Move the channels inside attention that are `leaving` to `idxs`, so that one removal takes both.
 
-    `rows` hold queries, keys and values, `columns` what reads them. Without this a head would take over channels of its
-    neighbour. Queries are rescaled, since attention divides by the root of what is left of a head.
+    `rows` are the tensors that make queries, keys and values, `columns` those that read them. Without this a head would
+    take over channels of its neighbour. Queries are rescaled, since attention divides by the root of a head's new size.
     """
     width = columns[0].shape[1]  # type: ignore[union-attr]
     order = torch.empty(width, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Words that options of components may have, for whoever checks them without loading the components."""
+"""Values that options of components may have, for checks that do not load the components."""
 
 from __future__ import annotations
 

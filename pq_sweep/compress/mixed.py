@@ -1,4 +1,4 @@
-"""Mixed precision: which layers stay out of 8 bit, chosen by what each of them costs."""
+"""Mixed precision: which layers stay out of 8 bit, chosen by how much accuracy 8 bit costs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The noise of one layer shows on few images; the accuracy of a choice needs all of them.
+# A few images suffice to see the noise of one layer; the accuracy of a choice needs all of them.
 SENSITIVITY_IMAGES = 16
 # Stands for "no noise at all", which has no decibel.
 SILENT_DB = 200.0
@@ -131,7 +131,7 @@ def rank_layers(graph: Calibrated, data: Data) -> list[Layer]:
 
 
 def snr_db(signal: Tensor, noisy: Tensor) -> float:
-    """Return the ratio of the power of a signal to that of what was added to it, in decibel, at most 200."""
+    """Return the ratio of the power of a signal to that of the noise added to it, in decibel, from -200 to 200."""
     noise = float((noisy - signal).double().square().sum())
     power = float(signal.double().square().sum())
     if noise == 0 or power == 0:
@@ -156,7 +156,7 @@ def _top1(model: onnx.ModelProto, data: Data) -> float:
 
 
 def _session(model: onnx.ModelProto) -> Any:
-    """Open a graph on the CPU; QDQ computes there what it computes on any device."""
+    """Open a graph on the CPU, where QDQ computes the same as on any device."""
     import onnxruntime
     import torch
 

@@ -1,6 +1,6 @@
 """Pruners that set weights to zero and keep the shapes: each changes the network in place.
 
-What takes channels out of the network is in `pq_sweep.compress.removal`.
+The pruner that takes channels out of the network is in `pq_sweep.compress.removal`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
-from pq_sweep.core.weights import LAYERS as LAYERS  # pruners of one's own find both here
+from pq_sweep.core.weights import LAYERS as LAYERS  # users' own pruners import both from here
 from pq_sweep.core.weights import Target, prunable
 from pq_sweep.types import Data, Model, UserError
 
-# What computes faster with zeros in a pattern: NVIDIA's sparse tensor cores, which came with Ampere.
+# NVIDIA's sparse tensor cores, which came with Ampere, compute faster with zeros in this pattern.
 SPARSE_TENSOR_CORES = {"pattern": "2:4", "min_compute_capability": "8.0"}
 
 
@@ -95,7 +95,7 @@ def _make_permanent(targets: list[Target]) -> None:
 
 
 def _why_dense(part: nn.Module, weight: Tensor, m: int) -> str | None:
-    """Say why the input channels (dimension 1, of one group) make no groups of `m`, or return None if they do."""
+    """Say why the input channels (dimension 1) cannot be split into groups of `m`, or return None if they can."""
     if isinstance(part, nn.ConvTranspose2d):
         return "transposed convolution"
     if weight.shape[1] % m:
@@ -105,7 +105,7 @@ def _why_dense(part: nn.Module, weight: Tensor, m: int) -> str | None:
 
 
 def _largest(weight: Tensor, n: int, m: int) -> Tensor:
-    """Return a mask of the `n` largest |w| of every `m` along dimension 1; the first of equals is kept."""
+    """Return a mask of the `n` largest |w| of every `m` along dimension 1; of equal ones the first is kept."""
     magnitudes = weight.detach().abs().unflatten(1, (-1, m))
     order = magnitudes.argsort(dim=2, descending=True, stable=True)
     return torch.zeros_like(magnitudes).scatter_(2, order[:, :, :n], 1).flatten(1, 2)

@@ -1,9 +1,10 @@
 """Quantizers: each says its precision and writes the ONNX graph in that precision.
 
 A quantizer is a function `(source, target, data, *, form, stage, ...options)` marked by `@quantizer(precision)`: it
-reads the FP32 graph at `source`, writes `target` and may return a record for the result. `form` is what the runtime
-executes fastest: "cpu" (U8 activations, S8 weights) or "tensorrt" (S8 both, symmetric). The torch runtime realises a
-precision without a graph. Frameworks are imported when a quantizer runs, so that composing stays fast.
+reads the FP32 graph at `source`, writes `target` and may return a record for the result. `form` is the form of graph
+that the runtime executes fastest: "cpu" (U8 activations, S8 weights) or "tensorrt" (both S8, symmetric). The torch
+runtime realises a precision without a graph. Frameworks are imported when a quantizer runs, so that composing stays
+fast.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def quantizer(precision: str, *, calibrated: bool = True) -> Callable[[F], F]:
-    """Mark a function as a quantizer to `precision`; unless `calibrated`, it looks at no images."""
+    """Mark a function as a quantizer to `precision`; with calibrated=False it looks at no images."""
 
     def mark(function: F) -> F:
         function.precision = precision  # type: ignore[attr-defined]
@@ -77,7 +78,7 @@ def int8(
     exclude: list[str],
     percentile: float,
 ) -> Record:
-    """Quantize statically to 8 bit (Q/DQ), activations by `calibration` on `images` calibration images.
+    """Quantize statically to 8 bit (Q/DQ), with activation ranges by `calibration` on `images` calibration images.
 
     Weights are symmetric per output channel. `exclude` names layers to leave in FP32: patterns of parameter names
     such as `layer4.*`, or `first` and `last`. `percentile` is used by calibration=percentile.
@@ -103,10 +104,10 @@ def mixed(
     max_drop: float,
     keep: str,
 ) -> Record:
-    """Quantize to 8 bit, but keep the layers that lose most in `keep` (fp32 or fp16) until little enough is lost.
+    """Quantize to 8 bit, but keep the layers that would lose most in `keep` (fp32 or fp16).
 
-    Layers are ranked by the noise that each alone adds to the logits. As few as possible stay: the drop of top-1, in
-    points on the calibration images, is at most `max_drop`. The evaluation images are never looked at.
+    Layers are ranked by the noise that each alone adds to the logits. As few as possible are kept for a drop of top-1
+    by at most `max_drop` points on the calibration images. The evaluation images are never looked at.
     """
     graph = calibrate(source, data, form=form, stage=stage, method=calibration, images=images, percentile=percentile)
     with stage("sensitivity"):
@@ -134,7 +135,7 @@ def int8_dynamic(source: Path, target: Path, data: Data, *, form: str, stage: St
 
 
 def match_layers(graph: onnx.ModelProto, patterns: list[str]) -> list[str]:
-    """Return the names of the nodes with weights that match; `first` and `last` stand for the ends of the network."""
+    """Return the names of the matching nodes with weights; `first` and `last` stand for the ends of the network."""
     layers = layer_weights(graph)
     order = list(layers)
     found: list[str] = []

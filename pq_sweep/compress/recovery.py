@@ -18,7 +18,7 @@ def bn_reestimate(model: Model, data: Data, *, images: int, batch_size: int) -> 
     """Measure BatchNorm's means and variances anew on up to `images` training images, without labels or training.
 
     Uses the calibration images if there are no training images. Only BatchNorm runs in training mode: dropout and
-    stochastic depth would distort what it sees. A last, smaller batch is left out: batches count equally.
+    stochastic depth would distort what it sees. A last, smaller batch is left out, since all batches count equally.
     """
     layers = [part for part in model.module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
     if not layers:
@@ -52,7 +52,7 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs=epochs, steps_per_epoch=steps)
     module.train()
     for _ in tqdm(range(epochs), desc="fine-tuning", unit="epoch", disable=None, leave=False):
-        # A last, smaller batch is left out, and BatchNorm could not train on a single image.
+        # A last, smaller batch is left out, since BatchNorm could not train on a single image.
         order = torch.randperm(len(split)).tolist()[: steps * batch_size]
         for images, labels in split.batches(batch_size, parameters[0].device, order):
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Removal: channels leave the network with all that depends on them, and `replay` repeats it on a fresh network.
+"""Removal: channels leave the network with all that depends on them, and `replay` repeats that on a fresh network.
 
 torch-pruning finds what depends on what (Fang et al., DepGraph, CVPR 2023); `pq_sweep.compress.blocks` helps it with
 blocks that it does not know.
@@ -96,14 +96,14 @@ class Pruner(tp.pruner.BasePruner):
     def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
         """Round what is kept down to a multiple, at least one.
 
-        The library leaves the layer whole where none is left: with round_to=8, 16 channels would become 8 at amount .5
-        and stay 16 at .6.
+        The library leaves a layer whole if rounding would leave no channel: with round_to=8, 16 channels would become 8
+        at amount .5 and stay 16 at .6.
         """
         kept = current_channels - n_pruned
         return current_channels - min(current_channels, max(round_to, kept - kept % round_to))
 
     def estimate_importance(self, group: Any) -> Any:
-        """Refuse scores that are no numbers: gradients that are all zero cannot rank, and would silently keep all."""
+        """Refuse scores that are no numbers: gradients that are all zero rank nothing, and would silently keep all."""
         name = self.DG._module2name[group[0].dep.target.module]
         try:
             scores = super().estimate_importance(group)
@@ -174,7 +174,7 @@ def _importance(model: Model, data: Data, name: str, p: int, stage: Stage | None
 
 
 def _set_gradients(model: Model, data: Data, stage: Stage | None, *, absolute: bool) -> None:
-    """Leave in `.grad` what `_gradients` finds, or found for another job with the same network and images."""
+    """Put into `.grad` what `_gradients` finds, or found for another job with the same network and images."""
     make = partial(_gradients, model, data, absolute=absolute)
     found = make() if stage is None else _share_gradients(model, make, partial(_origin, model, data, absolute), stage)
     for parameter, gradient in zip(model.module.parameters(), found, strict=True):
@@ -182,7 +182,7 @@ def _set_gradients(model: Model, data: Data, stage: Stage | None, *, absolute: b
 
 
 def _share_gradients(model: Model, make: Callable[[], list[Tensor]], origin: About, stage: Stage) -> list[Tensor]:
-    """Return gradients that one job made for all; what they took counts as pruning for each of them."""
+    """Return gradients that one job made for all; the time that took counts as pruning time of each job."""
     path, made = stage.folder / "gradients.pt", list[float]()
 
     def save() -> float:
@@ -209,7 +209,7 @@ def _origin(model: Model, data: Data, absolute: bool) -> dict[str, Any]:
 
 
 def _gradients(model: Model, data: Data, *, absolute: bool) -> list[Tensor]:
-    """Return of each parameter the mean over the calibration images of dL/dw, or of |dL/dw| (then image by image)."""
+    """Return for each parameter the mean of dL/dw over the calibration images, or of |dL/dw| image by image."""
     parameters = list(model.module.parameters())
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     images = data.calibrating().batches(1 if absolute else 64, parameters[0].device)
@@ -226,7 +226,7 @@ def _gradients(model: Model, data: Data, *, absolute: bool) -> list[Tensor]:
 
 @contextmanager
 def _explained(model: Model) -> Iterator[None]:
-    """Turn whatever torch-pruning stumbles over, or leaves broken, into one sentence."""
+    """Turn any error of torch-pruning, or of a network that it leaves broken, into one sentence."""
     try:
         yield
     except UserError:
@@ -242,7 +242,7 @@ def _explained(model: Model) -> Iterator[None]:
 
 
 def _culprit(model: Model) -> str:
-    """Name the innermost part that does not run, or the first whose channels cannot be traced back to the input."""
+    """Name the innermost part that does not run, or else the first whose channels cannot be traced to the input."""
     begun: list[nn.Module] = []
     ended: list[nn.Module] = []
     names = {part: name for name, part in model.module.named_modules()}

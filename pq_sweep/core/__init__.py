@@ -1,1 +1,1 @@
-"""Facts and files that all share."""
+"""What every room uses: facts on hardware and versions, files and folders, the cache, and what a result holds."""

@@ -1,8 +1,8 @@
-"""What one job made and others need too, kept over jobs and sweeps.
+"""What one job made and others need too, kept across jobs and sweeps.
 
 An entry is a folder `<kind>/<digest of all that it depends on>` with the files that were made and `record.json`: what
-it depends on, what making it returned and how long it took, and the SHA-256 of each file. It comes by a rename, so it
-is whole or not there, and what is taken out of it is hashed again, so what a disk lost is noticed.
+it depends on, what making it returned and how long it took, and the SHA-256 of each file. A rename puts it in place,
+so it is whole or not there. Its files are hashed again whenever they are taken out, so damage on the disk is noticed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 RECORD = "record.json"
 LIMIT_GB = 20.0  # PQ_SWEEP_CACHE_GB sets another
-CHECK_EVERY = 50  # entries after which a process looks again whether all are too large together
+CHECK_EVERY = 50  # a process checks the size of the whole cache once for so many entries that it adds
 ABANDONED_S = 86400.0  # what a killed process left half written is removed after this time
 
 
@@ -42,14 +42,14 @@ def home() -> Path:
 
 @dataclass
 class Cache:
-    """Entries that depend, beside what each names, on what is `common` to all that a job makes: code, versions, ..."""
+    """Entries of a job: each depends on what is `common` to all of them, such as the code, and on what it names."""
 
     common: dict[str, Any]
     added: int = field(default=0, init=False)
 
     @contextmanager
     def alone(self, kind: str, about: dict[str, Any]) -> Iterator[None]:
-        """Let one process at a time make an entry, so that others find it made; without room for a lock none waits."""
+        """Let one process at a time make an entry, so that others find it made; without room for a lock, none waits."""
         from filelock import FileLock
 
         lock = self._place(kind, about).with_suffix(".lock")
@@ -86,7 +86,7 @@ class Cache:
         return record
 
     def put(self, kind: str, about: dict[str, Any], folder: Path, made: dict[str, Any], names: list[str]) -> None:
-        """Keep files of a folder with what is told of them; a job goes on without room for that."""
+        """Keep files of a folder with a record of how they were made; without room for them, the job goes on."""
         entry = self._place(kind, about)
         aside = entry.with_name(f".{entry.name}.{os.uname().nodename}.{os.getpid()}")
         try:
@@ -107,8 +107,8 @@ class Cache:
         self.added += 1
 
     def _whole(self, about: dict[str, Any]) -> dict[str, Any]:
-        """Return all that an entry depends on, as it is read from a record again."""
-        # An object without plain values is told by its address, so that it never finds anything.
+        """Return all that an entry depends on, in the form that reading a record gives."""
+        # An object that JSON does not know stands there by its address, so that it never matches an entry.
         whole: dict[str, Any] = json.loads(json.dumps(self.common | about, default=repr))
         return whole
 
@@ -117,11 +117,11 @@ class Cache:
 
 
 def open_cache(cfg: DictConfig) -> Cache | None:
-    """Return the cache for a job, if it is to use one: what it makes depends on its code, versions and model."""
+    """Return the cache for a job, or None if it is off; all entries depend on the job's code, versions and model."""
     if choose("cache", str(cfg.cache), ("on", "off")) == "off":
         return None
     options = resolved(cfg)
-    model = {name: value for name, value in options["model"].items() if name != "weights"}  # they are hashed
+    model = {name: value for name, value in options["model"].items() if name != "weights"}  # weights are hashed
     return Cache({"code": code(options), "versions": versions(), "model": model})
 
 
@@ -135,12 +135,12 @@ class Entry:
 
     @property
     def kind(self) -> str:
-        """Return what it is an entry of."""
+        """Return what kind of outcome the entry holds, such as "ranges"."""
         return self.folder.parent.name
 
 
 def entries() -> list[Entry]:
-    """Return all whole entries, the one that was not used for longest first."""
+    """Return all whole entries, the one that has been unused for longest first."""
     found = []
     for record in home().glob(f"*/[!.]*/{RECORD}"):
         with suppress(OSError):  # removed by another process meanwhile
@@ -150,9 +150,9 @@ def entries() -> list[Entry]:
 
 
 def shrink(most: int, unused_s: float | None = None) -> list[Entry]:
-    """Remove what was not used for `unused_s`, then what was longest not used until `most` bytes are left at most.
+    """Remove entries unused for `unused_s`, then those unused for longest until at most `most` bytes are left.
 
-    Return the entries that went.
+    Return the entries that were removed.
     """
     now, found = time.time(), entries()
     total, removed = sum(entry.size for entry in found), []

@@ -1,4 +1,4 @@
-"""What a number depends on: versions, code, machine, device."""
+"""What measured figures depend on: versions, code, machine, device."""
 
 from __future__ import annotations
 

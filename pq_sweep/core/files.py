@@ -1,4 +1,4 @@
-"""Files as all parts read and write them: plain values as JSON, whole or not there, and the end of a long text."""
+"""How all parts read and write files: JSON that is whole or not there, and the end of a long text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NUMBERS = re.compile(r"\[\n[-+.,eE\d\s]*\]")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write plain values, lists of numbers in one line; nothing that is not a number."""
+    """Write plain values, lists of numbers on one line; raise ValueError for NaN and infinity."""
     text = json.dumps(content, indent=1, allow_nan=False)
     write_text(path, NUMBERS.sub(lambda match: " ".join(match.group().split()), text) + "\n")
 
@@ -31,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
     """Write aside, then rename: a reader sees the whole file or none."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with aside.open("w", newline="") as file:  # as it is, on whatever system
+        with aside.open("w", newline="") as file:  # keeps line ends as they are, on every system
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -14,17 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from pq_sweep.core.environment import versions
 
-# They say where results go and whether earlier ones count, not what they are.
+# Groups that decide where results go and whether earlier ones count, but not what the results are.
 WITHOUT_EFFECT = ("tracking", "resume", "search", "cache")
-# The rooms that stand beside jobs: they start them, watch them and show what they found; and the doors to these.
+# The rooms around jobs, which start and watch jobs and show what they found, and the doors to these rooms.
 AROUND_JOBS = ("sweep", "tracking", "results", "doctor", "cache.py", "gpu_check.py", "recommend.py", "report.py")
 
 
 def fingerprint(cfg: DictConfig) -> str:
     """Return a hash of a job's options, of the code and versions that it runs with, and of the files it names.
 
-    Of `model.weights` size and time count; of `dataset.root` its folders with their times, which change when images
-    come or go, but not when one is overwritten in place.
+    A file in `model.weights` counts by its size and time, a `dataset.root` by its folders with their times, which
+    change when images come or go, but not when an image is overwritten in place.
     """
     options = resolved(cfg)
     return digest([options, code(options), versions(), *_files(options)])
@@ -55,7 +55,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def files_state(options: dict[str, Any]) -> list[Any]:
-    """Return what tells whether the files that a model or dataset names are still the same."""
+    """Return values by which one can tell whether the files that a model or dataset names are still the same."""
     return list(_files(options))
 
 

@@ -1,4 +1,4 @@
-"""The folders of a sweep and of a job: every file in them by one name, and what can be told from their being there.
+"""The folders of a sweep and of a job: one name for every file in them, and what it means that a file is there.
 
 `docs/results.md` says what is in each file.
 """
@@ -15,12 +15,12 @@ from pq_sweep.core.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
-# How a job's folder is found by the sign that it is over.
+# Either of these files in a job's folder shows that the job is over.
 OVER = ("result.json", "error.json")
 
 
 class Inside:
-    """A file or folder by its name within the folder of the object that has it."""
+    """The path of a file or folder, given its name within the folder of the object."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -31,7 +31,7 @@ class Inside:
 
 @dataclass(frozen=True)
 class JobFolder:
-    """What one job leaves; `result` comes last, as the sign that all is there."""
+    """The files that one job leaves; `result` comes last, as the sign that all is there."""
 
     path: Path
 
@@ -77,11 +77,11 @@ class JobFolder:
         return (read_json(self.result) or {}).get("fingerprint") == fingerprint
 
     def read_error(self) -> dict[str, Any] | None:
-        """Return why the job failed, or None if it is not known to have."""
+        """Return why the job failed, or None if no failure is known."""
         return next((error for path in self.errors if (error := read_json(path))), None)
 
     def write_error(self, record: dict[str, Any]) -> None:
-        """Write why the job failed; the very reason may be that nothing can be written here, or anywhere."""
+        """Write why the job failed, if that can be done: perhaps it failed because nothing can be written here."""
         for path in self.errors:
             try:
                 path.parent.mkdir(exist_ok=True)
@@ -91,12 +91,12 @@ class JobFolder:
                 log.error("%s cannot be written: %s", path, error)
 
     def forget_error(self) -> None:
-        """Remove what an earlier try failed of."""
+        """Remove the error of an earlier try."""
         for path in self.errors:
             path.unlink(missing_ok=True)
 
     def forget_progress(self) -> None:
-        """Remove what was only needed to continue."""
+        """Remove what was only needed to continue the job."""
         for kept in [*self.path.glob("*.kept.pt"), self.progress]:
             kept.unlink(missing_ok=True)
 
@@ -130,7 +130,7 @@ class SweepFolder:
         return JobFolder(self.path / name)
 
     def read_manifest(self) -> dict[str, Any]:
-        """Return what was announced of the sweep, or nothing of one that has no `sweep.json`."""
+        """Return what was announced of the sweep; it is empty if there is no `sweep.json`."""
         return read_json(self.manifest) or {}
 
     def announced(self) -> list[dict[str, Any]]:
@@ -144,7 +144,7 @@ class SweepFolder:
 
 
 def is_job(folder: Path) -> bool:
-    """Say whether a folder is that of a job which is over."""
+    """Say whether a folder belongs to a job that is over."""
     return any((folder / sign).exists() for sign in OVER)
 
 

@@ -1,7 +1,7 @@
-"""The names that modules had while the package was flat, which configs, exports and scripts of that time still give.
+"""The names that modules had while the package was flat: configs, exports and scripts of that time still use them.
 
-`import pq_sweep.models` gives the module `pq_sweep.inputs.models` itself and no copy of it, at the moment somebody asks
-for it and no earlier. Nothing in this package uses these names.
+`import pq_sweep.models` gives the module `pq_sweep.inputs.models` itself, not a copy of it, and imports it no earlier
+than that. Nothing in this package uses these names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# By room, what stood in `pq_sweep` itself and could be named from outside.
+# By room, the modules that stood in `pq_sweep` itself and could be named from outside.
 ROOMS = {
     "core": "environment fingerprint hardware imports",
     "inputs": "classes datasets digits_cnn download image_cache images models networks",
@@ -25,7 +25,7 @@ ROOMS = {
     "sweep": "cli search",
 }
 MODULES = {f"pq_sweep.{name}": f"pq_sweep.{room}.{name}" for room, names in ROOMS.items() for name in names.split()}
-# The same of modules whose name is that of a room now.
+# What could be named in modules whose own name now belongs to a room.
 VALUES = {
     "pq_sweep.results.Sweep": "pq_sweep.results.sweeps.Sweep",
     "pq_sweep.results.find_sweeps": "pq_sweep.results.sweeps.find_sweeps",
@@ -39,7 +39,7 @@ VALUES = {
 
 
 class FormerModule(Loader):
-    """Imports a module under its present name for an import statement that gives a former one."""
+    """Imports a module under its present name for an import statement that uses a former one."""
 
     def __init__(self, present: str) -> None:
         self.present = present
@@ -50,7 +50,7 @@ class FormerModule(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self.own_spec  # the import system has just written that of the former name there
+        module.__spec__ = self.own_spec  # the import system has just replaced it by that of the former name
 
 
 class FormerNames(MetaPathFinder):
@@ -68,12 +68,12 @@ class FormerNames(MetaPathFinder):
 
 
 def install() -> None:
-    """Let import statements find former names; first, as a former package would import its modules a second time."""
+    """Let import statements find former names, before Python's own finder imports a former package's modules again."""
     sys.meta_path.insert(0, FormerNames())
 
 
 def former_values(module: str) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a module that stands where another of the same name stood."""
+    """Return the `__getattr__` of a room that has the name of a former module."""
 
     def find(name: str) -> Any:
         if f"{module}.{name}" not in VALUES:

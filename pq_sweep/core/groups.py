@@ -1,4 +1,4 @@
-"""The config groups that a job is told by, and its name."""
+"""The config groups that tell jobs apart, and the name of a job."""
 
 from __future__ import annotations
 

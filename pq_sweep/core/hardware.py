@@ -1,7 +1,7 @@
 """What hardware accelerates which precision: one table, and a sentence for each thing that a device lacks.
 
-What is lacking keeps no model from running: it runs on slower units, and its latency then tells of the device, not of
-the technique. `docs/hardware.md` shows the table for common devices. Importing this imports no framework.
+A model runs without such a feature too, but on slower units: its latency then tells about the device, not about the
+technique. `docs/hardware.md` shows the table for common devices. Importing this imports no framework.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ HWCAPS = "Linux, ARM64 ELF hwcaps"
 
 @dataclass(frozen=True)
 class Feature:
-    """What makes something fast: its name, as in "has no ...", what happens without it, and where that is written.
+    """A feature that makes something fast: its name, as in "has no ...", what happens without it, and the source.
 
-    A GPU has it from compute capability `since` on, a CPU if it has one of the `flags`; without either none has it.
+    A GPU has it from compute capability `since` on, a CPU if it has one of the `flags`. If neither is given, no device
+    has it.
     """
 
     name: str
@@ -43,7 +44,7 @@ DENSE = "2:4 sparse weights run as dense ones"
 # The keys are precisions, and "tf32" and "sparse", which are options beside a precision.
 GPU: dict[str, Feature] = {
     "fp16": Feature("FP16 tensor cores", "FP16 runs on CUDA cores and may be slower than FP32", WMMA, (7, 0)),
-    # 7.2 is Jetson Xavier, 7.5 Turing; V100 (7.0) has but DP4A, on CUDA cores.
+    # 7.2 is Jetson Xavier, 7.5 Turing; V100 (7.0) has only DP4A, on CUDA cores.
     "int8": Feature("INT8 tensor cores", "INT8 runs on CUDA cores and may be slower than FP16", WMMA, (7, 2)),
     "bf16": Feature("BF16 tensor cores", "BF16 is computed in FP32 and may be slower than FP32", WMMA, (8, 0)),
     "tf32": Feature("TF32 tensor cores", "FP32 runs on CUDA cores, as without TF32", WMMA, (8, 0)),
@@ -100,7 +101,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Cpu:
-    """A CPU: its product name, the flags of /proc/cpuinfo, and its architecture, of which others are not judged."""
+    """A CPU: its product name, the flags of /proc/cpuinfo, and its architecture; only those in `CPU` are judged."""
 
     name: str
     flags: frozenset[str]
@@ -147,14 +148,14 @@ def cpu_flags(path: Path = CPUINFO) -> frozenset[str]:
 
 
 def multiplies_bytes(flags: frozenset[str]) -> bool:
-    """Say whether a CPU adds products of bytes without saturating: x86 by VNNI or AMX; others are taken to."""
+    """Say whether a CPU adds products of bytes without saturating; x86 needs VNNI or AMX, others are assumed to."""
     return platform.machine() != "x86_64" or not flags.isdisjoint(CPU["x86_64"]["int8"].flags)
 
 
 def missing(precision: str, device: Gpu | Cpu, *, sparse: bool = False, tf32: bool = False) -> list[Feature]:
-    """Return the features that would make a precision fast, 2:4 zeros skipped and FP32 run as TF32, and are not there.
+    """Return the missing features that would make a precision fast, skip 2:4 zeros or run FP32 as TF32.
 
-    Sparse tensor cores take every precision but FP32 that is not TF32.
+    Sparse tensor cores take every precision except FP32 without TF32.
     """
     sparse_key = "sparse fp32" if precision == "fp32" and not tf32 else "sparse"
     wanted = [COMPUTED_AS.get(precision, precision)] + ["tf32"] * tf32 + [sparse_key] * sparse

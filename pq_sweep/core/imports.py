@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def quick_imports(package: str) -> Iterator[None]:
-    """Import a package for the first time without the garbage collector, which would look at all it makes, repeatedly.
+    """Import a package for the first time without the garbage collector, which would walk all new objects repeatedly.
 
-    What is there afterwards stays out of its later rounds, the last of which comes when the process ends: for
-    `import torch` 1.4 s less of 3.6 s.
+    The objects that are there afterwards stay out of its later rounds too, the last of which comes when the process
+    ends. For `import torch` that saves 1.4 s of 3.6 s.
     """
     if package in sys.modules:
         yield

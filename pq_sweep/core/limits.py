@@ -1,4 +1,4 @@
-"""Calls that may take long, within a limit."""
+"""A time limit for calls that may take long."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def bounded(call: Callable[[], T], seconds: float) -> T:
-    """Return what a call gives, or raise TimeoutError; a call that hangs is left behind and holds up no exit."""
+    """Return what a call returns, or raise TimeoutError; a call that hangs is left behind and delays no exit."""
     future: Future[T] = Future()
 
     def work() -> None:

@@ -1,7 +1,7 @@
 """What a job found: typed parts, made plain only where `result.json` is written and read.
 
-`docs/results.md` describes every field. A part is written with its fields in order; one whose default is None is left
-out where it is None. What an earlier version did not write is read as that default, else as None.
+`docs/results.md` describes every field. A part is written with its fields in order; a field whose default is None is
+left out if it is None. A field that an earlier version did not write is read as its default, or as None without one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, Self
 from pq_sweep.core.files import read_json
 from pq_sweep.types import Record
 
-# Cores kept busy by other processes from which on latency is called disturbed.
+# If other processes keep more cores than this busy, latency is called disturbed.
 NOISY_LOAD = 0.2
 
 Interval = tuple[float, float]
-# A field whose own entries stand among those of the part that it belongs to.
+# Marks a field whose own entries are written among those of the part that it belongs to.
 INLINE = {"inline": True}
 
 
@@ -76,7 +76,7 @@ class Compared(Accuracy):
 
 @dataclass(frozen=True, kw_only=True)
 class Counts(Part):
-    """The size of a network itself."""
+    """The size of a network itself: its parameters, zeros, shapes and multiply-accumulate operations."""
 
     params: int
     nonzero_params: int
@@ -88,7 +88,7 @@ class Counts(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Network(Counts):
-    """What a network takes and gives, its terms, and its size; `labels` are the classes of its logits in order."""
+    """A network's input, classes, licence and size; `labels` are the classes of its logits in order."""
 
     input: list[int]
     preprocess: Record
@@ -99,14 +99,14 @@ class Network(Counts):
 
 @dataclass(frozen=True, kw_only=True)
 class Reference(Accuracy, Counts):
-    """The uncompressed model in FP32 under torch; `size_bytes` is its state_dict's."""
+    """The uncompressed model in FP32 under torch; `size_bytes` is the size of its state_dict."""
 
     size_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spread(Part):
-    """What samples of a call's time come to; a percentile that they cannot state is None."""
+    """Statistics of a call's time; a percentile for which there are too few samples is None."""
 
     iterations: int
     p50_ms: float
@@ -131,7 +131,7 @@ class Timed(Spread):
 
 @dataclass(frozen=True, kw_only=True)
 class Latency(Timed):
-    """The latency of a batch size, and what device and machine did meanwhile; the last five are of a GPU or repeats."""
+    """The latency of a batch size, and what device and machine did meanwhile; a GPU or repeats give the last fields."""
 
     energy_per_image_j: float | None
     device_state: Record
@@ -153,7 +153,7 @@ class Latency(Timed):
 
 @dataclass(frozen=True, kw_only=True)
 class Paired(Part):
-    """How much faster a session is than that of the uncompressed model, both timed in turn."""
+    """How much faster a session is than one of the uncompressed model, with both timed in turn."""
 
     pairs: int
     speedup: float
@@ -197,7 +197,7 @@ class Speed(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes(Part):
-    """Bytes: of the original, of the file to deploy, and of the pruned FP32 network in each format."""
+    """Bytes of the original, of the file to deploy, and of the pruned FP32 network in each format."""
 
     original: int
     compressed: int
@@ -208,7 +208,7 @@ class Sizes(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation(Part):
-    """Seconds by stage: those that make the compressed model, and all; and which stages came out of the cache."""
+    """Seconds of the stages that make the compressed model and of all stages, and which came out of the cache."""
 
     prep_s: dict[str, float]
     from_cache: list[str]

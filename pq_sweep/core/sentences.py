@@ -1,4 +1,4 @@
-"""What errors and commands say, fit to be shown: on one line and without passwords."""
+"""Texts of errors and commands, made fit to be shown: on one line and without passwords."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def use_threads(threads: int | None) -> int:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Have torch leave the cores to another library, whose threads spin after a call: those of torch would wait."""
+    """Limit torch to one thread while another library computes: its threads spin after a call, and torch would wait."""
     count = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

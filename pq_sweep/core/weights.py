@@ -52,7 +52,7 @@ def network_state(model: Model) -> dict[str, Any]:
 
 
 def network_structure(model: Model) -> dict[str, Any]:
-    """Return what a network computes whatever its weights: their shapes, layers with their options, and its input."""
+    """Return what a network computes with apart from the values of its weights: shapes, layers, options and input."""
     state = model.module.state_dict()
     shapes = [[name, str(tensor.dtype), list(tensor.shape)] for name, tensor in state.items()]
     options: dict[str, dict[str, Any]] = {}

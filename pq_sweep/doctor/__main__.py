@@ -1,4 +1,4 @@
-"""`python -m pq_sweep.doctor`: see the package."""
+"""The command line of the doctor: `python -m pq_sweep.doctor`."""
 
 from __future__ import annotations
 

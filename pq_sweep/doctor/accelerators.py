@@ -23,7 +23,7 @@ NO_TENSORRT = "TensorRT is not installed"
 
 
 def look_at_gpus() -> Facts:
-    """Ask the driver for its GPUs; it knows of no CUDA_VISIBLE_DEVICES. To be called in a child."""
+    """Ask the driver for its GPUs, which CUDA_VISIBLE_DEVICES does not hide from it. To be called in a child."""
     try:
         import pynvml
     except ImportError:
@@ -43,7 +43,7 @@ def look_at_gpus() -> Facts:
 
 def _gpu(nvml: Any, handle: Any) -> Facts:
     def ask(function: str) -> Any:
-        """Not every GPU knows everything: a V100 has no MIG."""
+        """Return an answer, or None: not every GPU knows everything, such as a V100, which has no MIG."""
         try:
             return getattr(nvml, function)(handle)
         except nvml.NVMLError:
@@ -120,7 +120,7 @@ def provider_error(provider: str) -> str:
         (in_child if provider == CPU else alone)(__name__, "run_on", provider)
     except ChildError as error:
         cause = re.sub(rf"^{provider} cannot run \S+: ", "", str(error))
-        return cause.partition(f"; {ENVIRONMENTS}")[0]  # which remedies name where they help
+        return cause.partition(f"; {ENVIRONMENTS}")[0]  # the remedies name the environments where they help
     return ""
 
 
@@ -142,7 +142,7 @@ def convolution() -> onnx.ModelProto:
     """Make a graph, (1, 1, 4, 4) to (1, 1, 1, 1), that ONNX Runtime reads from 1.16 on.
 
     On CUDA the convolution runs in cuDNN, and the negation, which nothing fuses, in a kernel of the provider itself:
-    either may have no code for a GPU that the other runs on.
+    either may lack code for a GPU that the other runs on.
     """
     from onnx import TensorProto, helper
 

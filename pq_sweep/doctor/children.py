@@ -1,4 +1,4 @@
-"""Processes of their own for what loads drivers or native libraries, as it may crash or hang."""
+"""Separate processes for code that loads drivers or native libraries, because it may crash or hang."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from pq_sweep.core.limits import bounded
 from pq_sweep.core.sentences import without_password
 
 CHILD_S = 90.0  # for a process that imports torch or TensorRT from a slow file system
-UNKILLABLE_S = 5.0  # more than that for one that the kernel does not let go
+UNKILLABLE_S = 5.0  # on top of that, for a process that the kernel does not let go
 
 SERVE = f"import sys; from {__name__} import serve; serve(*sys.argv[1:])"
 ALONE = Lock()
 
 
 class ChildError(RuntimeError):
-    """A process of its own failed, crashed or did not answer; the message says which."""
+    """A child process failed, crashed or did not answer; the message says which."""
 
 
 def in_child(module: str, function: str, *arguments: str) -> Any:
-    """Return what a function returns in a process of its own, as JSON has it; a ChildError says why there is none."""
+    """Return what a function returns in a child process, as JSON; raise a ChildError that says why it does not."""
     command = [sys.executable, "-c", SERVE, module, function, *arguments]
     run = partial(subprocess.run, command, capture_output=True, errors="replace", timeout=CHILD_S, check=False)
     try:
@@ -46,7 +46,7 @@ def in_child(module: str, function: str, *arguments: str) -> Any:
 
 
 def alone(module: str, function: str, *arguments: str) -> Any:
-    """Do as `in_child`, one at a time: a GPU may be set to take one process and no more."""
+    """Do as `in_child`, but one call at a time: a GPU may be set to allow a single process."""
     with ALONE:
         return in_child(module, function, *arguments)
 

@@ -1,4 +1,4 @@
-"""Draw what the doctor says as a table."""
+"""Draw the doctor's findings as a table."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def summary(sections: list[Section]) -> str:
 
 
 def lines(details: Facts) -> list[str]:
-    """Write one line for each detail, and for each group of them; what is not known or empty is left out."""
+    """Return one line for each detail or group of details; what is unknown or empty is left out."""
     return [f"{key}: {text}" for key, value in details.items() if (text := shown(value))]
 
 
 def shown(value: Any) -> str:
-    """Write a value as text: yes and no, commas between the items of a list, semicolons within a group."""
+    """Return a value as text: yes and no, commas between the items of a list, semicolons within a group."""
     if isinstance(value, dict):
         return "; ".join(f"{key} {text}" for key, item in value.items() if (text := shown(item)))
     if isinstance(value, list):

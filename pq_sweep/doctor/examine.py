@@ -13,7 +13,7 @@ from pq_sweep.doctor.children import CHILD_S, alone, first_line, in_child
 from pq_sweep.doctor.machine import look_at_cpu, look_at_disk, look_at_python, look_at_slurm, look_at_tracking
 from pq_sweep.doctor.precisions import judge_precisions
 
-LOOK_S = 4 * CHILD_S  # for all that one section looks at and waits for
+LOOK_S = 4 * CHILD_S  # for everything that one section looks at and waits for
 
 LOOKS: dict[str, Callable[[], Facts]] = {
     "python": look_at_python,
@@ -47,7 +47,7 @@ FAILED = {
 
 
 def examine() -> list[Section]:
-    """Say what is found in each section; what fails or hangs is told in its own."""
+    """Return what is found in each section; whatever fails or hangs is reported in its own section."""
     with ThreadPoolExecutor(len(LOOKS)) as pool:
         looked = {name: pool.submit(bounded, look, LOOK_S) for name, look in LOOKS.items()}
     machine = {name: _facts(future) for name, future in looked.items()}

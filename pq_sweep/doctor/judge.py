@@ -17,7 +17,7 @@ CUDA_OF_GPU_EXTRA = 13
 
 
 def judge_python(machine: Facts) -> Section:
-    """Judge whether the packages are those that pq_sweep requires."""
+    """Judge whether the packages are the ones that pq_sweep requires."""
     found = machine["python"]
     remedies = [f"pq_sweep needs {wanted}; run pip install again." for wanted in found["unmet"]]
     details = {key: value for key, value in found.items() if key != "unmet"}
@@ -92,8 +92,8 @@ def _device_remedy(name: str, device: Facts, torch: Facts) -> str | None:
 def has_kernels(found: Capability, architectures: list[str]) -> bool:
     """Say whether code compiled for `architectures` (torch.cuda.get_arch_list) runs on a compute capability.
 
-    Binaries (sm) run within their major version, not below their minor one; PTX (compute) runs on all that is newer.
-    An "a" at the end ties both to one capability, an "f" to its major version (CUDA programming guide).
+    Binaries (sm) run within their major version, from their minor version on; PTX (compute) also runs on everything
+    newer. An "a" at the end ties either to one capability, an "f" to its major version (CUDA programming guide).
     """
     return any(_runs(found, name) for name in architectures)
 
@@ -113,7 +113,7 @@ def _built_for(name: str) -> Capability:
 
 
 def judge_onnxruntime(machine: Facts) -> Section:
-    """Judge the providers: on a GPU they have to run; without one, those for GPUs need not."""
+    """Judge the providers: all have to run where there is a GPU; without one, only the CPU's has to."""
     found, gpu, how = machine["onnxruntime"], bool(gpus_of(machine)), right_versions(machine)
     packages, providers = found["packages"], found["providers"]
     if not providers and not packages:
@@ -137,7 +137,7 @@ def _library(error: str) -> str:
 
 
 def judge_tensorrt(machine: Facts) -> Section:
-    """Judge the version against the GPUs and against what ONNX Runtime links."""
+    """Judge whether the version fits the GPUs and the libraries that ONNX Runtime links."""
     version, how = machine["tensorrt"]["version"], right_versions(machine)
     if version is None:
         advice = [f"for runtime=tensorrt {how}."] if gpus_of(machine) else []
@@ -148,7 +148,7 @@ def judge_tensorrt(machine: Facts) -> Section:
 
 
 def misfit(version: str, found: list[Capability]) -> str | None:
-    """Say why a version of TensorRT is of no use with GPUs of these compute capabilities, or None if it is."""
+    """Say why a version of TensorRT does not work with GPUs of these compute capabilities, or None if it does."""
     number = tuple(map(int, re.findall(r"\d+", version)[:2]))
     if number[0] != TENSORRT_MAJOR:
         return f"TensorRT {version} is not what ONNX Runtime links (libnvinfer.so.{TENSORRT_MAJOR})"
@@ -158,7 +158,7 @@ def misfit(version: str, found: list[Capability]) -> str | None:
 
 
 def judge_disk(machine: Facts) -> Section:
-    """Judge whether jobs can write and lock files, and have room for them."""
+    """Judge whether jobs can write and lock files, and whether there is room for them."""
     remedies = []
     for name, folder in machine["disk"].items():
         if folder.get("error"):
@@ -183,7 +183,7 @@ def judge_slurm(machine: Facts) -> Section:
 
 
 def judge_tracking(machine: Facts) -> Section:
-    """Judge whether the store answers, and whether SQLite is safe where it lies."""
+    """Judge whether the store answers, and whether SQLite is safe on its file system."""
     found = machine["tracking"]
     remedies = []
     if found["error"]:
@@ -195,7 +195,7 @@ def judge_tracking(machine: Facts) -> Section:
 
 
 def gpus_of(machine: Facts) -> list[Facts]:
-    """Return the GPUs that torch finds, else those that the driver has and the user does not hide."""
+    """Return the GPUs that torch finds, else those of the driver, unless the user hides them."""
     hidden = machine["torch"].get("visible") in ("", "-1")
     return machine["torch"].get("devices") or ([] if hidden else machine["gpu"].get("gpus", []))
 
@@ -206,7 +206,7 @@ def capabilities(machine: Facts) -> list[Capability]:
 
 
 def right_versions(machine: Facts) -> str:
-    """Say how to install what fits the GPUs and the driver that are here."""
+    """Say how to install the versions that fit the GPUs and the driver of this machine."""
     found, newest_cuda = capabilities(machine), machine["gpu"].get("newest_cuda")
     if not found:
         return "pip install '.[cpu]'"

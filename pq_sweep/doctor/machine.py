@@ -1,4 +1,4 @@
-"""Look at what a job needs beside accelerators: Python, CPU, disk, SLURM and the tracking store."""
+"""Look at what a job needs besides accelerators: Python, CPU, disk, SLURM and the tracking store."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def look_at_python() -> Facts:
 
 
 def requirements() -> list[str]:
-    """Return what this package requires; nothing where it runs from its folder without being installed."""
+    """Return what this package requires, or nothing if it runs from its folder without being installed."""
     try:
         return requires("pq-sweep") or []
     except PackageNotFoundError:
@@ -52,12 +52,12 @@ def installed() -> dict[str, str]:
     """Return the versions of all packages by their normalized names."""
     from packaging.utils import canonicalize_name
 
-    first_last = reversed(list(distributions()))  # of several the first is imported
+    first_last = reversed(list(distributions()))  # if a package is found twice, Python imports the first
     return {canonicalize_name(found.name): found.version for found in first_last if found.name}
 
 
 def unmet(requirements: Iterable[str], installed: dict[str, str]) -> Iterator[str]:
-    """Yield the requirements, such as "torch>=2.10", that the installed packages do not meet, and what is there."""
+    """Yield each requirement, such as "torch>=2.10", that is not met, with the version that is installed."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
@@ -69,7 +69,7 @@ def unmet(requirements: Iterable[str], installed: dict[str, str]) -> Iterator[st
 
 
 def look_at_cpu() -> Facts:
-    """Look at the CPU, its memory, and what a container or SLURM leaves of it."""
+    """Look at the CPU and memory, and at how much of the CPU a container or SLURM allows."""
     memory_kib = dict(re.findall(r"^(\w+): +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
     membership = Path("/proc/self/cgroup")
     return {
@@ -84,7 +84,7 @@ def look_at_cpu() -> Facts:
 
 
 def cgroup_cpus(membership: str, root: Path = CGROUPS) -> float | None:
-    """Return how many CPUs' time the cgroups named in `membership` (/proc/self/cgroup) allow, or None if all."""
+    """Return the CPUs' worth of time that the cgroups in `membership` (/proc/self/cgroup) allow; None is no limit."""
     limits = []
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)  # the second version names no controllers
@@ -96,7 +96,7 @@ def cgroup_cpus(membership: str, root: Path = CGROUPS) -> float | None:
 
 
 def _cpus(group: Path) -> float | None:
-    """Read quota and period of a group: in one file, or in two by the first version of cgroups."""
+    """Return quota by period of a group; they are in one file, or in two in the first version of cgroups."""
     files = [group / name for name in ("cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
     quota, period, *_ = [*" ".join(file.read_text() for file in files if file.is_file()).split(), "max", "max"]
     return None if quota in ("max", "-1") else round(int(quota) / int(period), 2)
@@ -108,7 +108,7 @@ def look_at_disk() -> Facts:
 
 
 def look_at_folder(path: Path) -> Facts:
-    """Look at a folder, or at the closest one above it that is there."""
+    """Look at a folder or, if it does not exist, at the closest existing one above it."""
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     return {
         "path": without_home(str(path)),
@@ -146,7 +146,7 @@ def look_at_slurm() -> Facts:
 
 
 def _ask(*command: str) -> tuple[bool, str]:
-    """Say whether a command works within seconds, and what it prints or complains of."""
+    """Say whether a command works within seconds, and what it prints or complains about."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SLURM_S, check=False)
     except subprocess.TimeoutExpired:
@@ -157,7 +157,7 @@ def _ask(*command: str) -> tuple[bool, str]:
 
 
 def look_at_tracking() -> Facts:
-    """Reach for the store that a sweep would log to."""
+    """Try to reach the store that a sweep would log to."""
     from pq_sweep.tracking.tracker import Mlflow
 
     store, error = Store(Mlflow(None, "").store), ""

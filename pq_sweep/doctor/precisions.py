@@ -1,4 +1,4 @@
-"""Tell which precisions each runtime runs on each device, by what works here and by the table of the hardware."""
+"""Tell which precisions each runtime runs on each device, from what works here and from the hardware table."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def _on_cpu(machine: Facts) -> Facts:
 
 
 def _on_gpu(machine: Facts, found: Facts) -> Facts:
-    """Tell it of a GPU; every runtime needs torch to work there, and providers were tried on the first one."""
+    """Tell the precisions on a GPU; every runtime needs torch to work on it. Providers were tried on the first GPU."""
     gpu = Gpu(found["name"], capability(found["compute_capability"]))
-    usable = found.get("error") == ""  # the driver's GPUs, where torch does not find them, have none
+    usable = found.get("error") == ""  # GPUs that only the driver reports, and not torch, have no "error"
     features = [feature for feature in hardware.GPU.values() if feature.since]
     return {
         "torch": _marked(Torch, gpu) if usable else [],
@@ -61,11 +61,11 @@ def _fits(machine: Facts, gpu: Gpu) -> bool:
 
 
 def _built(runtime: Realiser, gpu: Gpu) -> list[str]:
-    """Name the precisions of an engine; BF16 is refused where the hardware has none."""
+    """Name the precisions of an engine; BF16 is refused where the hardware lacks it."""
     return [text for text in _marked(runtime, gpu) if not text.startswith("bf16 (")]
 
 
 def _marked(runtime: Realiser, device: Gpu | Cpu) -> list[str]:
-    """Name a runtime's precisions, and what of the hardware is not there that would make them fast."""
+    """Name a runtime's precisions, each with the hardware feature that it lacks to be fast."""
     lacking = {name: missing(name, device) for name in runtime.precisions[device.kind]}
     return [f"{name} (no {features[0].name})" if features else name for name, features in lacking.items()]

@@ -1,1 +1,1 @@
-"""What a job is given: models, data sets and images."""
+"""What a job works on: models with their weights, data sets with their images, and the downloads of both."""

@@ -1,4 +1,4 @@
-"""Which logit belongs to which class of the data, and orders in which every part shows every class."""
+"""Which logit belongs to which class of the data, and image orders of which every part shows every class."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pq_sweep.types import Model, UserError
 
 
 def match_classes(model: Model, classes: tuple[str, ...]) -> Tensor | None:
-    """Return the logit of each class of the data, or None if they are all of the model's, in order.
+    """Return the logit of each class of the data, or None if the data has all classes of the model, in order.
 
-    Folders named by WordNet ids are found among ImageNet's 1,000; other names among the model's class names. A model
-    that does not name its classes is taken to have them in the order of the data.
+    Folders named by WordNet ids are looked up among ImageNet's 1,000, other names among the model's class names. A
+    model that does not name its classes is assumed to have them in the order of the data.
     """
     wnids = imagenet_wnids() if model.num_classes == 1000 else ()
     known = wnids if classes[0] in wnids else model.classes or ()

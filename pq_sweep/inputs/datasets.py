@@ -35,10 +35,10 @@ class Take:
 
 DIGITS_EVALUATION, DIGITS_CALIBRATION = 500, 200
 
-GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's
+GREY_OF_RGB = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow
 
 FASTAI = "https://s3.amazonaws.com/fast-ai-imageclas"
-# fast.ai publishes none: those of ImageNette are torchvision's, those of ImageWoof catalyst's (its issue 1265).
+# fast.ai publishes none: ImageNette's are those of torchvision, ImageWoof's those of catalyst (its issue 1265).
 FASTAI_CHECKSUMS = {
     "imagenette2": "md5:fe2fc210e6bb7c5664d602c3cd71e612",
     "imagenette2-320": "md5:3df6f0d01a2c9592104656642f5e78a3",
@@ -80,7 +80,7 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
     raw = load_digits()
     aside = path.with_name(f".{os.getpid()}-{path.name}")
-    with suppress(OSError):  # a cache that cannot be written costs time, nothing else
+    with suppress(OSError):  # a cache that cannot be written only costs time
         path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(aside, pixels=raw.images, labels=raw.target)
         aside.rename(path)
@@ -88,11 +88,12 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def image_folder(model: Model, *, root: str, calibration: int, evaluation: int | None, seed: int) -> Data:
-    """Return the images of a folder of class folders; calibration images never are evaluation images.
+    """Return the images of a folder of class folders; calibration images are never evaluation images.
 
     With `root/train` and `root/val`, calibration is a stratified, seeded part of train; a flat root (or `root/val`
-    alone) is split. Files of the same bytes count as one image: a copy is left out of train, or of a flat root's
-    evaluation. `evaluation` takes that many images, stratified, instead of all.
+    alone) is split. Files of the same bytes count as one image: copies of evaluation images are left out of train, and
+    in a flat root copies of calibration images out of evaluation. `evaluation` takes that many images, stratified,
+    instead of all.
     """
     folder, take = _folder(root), Take(calibration, evaluation, seed)
     train, val = folder / "train", folder / "val"
@@ -239,7 +240,7 @@ def _with_train(model: Model, root: Path, train: Found, val: Found, take: Take) 
     if not usable:
         raise UserError(f"none of the evaluation images in {root} can be used; see the warnings.")
     known = cache.digests(path for path, _ in usable)
-    order = _order(pool, take.seed)  # every part of it shows every class
+    order = _order(pool, take.seed)  # every part of this order shows every class
     chosen = first_readable(cache, order, take.calibration, known)
     _require_calibration(take.calibration, len(chosen), root)
     train_split = lazy_split_of(cache, order, known)
@@ -251,7 +252,7 @@ def _order(images: Labelled, seed: int) -> Labelled:
 
 
 def _evaluated(cache: ImageCache, order: Labelled, take: Take, others: frozenset[str] = frozenset()) -> Labelled:
-    """Return as many usable images as are to be evaluated, sorted by path."""
+    """Return the usable images to evaluate, as many as `take` asks for, sorted by path."""
     return sorted(first_readable(cache, order, len(order) if take.evaluation is None else take.evaluation, others))
 
 
@@ -288,5 +289,5 @@ def _pixels_split(pixels: Tensor, labels: list[int], preprocess: Preprocess) -> 
 
 
 def _marks(images: Tensor, preprocess: Preprocess) -> Callable[[list[int]], Iterator[str]]:
-    """Return a hash per image of what it is before it is brought to the model's size, and of how that is done."""
+    """Return a function that hashes images before they are brought to the model's size, and how that is done."""
     return lambda indices: hash_each(images.__getitem__, indices, repr(preprocess))

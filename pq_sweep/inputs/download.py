@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK = 1 << 18  # bytes; a connection that breaks off loses no more than this
-TIMEOUT_S = (5.0, 30.0)  # to connect; without a byte
+TIMEOUT_S = (5.0, 30.0)  # to connect, and to wait for the next byte
 RETRIES = 3
 BACKOFF_S = 0.5  # doubled from the second retry on; the first follows at once
 
-# Where torch.hub finds the start of a file's SHA256, as in resnet18-f37072fd.pth; a date like 20240131 is none.
+# Where torch.hub finds the start of a file's SHA256, as in resnet18-f37072fd.pth; a date like 20240131 is not a hash.
 NAMED_HASH = re.compile(
     r"-(?!(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\.)([0-9a-f]{8,64})\.pth?(?:\.tar)?$"
 )
@@ -44,10 +44,11 @@ Expected = tuple[str, str]  # algorithm and the hex digits a hash has to start w
 
 
 def fetch(url: str, target: Path, *, checksum: str | None = None, hint: str = "") -> Path:
-    """Return `target`, downloading it from `url` (http, https) if it is not there, from where the last try ended.
+    """Return `target`; if it is not there, download it from `url` (http, https), going on where the last try ended.
 
-    `checksum` is md5:<hex> or sha256:<hex>; without one, the hash in a name like resnet18-f37072fd.pth counts. A file
-    that does not fit, and a failure, is a UserError that says what to put where, and then `hint` ("or give x=/path").
+    `checksum` is md5:<hex> or sha256:<hex>; without one, the hash in a name like resnet18-f37072fd.pth counts. If the
+    download fails or the file does not match, a UserError says what to put where, followed by `hint` ("or give
+    x=/path").
     """
     expected = _expected(checksum, target.name)
     remedy = ", ".join(filter(None, [f"put {target.name} at {target}", hint]))
@@ -62,7 +63,7 @@ def fetch(url: str, target: Path, *, checksum: str | None = None, hint: str = ""
 
 
 def extract(archive: Path, folder: Path) -> None:
-    """Unpack a tar (however compressed) or .zip into `folder` if that is not there; it appears when it is complete.
+    """Unpack a .zip or a tar of any compression into `folder`, unless it exists; it appears when it is complete.
 
     A damaged archive, or one with a member that would lie outside of `folder`, is a UserError.
     """
@@ -100,7 +101,7 @@ def _require(path: Path, expected: Expected | None, what: str, remedy: str) -> N
         return
     algorithm, digits = expected
     with path.open("rb") as file:
-        # FIPS systems refuse MD5 unless it is said that no secret depends on it.
+        # FIPS systems refuse MD5 unless the caller says that no security depends on it.
         found = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
     if not found.startswith(digits):
         raise UserError(f"{what} has the {algorithm} {found[: len(digits)]} instead of {digits}; {remedy}.")
@@ -129,12 +130,12 @@ def _in_one_sentence(failure: str, remedy: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, HTTPError) as error:  # an OSError is also every error of requests
+    except (OSError, HTTPError) as error:  # every error of requests is an OSError too
         raise UserError(f"{failure} ({_reason(error)}); {remedy}.") from error
 
 
 def _reason(error: BaseException) -> str:
-    """Say in a few words why; the innermost error knows, and what is around it may repeat the address."""
+    """Say in a few words why; the innermost error knows, while the errors around it may repeat the address."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     if isinstance(error, OSError) and error.strerror:
@@ -150,7 +151,7 @@ def _reason(error: BaseException) -> str:
 def _download(url: str, target: Path, expected: Expected | None, remedy: str) -> None:
     part, tag = (target.with_name(f"{target.name}{suffix}") for suffix in (".part", ".part.etag"))
     if expected is None and not tag.exists():
-        part.unlink(missing_ok=True)  # nothing would tell if the rest came from another version of the file
+        part.unlink(missing_ok=True)  # nothing would show whether the rest came from another version of the file
     log.info("downloading %s to %s", public(url), target)
     _receive_all(url, part, tag)
     try:
@@ -184,7 +185,7 @@ def _receive_all(url: str, part: Path, tag: Path) -> None:
 
 @contextmanager
 def _urllib3_silent() -> Iterator[None]:
-    """Keep what urllib3 logs of a retry out of the log, as it holds the whole address, secrets included."""
+    """Keep urllib3's messages about retries out of the log: they hold the whole address, secrets included."""
     loggers = [logging.getLogger(f"urllib3.{name}") for name in ("connectionpool", "util.retry")]
 
     def nothing(_: logging.LogRecord) -> bool:
@@ -213,11 +214,11 @@ def _patience() -> Retry:
 
 
 def _receive(session: Session, url: str, part: Path, tag: Path) -> None:
-    """Ask for what `part` lacks, and append it; urllib3's HTTPError if the connection breaks off."""
+    """Ask for the rest of `part` and append it; raise urllib3's HTTPError if the connection breaks off."""
     from urllib3.exceptions import ProtocolError
 
     have = _size(part)
-    # As it is: a compressed answer could not be resumed, and would be unpacked if the file itself is a .gz.
+    # Uncompressed: a compressed answer could not be resumed, and a file that is itself a .gz would be unpacked.
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
@@ -231,7 +232,7 @@ def _receive(session: Session, url: str, part: Path, tag: Path) -> None:
             part.unlink(missing_ok=True)
             raise ProtocolError("the server has another file than the one that was begun")
         if start == 0:
-            part.write_bytes(b"")  # first, or a process killed here would leave old bytes with the new ETag
+            part.write_bytes(b"")  # first, or a process killed in between would leave old bytes with a new ETag
             _keep_validator(response, tag)
         _append(response, part, start, total)
     if total is not None and _size(part) < total:
@@ -239,7 +240,7 @@ def _receive(session: Session, url: str, part: Path, tag: Path) -> None:
 
 
 def _extent(response: Response) -> tuple[int, int | None]:
-    """Return the position of an answer's first byte in the file and the size of the file if it is said (bytes)."""
+    """Return the position of an answer's first byte in the file, and the file's size if the answer says it (bytes)."""
     if response.status_code == 200:
         length = response.headers.get("Content-Length", "")
         return 0, int(length) if length.isdigit() else None
@@ -247,7 +248,7 @@ def _extent(response: Response) -> tuple[int, int | None]:
     start, total = (None if group is None else int(group) for group in (match.groups() if match else (None, None)))
     if response.status_code == 206 and start is not None:
         return start, total
-    if response.status_code == 416:  # nothing is left from the position that was asked for
+    if response.status_code == 416:  # there is nothing after the position that was asked for
         return -1 if total is None else total, total
     raise OSError(f"HTTP {response.status_code} {response.reason}")
 
@@ -280,9 +281,9 @@ def _size(path: Path) -> int:
 
 
 def _unpack_aside(archive: Path, folder: Path) -> None:
-    """Unpack beside `folder`, then rename: whoever sees the folder sees all of it."""
+    """Unpack beside `folder`, then rename, so that the folder is complete as soon as it exists."""
     aside = folder.with_name(f".{folder.name}.unpacking")
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
     aside.mkdir()
     try:
         (_unzip if archive.suffix.lower() == ".zip" else _untar)(archive, aside)
@@ -302,7 +303,7 @@ def _untar(archive: Path, folder: Path) -> None:
 
 
 def _require_end(tar: tarfile.TarFile) -> None:
-    """Read on to the end: tarfile takes a broken header for the end, and only there gzip compares its checksum."""
+    """Read to the very end: tarfile takes a broken header for the end, and gzip compares its checksum only there."""
     assert tar.fileobj is not None
     while block := tar.fileobj.read(CHUNK):
         if block.strip(b"\0"):

@@ -1,4 +1,4 @@
-"""Image files decoded and resized once, kept as pixels in a memory-mapped cache over jobs and sweeps."""
+"""Image files decoded and resized once, and kept as pixels in a memory-mapped cache across jobs and sweeps."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from tqdm import tqdm
 from pq_sweep.core.environment import cache_home
 from pq_sweep.types import Preprocess, UserError
 
-# Instead of a warning, an image that is too large is left out by a sentence.
+# Instead of this warning, an image that is too large is left out with a sentence that says so.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 log = logging.getLogger(__name__)
 
-# Raise it when the same file and transform give other pixels than before.
+# To be raised when the same file and transform give other pixels than before.
 CACHE_FORMAT = 1
 CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the cache knows of a file: its state when it was decoded, and the row of its pixels or why it has none."""
+    """What the cache knows about a file: its state when decoded, and the row of its pixels or why it has none."""
 
     size: int
     mtime_ns: int
@@ -48,16 +48,17 @@ class Entry:
     error: str | None = None
 
     def describes(self, stat: os.stat_result) -> bool:
-        """Say whether the file is untouched; a user can set the time of modification, but not that of change."""
+        """Say whether the file is untouched; a user can set a file's modification time, but not its change time."""
         return (self.size, self.mtime_ns, self.ctime_ns) == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @dataclass
 class ImageCache:
-    """Pixels (H, W, C) uint8 of image files under `root` after resizing and cropping, kept over jobs and sweeps.
+    """Pixels (H, W, C) uint8 of image files under `root` after resizing and cropping, kept across jobs and sweeps.
 
-    Two files that only grow: rows of pixels, and a line of JSON per decoded file, of which the last one counts. A line
-    is written after its row, by one process at a time, so a reader or a killed writer never sees half an image.
+    The cache is two files that only grow: rows of pixels, and lines of JSON, one per decoded file; of several lines for
+    one file, the last counts. A line is written after its row, by one process at a time, so no reader sees half an
+    image, even if the writer was killed.
     """
 
     root: Path
@@ -91,7 +92,7 @@ class ImageCache:
         return self.preprocess.size, self.preprocess.size, self.preprocess.channels
 
     def prepare(self, paths: list[Path]) -> None:
-        """Decode what is new or has changed since it was decoded; jobs that start at once wait for one of them."""
+        """Decode files that are new or changed; of jobs that start at once, one decodes and the others wait."""
         paths = list(dict.fromkeys(paths))
         self.used.update(paths)
         if not self._stale(paths):
@@ -105,7 +106,7 @@ class ImageCache:
                     bar.update(len(chunk))
 
     def usable(self, path: Path, others: frozenset[str] = frozenset()) -> bool:
-        """Say whether a prepared image can be used; name and count one that is unreadable, or a copy of `others`."""
+        """Say whether a prepared image can be used; name and count it if it is unreadable, or a copy of `others`."""
         entry = self.entries[self._name(path)]
         reason = entry.error or ("a file of the same bytes is in the other split" if entry.digest in others else None)
         if reason and path not in self.excluded:
@@ -125,12 +126,12 @@ class ImageCache:
         return torch.from_numpy(kept[rows])
 
     def marks(self, paths: Iterable[Path]) -> Iterator[str]:
-        """Yield for each prepared image a hash of its file and of how it is made an input, wherever the file lies."""
+        """Yield for each prepared image a hash of its file's bytes, not its path, and of how it becomes an input."""
         for path in paths:
             yield f"{self.entries[self._name(path)].digest} {self.transform}"
 
     def marks_unread(self, paths: Iterable[Path], others: frozenset[str] = frozenset()) -> Iterator[str]:
-        """Yield such a hash without reading the file: its path below the root, size and times stand for its bytes."""
+        """Yield such hashes without reading the files: path below the root, size and times stand for the bytes."""
         about = _hash([self.transform, sorted(others)])
         for path in paths:
             stat = _stat(path)
@@ -148,7 +149,7 @@ class ImageCache:
 
     def _name(self, path: Path) -> str:
         name = self.names.get(path)
-        if name is None:  # which takes pathlib half as long as to copy an image
+        if name is None:  # pathlib takes half as long for it as copying an image takes
             name = self.names[path] = str(path.relative_to(self.root))
         return name
 
@@ -157,9 +158,10 @@ class ImageCache:
         return [path for path, entry in known if entry is None or not entry.describes(_stat(path))]
 
     def _load(self) -> None:
-        """Read the index; a torn last line is that of a writer that was killed.
+        """Read the index; a torn last line was left by a writer that was killed.
 
-        Rows only grow, so a line whose row is not above all before it says that those from it on were lost by then.
+        Row numbers only grow. If a line's row is not above all rows before it, then the rows from that number on had
+        been lost when the line was written.
         """
         rows, top = self._rows(), -1
         index = self.folder / "index.jsonl"
@@ -176,7 +178,7 @@ class ImageCache:
         self._forget(rows)
 
     def _forget(self, first: int) -> None:
-        """Drop what has its pixels in this row or after it."""
+        """Drop the entries that have their pixels in this row or after it."""
         self.entries = {name: entry for name, entry in self.entries.items() if entry.row is None or entry.row < first}
 
     def _rows(self) -> int:
@@ -197,7 +199,7 @@ class ImageCache:
                     pixels.write(image.tobytes())
                     entry, row = replace(entry, row=row), row + 1
                 added[self._name(path)] = entry
-                if entry.digest:  # else it could not be read, which another time it perhaps can
+                if entry.digest:  # else it could not be read, but perhaps can be another time
                     self.decoded.add(path)
                     lines.append(json.dumps({"path": self._name(path), **asdict(entry)}))
             pixels.flush()
@@ -224,18 +226,18 @@ class ImageCache:
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     """Turn (B, H, W, C) uint8 into normalised float32 (B, C, H, W) on its device; the bits are the same on all.
 
-    Every divisor is a tensor on the device: by a plain number, CUDA multiplies by the reciprocal instead. One for all
-    channels would be slower on a CPU.
+    Every divisor is a tensor on the device: if it were a plain number, CUDA would multiply by its reciprocal instead.
+    There is one per channel, since a single one for all channels would be slower on a CPU.
     """
     white = [255.0] * len(preprocess.mean)
     values = (torch.tensor(value, device=pixels.device) for value in (white, preprocess.mean, preprocess.std))
     scale, mean, std = (value.view(-1, 1, 1) for value in values)
-    images = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32)  # bytes are the quickest to put in order
+    images = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32)  # reordering is quickest while they are bytes
     return images.div_(scale).sub_(mean).div_(std)
 
 
 def decode(content: bytes, preprocess: Preprocess) -> np.ndarray:
-    """Decode, orient, resize and crop an image file: (H, W, C) uint8; a UserError says why it cannot."""
+    """Decode, orient, resize and crop an image file to (H, W, C) uint8; a UserError says why that is impossible."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as F
 
@@ -262,7 +264,7 @@ def _hash(content: Any) -> str:
 
 
 def _refuse_huge(width: int, height: int, resize: int) -> None:
-    """Refuse what would fill the memory: too many pixels, or so long that it is huge when its short side fits."""
+    """Refuse images that would fill the memory: too many pixels, or so long that they are huge once resized."""
     limit = Image.MAX_IMAGE_PIXELS or 0
     resized = resize * resize * max(width, height) // min(width, height)
     if limit and max(width * height, resized) > limit:
@@ -273,11 +275,11 @@ def _refuse_huge(width: int, height: int, resize: int) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn a photograph as its EXIF block says; if only that is damaged, the image is used as it lies."""
+    """Turn a photograph as its EXIF block says; if only that block is damaged, the image is used as it is."""
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # Pillow also writes the block anew, which raises almost anything
+    except Exception:  # Pillow also rewrites the block, which can raise almost anything
         return image
 
 
@@ -289,7 +291,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _stat(path: Path) -> os.stat_result:
-    """Return a file's state; a dangling link or a file that vanished is a file of no bytes."""
+    """Return a file's state; a dangling link or a file that vanished counts as an empty file."""
     try:
         return path.stat()
     except OSError:

@@ -71,8 +71,8 @@ def split_of(cache: ImageCache, images: Labelled) -> Split:
 def lazy_split_of(cache: ImageCache, images: Labelled, others: frozenset[str]) -> Split:
     """Return a split that decodes its images when they are fetched, as training may need few of very many.
 
-    For an image that cannot be used the next one of its class stands in. The identity reads no image: the path below
-    the root, size and times of each file, of change too, stand for its bytes, and what stands in for it does not count.
+    For an image that cannot be used, the next image of its class stands in. The identity reads no image: each file's
+    path below the root, size, modification time and change time stand for its bytes. Stand-ins do not count in it.
     """
     members: dict[int, list[Path]] = {}
     for path, label in images:

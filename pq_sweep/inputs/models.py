@@ -29,18 +29,18 @@ HOW_TO_SAVE = "save one by torch.save(model.state_dict(), path)."
 
 
 class Undrawn(TorchFunctionMode):
-    """Leaves out the random numbers of networks made within it, whose weights are loaded: they can take a second."""
+    """Skips drawing random weights for networks made within it, which get loaded ones: drawing can take a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in DRAWING:
             return args[0]
         if getattr(func, "__module__", "") == nn.init.__name__:
-            return kwargs["tensor"]  # as its functions hand themselves over
+            return kwargs["tensor"]  # functions of torch.nn.init pass their tensor by this name
         return func(*args, **(kwargs or {}))
 
 
 def digits_cnn(*, weights: str | None = "DEFAULT") -> Model:
-    """Return the embedded network for 8x8 digits; DEFAULT are the packaged weights, null random ones."""
+    """Return the embedded network for 8x8 digits; DEFAULT stands for the packaged weights, null for random ones."""
     from pq_sweep.inputs.digits_cnn import DigitsCNN
 
     preprocess = Preprocess(size=8, resize=8, channels=1, mean=(0.0,), std=(1.0,))
@@ -60,10 +60,9 @@ def torchvision_model(
 ) -> Model:
     """Return a torchvision classifier (https://pytorch.org/vision/stable/models.html) by its name there.
 
-    `weights` is DEFAULT or another of torchvision's weights of this model (downloaded once), the path of a
-    state_dict, or null for random weights. Images are prepared as the weights say; with a path or null as
-    torchvision's first weights of this model say, and the network is built with
-    `options`.
+    `weights` is DEFAULT or another of torchvision's weights of this model (downloaded once), the path of a state_dict,
+    or null for random weights. Images are prepared as the weights say or, with a path or null, as torchvision's first
+    weights of this model say. The network is built with `options`.
     """
     import torchvision
     from torchvision.models import get_model, get_model_weights, list_models
@@ -96,7 +95,7 @@ def auxiliary_model(*, name: str, weights: str | None, num_classes: int) -> Mode
 
 
 def _published(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:
-    """Return a torchvision network with weights that are downloaded once, to where torchvision looks for them."""
+    """Return a torchvision network with weights that are downloaded once, into the folder where torchvision looks."""
     from torchvision.models import get_model
 
     fetch_weights(weights.url)  # checks the hash in the name, so that torchvision finds a file that is whole
@@ -156,7 +155,7 @@ def fetch_weights(weights: str) -> Path:
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a state_dict (.pt, .pth or .safetensors; never a pickled object) into `module`, every key of it."""
+    """Load a state_dict (.pt, .pth or .safetensors; never a pickled object) into `module`; all keys have to match."""
     expected = module.state_dict()
     state = {key: value for key, value in read_state(path).items() if key in expected or not key.startswith(AUXILIARY)}
     wrong = sorted(key for key in expected.keys() | state.keys() if _shape(expected, key) != _shape(state, key))

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-# SimpleNet for ImageNet (Hasanpour et al. 2016): 3x3 convolutions, "pool", and 1x1 ones marked by a negative width.
+# SimpleNet for ImageNet (Hasanpour et al. 2016): widths of 3x3 convolutions, negative for 1x1 ones, and "pool".
 SIMPLENET: dict[str, tuple[int | str, ...]] = {
     "5m": (64, 128, 128, 128, 128, 128, "pool", 256, 256, 256, 512, "pool", -2048, -256, 256),
     "9m": (128, 192, 192, 192, 192, 192, "pool", 320, 320, 320, 640, "pool", -2560, -320, 320),
@@ -19,8 +19,8 @@ SIMPLENET_STRIDES = {"m1": (0, 1, 2), "m2": (0, 1, 3)}
 class SimpleNet(nn.Module):
     """Thirteen plain convolutions; `features` has the layout of the published weights.
 
-    The published network takes its last pooling window from the tensor's size at run time, which is what stopped its
-    export; a global maximum is the same and exports.
+    The published network takes its last pooling window from the tensor's size at run time and cannot be exported for
+    that reason; a global maximum gives the same and can be exported.
     """
 
     def __init__(self, size: str, mode: str, scale: float = 1.0, num_classes: int = 1000) -> None:

@@ -52,9 +52,9 @@ class Baseline:
 
 
 def load_baseline(cfg: DictConfig, model: Model, data: Data, work: Workspace, protocol: Protocol) -> Baseline:
-    """Read the reference from the sweep's folder, or measure it first; jobs that run at once wait for one of them.
+    """Read the reference from the sweep's folder, or measure it first; of jobs that run at once, only one measures.
 
-    Each kind of node and device has its own: a job is never compared with what another one measured.
+    Each kind of node and device has a reference of its own: a job is never compared with that of another device.
     """
     options = resolved(cfg)
     parts = {name: options[name] for name in ("model", "dataset", "seed")}
@@ -101,7 +101,7 @@ def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: 
 
 def _name_images(data: Data, predictions: np.ndarray, path: Path) -> None:
     """Write which image each prediction of the sweep's jobs belongs to, with its class and the reference's answer."""
-    classes = dict(enumerate(data.classes))  # a data set of one's own may name fewer than the model has
+    classes = dict(enumerate(data.classes))  # a user's own data set may name fewer classes than the model has
     names = data.evaluation.names or [str(index) for index in range(len(data.evaluation))]
     with path.open("w", newline="", errors="backslashreplace") as file:
         table = csv.writer(file)

@@ -1,4 +1,4 @@
-"""What can be refused before anything is loaded: values out of range and combinations that cannot exist."""
+"""Checks before anything is loaded: they refuse values out of range and combinations that cannot exist."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _numbers(group: str, options: DictConfig) -> Iterator[str]:
 
 
 def _pattern(pruner: DictConfig) -> Iterator[str]:
-    """Check an n that comes with an m: so many of m weights stay. Without an m it is the order of a norm."""
+    """Check the pattern "n of m weights stay" where m is given; without m, n is the order of a norm."""
     if not _is_ours(pruner) or "m" not in pruner:
         return
     n, m = pruner.get("n"), pruner.m
@@ -142,7 +142,7 @@ def _files(cfg: DictConfig) -> Iterator[str]:
 
 
 def _combination(cfg: DictConfig) -> Iterator[str]:
-    """Check that the runtime realises the quantizer's precision on the device, or on any if the device is open."""
+    """Check that the runtime realises the quantizer's precision on the device; for device=auto, any device will do."""
     if not DEVICE.fullmatch(str(cfg.device)):
         return
     try:
@@ -151,7 +151,7 @@ def _combination(cfg: DictConfig) -> Iterator[str]:
         if cfg.device != "auto":
             runtime.resolve(precision, str(cfg.device))
     except Exception as error:
-        # Hydra wraps what a component says about its options.
+        # Hydra wraps the error that a component raises about its options.
         yield " ".join(str(error.__cause__ if isinstance(error.__cause__, UserError) else error).split())
         return
     kinds = ("cpu", "cuda") if cfg.device == "auto" else (str(cfg.device),)
@@ -187,7 +187,7 @@ def _name(runtime: type[Any]) -> str:
 
 
 def _is_ours(options: DictConfig) -> bool:
-    """Say whether a component is this package's: another's options of the same names mean what they like."""
+    """Say whether a component is this package's; options of the same names may mean anything in others."""
     return str(options._target_).startswith("pq_sweep.")
 
 

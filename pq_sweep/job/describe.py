@@ -1,4 +1,4 @@
-"""What a result says of the network, the images, the session and the machine."""
+"""Descriptions of the network, the images, the session and the machine for a result."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def _gpu(device: str) -> dict[str, Any] | None:
 
 
 def describe_network(model: Model, data: Data, dense: Counts) -> Network:
-    """Return what the network takes and gives, its terms and its figures.
+    """Return the network's input, classes, licence and figures.
 
-    `labels` are the classes of the logits in order, if model or data say them.
+    `labels` are the classes of the logits in order, if the model or the data names them.
     """
     labels = model.classes or (data.classes if data.columns is None else None)
     return Network(
@@ -70,7 +70,7 @@ def describe_network(model: Model, data: Data, dense: Counts) -> Network:
 
 
 def describe_images(data: Data) -> Record:
-    """Return how many images there were for what, and where they came from."""
+    """Return how many images each part of the data has, and what the data set records about them."""
     parts = {"evaluation": data.evaluation, "calibration": data.calibration, "train": data.train}
     return {name: len(part) if part else 0 for name, part in parts.items()} | data.record()
 
@@ -100,7 +100,7 @@ def describe_session(session: Session, precision: str, folder: Path) -> Ran:
 
 
 def unaccelerated(ran: Ran, environment: Record) -> list[str]:
-    """Return a sentence for each thing that ran and that its device has no fast units for."""
+    """Return one sentence for each thing that ran without fast units for it on the device."""
     gpu = environment["gpu"]
     device = Gpu(gpu["name"], capability(gpu["compute_capability"])) if gpu else Cpu(environment["device"], cpu_flags())
     options = {"sparse": bool(ran.details.get("sparsity")), "tf32": bool(ran.details.get("tf32"))}

@@ -1,4 +1,4 @@
-"""A fresh process that measures once more what a job has compressed: `python -m pq_sweep.job.fresh`."""
+"""A fresh process that measures a job's compressed model once more: `python -m pq_sweep.job.fresh`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class KeptStages(Stages):
-    """What a job has kept, read by another process, which tells of its stages and writes down nothing of its own."""
+    """The parts that a job has kept, read by another process, which reports its stages and writes nothing itself."""
 
     def __init__(self, folder: Path, tell: Tell) -> None:
         super().__init__(folder, "")
@@ -37,12 +37,12 @@ class KeptStages(Stages):
     @contextmanager
     def __call__(self, name: str, *, alone: bool = False) -> Iterator[None]:
         self.tell({"stage": name})
-        self.seconds[name] = 0.0  # nothing that is done here is worth keeping
+        self.seconds[name] = 0.0  # too short for any step to be kept: this process keeps nothing
         with self.turns.take(alone) if self.turns else nullcontext():
             yield
 
     def resume(self, key: str) -> None:
-        """Take over what the job has kept; raise RepeatFailed if it was with other code, files or devices."""
+        """Take over what the job has kept; raise RepeatFailed if the job ran with other code, files or devices."""
         progress = read_json(self.files.progress) or {}
         if progress.get("key") != key:
             raise RepeatFailed(
@@ -65,12 +65,12 @@ def check_artifact(path: Path, expected: str) -> None:
 
 
 def main() -> None:
-    """Measure what a job has compressed, as its process asks on standard input, and tell it on standard output."""
-    # Who stops a job signals all of its processes; this one ends with the job's, which alone can say why.
+    """Measure a job's compressed model: read the request on standard input, and answer on standard output."""
+    # Whatever stops a job signals all of its processes. This one ends with the job's own, which alone can say why.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     output = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # what libraries print must not get into the answer
     wanted = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_job, daemon=True).start()
 
@@ -87,13 +87,13 @@ def main() -> None:
 
 
 def _end_with_job() -> None:
-    """Wait for the end of standard input, which is that of the job's process, and end this one."""
+    """End this process when standard input ends, as it does with the job's process."""
     os.read(0, 1)
     os._exit(1)
 
 
 def _answer(wanted: dict[str, Any], tell: Tell) -> Record:
-    """Return the figures; the samples are in the file that is wanted."""
+    """Return the figures, and write the samples to the file that the request names."""
     import torch
     from omegaconf import OmegaConf
 
@@ -105,7 +105,7 @@ def _answer(wanted: dict[str, Any], tell: Tell) -> Record:
 
 
 def measure_again(cfg: DictConfig, stage: Stages, artifact: str) -> tuple[Speed, Samples]:
-    """Open once more what a job has compressed, and measure its speed; `artifact` is the hash of the job's artifact."""
+    """Open a job's compressed model once more and measure its speed; `artifact` is the hash of the job's artifact."""
     from pq_sweep.job.run import compress, dense_session, load, prepare
     from pq_sweep.measure.latency import speed
 

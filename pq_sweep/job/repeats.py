@@ -1,7 +1,7 @@
 """Latency measured again in fresh processes, one after another.
 
-Where memory lies, which kernels a library picks and how threads are placed is decided once per process, so that one
-process, however long it measures, may be faster or slower than the next by more than its samples tell.
+Where memory lies, which kernels a library picks and how threads are placed is decided once per process. However long a
+process measures, it may therefore be faster or slower than the next by more than its own samples show.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ Tell = Callable[[dict[str, Any]], None]
 
 
 class RepeatFailed(RuntimeError):
-    """A fresh process found nothing; the end of what it wrote to stderr is in the notes."""
+    """A fresh process measured nothing; the end of what it wrote to stderr is in the notes."""
 
 
 def share_network(stage: Stages, model: Model) -> None:
-    """Keep the compressed network for other processes, or become the one that was kept.
+    """Keep the compressed network for other processes, or load the one that was kept.
 
-    A quick step is repeated from the seed, and what a GPU sums up in another order need not be the same weights.
+    Other processes would repeat quick steps from the seed, and a GPU that sums up in another order may then come to
+    other weights.
     """
     import torch
 
@@ -48,7 +49,7 @@ def share_network(stage: Stages, model: Model) -> None:
 
 
 def measure_apart(stage: Stages, config: Record, artifact: str, count: int) -> tuple[Speed, Samples]:
-    """Measure `count` times, each in a process of its own; return the middle ones and all samples.
+    """Measure `count` times, each time in a process of its own; return the middle figures and all samples.
 
     `artifact` is the hash of what is measured. What an earlier try of the job measured is not measured again.
     """
@@ -56,8 +57,8 @@ def measure_apart(stage: Stages, config: Record, artifact: str, count: int) -> t
 
     from pq_sweep.measure.memory import release_memory
 
-    release_memory()  # a GPU's memory too: each process is to find it as this one did
-    stage.turns = None  # they take turns on the device themselves, and would wait for this process for ever
+    release_memory()  # a GPU's memory too: each process is to find as much of it free as this one did
+    stage.turns = None  # the processes take turns on the device themselves, and would wait for this one for ever
     found: list[Speed] = []
     samples: Samples = {}
     for number in range(1, count + 1):
@@ -71,7 +72,7 @@ def measure_apart(stage: Stages, config: Record, artifact: str, count: int) -> t
 
 
 def combine(found: list[Speed]) -> Speed:
-    """Return of each latency and ratio the repeat with the middle one, and the highest of the peaks of memory."""
+    """Return for each latency and ratio the repeat with the middle value, and the highest peaks of memory."""
     pairs = [one.paired for one in found if one.paired]
     memories = [vars(one.memory) for one in found if one.memory]
     return Speed(
@@ -89,7 +90,7 @@ def _highest(values: list[float | None]) -> float | None:
 
 
 def _measure(stage: Stages, wanted: Record, name: str) -> Record:
-    """Return what a fresh process measures; it ends with this one, however this one ends."""
+    """Return what a fresh process measures; that process ends with this one, however this one ends."""
     with NamedTemporaryFile() as errors, _fresh_process(errors) as process:
         with suppress(BrokenPipeError):  # it could not even start: its stderr says why
             process.stdin.write(json.dumps(wanted) + "\n")
@@ -102,7 +103,7 @@ def _measure(stage: Stages, wanted: Record, name: str) -> Record:
 
 @contextmanager
 def _fresh_process(errors: Any) -> Iterator[Any]:
-    """Start a process that finds the same modules as this one, and kill it in the end: all it had to do is done."""
+    """Start a process that finds the same modules as this one, and kill it in the end, when it has answered."""
     path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "pq_sweep.job.fresh"],
@@ -120,7 +121,7 @@ def _fresh_process(errors: Any) -> Iterator[Any]:
 
 
 def _follow(lines: Iterable[str], stage: Stages, name: str) -> dict[str, Any]:
-    """Enter each stage that a process tells of, such as "latency repeat 2/3 b8"; return what it said in the end."""
+    """Enter each stage that a process reports, such as "latency repeat 2/3 b8"; return its last message."""
     said: dict[str, Any] = {}
     with ExitStack() as inside:
         inside.enter_context(stage(f"start {name}"))
@@ -135,7 +136,7 @@ def _follow(lines: Iterable[str], stage: Stages, name: str) -> dict[str, Any]:
 
 
 def _failure(name: str, said: dict[str, Any], process: subprocess.Popen[str], errors: Path) -> RepeatFailed:
-    """Return the error of a process that told of one, or that ended without a word."""
+    """Return the error that a process reported, or one that says how a process ended without an answer."""
     if "error" in said:
         failure = RepeatFailed(f"{name}: {said['error']}")
     else:

@@ -104,7 +104,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
 
 
 def prepare(cfg: DictConfig, stage: Stages) -> Plan:
-    """Start the random numbers, choose device, threads and runtime, and take over what an earlier try kept."""
+    """Seed the random numbers, choose device, threads and runtime, and take over what an earlier try kept."""
     torch.manual_seed(cfg.seed)
     protocol: Protocol = instantiate(cfg.measure, _convert_="all")
     device, threads = resolve_device(cfg.device), use_threads(protocol.threads)
@@ -112,13 +112,13 @@ def prepare(cfg: DictConfig, stage: Stages) -> Plan:
     quantizer = component(cfg.quantizer)
     runtime = possible_runtime(cfg, quantizer, device)
     stage.cache, stage.turns = open_cache(cfg), Turns(device)
-    # What an earlier try kept is of use on the same kind of device only.
+    # What an earlier try kept is only of use on the same kind of device.
     stage.resume(digest([key := fingerprint(cfg), device_name(device)]))
     return Plan(cfg, key, protocol, quantizer, runtime, work)
 
 
 def possible_runtime(cfg: DictConfig, quantizer: Quantizer, device: str) -> Runtime:
-    """Return the runtime that is meant, or refuse what it or this machine cannot run."""
+    """Return the chosen runtime, or refuse it if it cannot run the precision or this machine cannot run it."""
     precision = precision_of(quantizer)
     choice: RuntimeChoice = instantiate(cfg.runtime, _convert_="all")
     runtime = choice.resolve(precision, device)
@@ -150,7 +150,7 @@ def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> Record | No
 
 
 def with_stage(call: partial[Any], stage: Stages) -> Callable[..., Any]:
-    """Hand a component the stage if it takes one, to share with other jobs what it works out on the way."""
+    """Hand a component the stage if it takes one, so that it can share its intermediate results with other jobs."""
     return partial(call, stage=stage) if "stage" in signature(call.func).parameters else call
 
 
@@ -186,7 +186,7 @@ def dense_session(plan: Plan) -> Iterator[Session]:
 
 
 def look_at_network(model: Model, data: Data, baseline: Baseline, stage: Stages) -> tuple[Network, dict[str, int]]:
-    """Return what the compressed network is, and its bytes in each format of storage."""
+    """Return the description of the compressed network, and its bytes in each format of storage."""
 
     def looked() -> Any:
         return describe_network(model, data, baseline.result).plain(), storage_sizes(model, stage.folder)

@@ -1,4 +1,4 @@
-"""Which stage a job is in: shown as a log line, kept in `status.json`, timed, and not repeated by a continued job."""
+"""The stages of a job: each is logged, written to `status.json`, timed, and not repeated when the job is continued."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-# Those that make the compressed model.
+# The stages that make the compressed model.
 PREP = ("prune", "recover", "trace", "export", "calibrate", "sensitivity", "quantize", "build")
 
 
 class Stages:
     """Times stages by name, `with stages("export"): ...`, and keeps what was finished.
 
-    In the job's own folder, in case the job is continued: it starts again there with the same key after a time limit,
-    preemption, the death of its node, or a new start of the sweep, and `progress.json` then holds what each finished
-    part returned. And in the cache, for every job that needs the same.
+    What is kept in the job's folder serves the job itself when it is continued, that is, when it starts again there
+    with the same key after a time limit, preemption, the death of its node, or a new start of the sweep:
+    `progress.json` then holds what each finished part returned. What is kept in the cache serves every job that needs
+    the same.
     """
 
     # Set when the process ends only to be started again by SLURM: that is no failure.
@@ -56,7 +57,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str, *, alone: bool = False) -> Iterator[None]:
-        """Time what is inside, `alone` on the device or among other jobs; to wait for them takes no time of a stage."""
+        """Time what is inside, `alone` on the device or among other jobs; waiting for them is not counted."""
         log.info("%s | %s", self.label, name)
         self.current = name
         where = {"pid": os.getpid(), "host": os.uname().nodename, "slurm": slurm()}
@@ -69,7 +70,7 @@ class Stages:
                 self._count(name, time.perf_counter() - start)
 
     def _count(self, name: str, seconds: float) -> None:
-        """Add to the seconds of a stage; what an earlier try took counts, not what was left of it to do."""
+        """Add to the seconds of a stage, unless an earlier try timed it: then the time of that try stands."""
         if name not in self.timed_before:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
@@ -92,7 +93,7 @@ class Stages:
         write_json(self.files.progress, state)
 
     def has(self, name: str) -> bool:
-        """Say whether a part is finished and its files are as they were then."""
+        """Say whether a part is finished and its files still have the sizes that they had then."""
         files = self.kept.get(name, {}).get("files", {})
         return name in self.kept and all(_size(self.folder / file) == size for file, size in files.items())
 
@@ -106,7 +107,7 @@ class Stages:
         return value
 
     def time_and_keep(self, name: str, make: Callable[[], Any], *files: Path) -> Any:
-        """Do as `keep_in_job` in a stage of that name."""
+        """Do as `keep_in_job`, timed as a stage of that name."""
 
         def timed() -> Any:
             with self(name):
@@ -115,9 +116,10 @@ class Stages:
         return self.keep_in_job(name, timed, *files)
 
     def keep_in_cache(self, kind: str, about: About, make: Callable[[], Any], *files: Path) -> Any:
-        """Return what any job, also of another sweep, made from what `about` returns, or make it for all of them.
+        """Return what any job, of any sweep, made from what `about` returns, or make it for all of them.
 
-        The `files` that are there lie in one folder. A continued job may make again what it cannot take.
+        All `files` belong in one folder; `make` need not write every one. A continued job may have to make again
+        what the cache no longer has.
         """
         if self.cache is None:
             return make()
@@ -136,15 +138,15 @@ class Stages:
             return value
 
     def keep_in_both(self, name: str, about: About, make: Callable[[], Any], *files: Path) -> Any:
-        """Do as `keep_in_job` with what `keep_in_cache` returns."""
+        """Keep in the job what `keep_in_cache` returns."""
         return self.keep_in_job(name, partial(self.keep_in_cache, name, about, make, *files), *files)
 
     def count_cached(self, name: str, seconds: float) -> None:
-        """Count a stage whose outcome came out of a cache with the seconds that it took when it was made."""
+        """Count a stage whose outcome came from the cache, with the seconds that making it took."""
         self.from_cache.append(name)
         self._count(name, seconds)
 
-    # What they were called when pruners and quantizers of one's own were written for them.
+    # Their former names, which pruners and quantizers that users wrote may still call.
     keep, share, shared, cached = keep_in_job, keep_in_both, keep_in_cache, count_cached
 
     @property

@@ -1,4 +1,4 @@
-"""Steps that change the network, which a job takes from disk where it or another did them before."""
+"""Steps that change the network; a job reads their outcome from disk where it or another job did them before."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pq_sweep.core.weights import network_state, structure
 from pq_sweep.job.stages import Stages
 from pq_sweep.types import Cache, Data, Model, Record
 
-# What takes less is repeated from the seed: that is quicker than writing the weights of a large network.
+# A step that takes less is repeated from the seed: that is quicker than writing the weights of a large network.
 WORTH_KEEPING_S = 0.3
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a step's outcome depends on, beside the network: plain values, and the images, which take time to tell."""
+    """What a step's outcome depends on beside the network: plain values, and images, which take time to identify."""
 
     about: dict[str, Any]
     images: Callable[[], Any]
 
 
 def origin_of(component: DictConfig, data: Data, device: str) -> Origin:
-    """Return what a component's outcome depends on; the random numbers are those at this moment."""
+    """Return what a component's outcome depends on, the present state of the random numbers included."""
     options = OmegaConf.to_container(component, resolve=True)
     random = [hashlib.sha256(state.numpy().tobytes()).hexdigest() for state in _random_states().values()]
     where = {"device": device_name(device), "threads": torch.get_num_threads()}
@@ -39,9 +39,9 @@ def origin_of(component: DictConfig, data: Data, device: str) -> Origin:
 
 
 def change_once(stage: Stages, name: str, model: Model, step: Callable[[], Any], origin: Origin | None = None) -> Any:
-    """Run a step that changes the network in place and return its record, or restore what was kept of an earlier time.
+    """Run a step that changes the network in place and return its record, or restore what an earlier run of it kept.
 
-    An earlier try of the job keeps it, and with an `origin` any other job that took long for the same.
+    That was an earlier try of the same job or, with an `origin`, any other job for which the same step was slow.
     """
     path = stage.files.kept(name)
     if stage.has(name):
@@ -54,9 +54,9 @@ def change_once(stage: Stages, name: str, model: Model, step: Callable[[], Any],
 
 
 def _share(stage: Stages, cache: Cache, name: str, model: Model, step: Callable[[], Any], origin: Origin) -> Any:
-    """Change the network or take over what another job made of it.
+    """Change the network, or take over what another job made of it.
 
-    Most steps are quicker than telling their images apart, so those are looked at only where a step was slow before.
+    Most steps are quicker than hashing their images, so the images are hashed only if the step was slow before.
     """
     about = {"network": network_state(model), **origin.about}
     with cache.alone(name, about):
@@ -81,7 +81,7 @@ def _made_before(stage: Stages, cache: Cache, name: str, about: Record, origin: 
 
 
 def _share_slow(stage: Stages, cache: Cache, name: str, about: Record, record: Any) -> None:
-    """Put what a step made, which the job has kept, where other jobs find it."""
+    """Put into the cache what a slow step made and the job has kept."""
     made = {"value": record, "seconds": stage.seconds[name]}
     cache.put(name, about, stage.folder, made, [stage.files.kept(name).name])
 
@@ -100,7 +100,7 @@ def _change(stage: Stages, name: str, model: Model, step: Callable[[], Any]) -> 
 
 
 def _reorder(names: dict[Module, list[str]]) -> None:
-    """Put the parameters of layers back in their order, which torch's pruning changes: graphs list them in it."""
+    """Put the parameters of layers back in their former order, which torch's pruning changes and graphs follow."""
     for part, order in names.items():
         if part._parameters.keys() == set(order):
             part._parameters.update({name: part._parameters.pop(name) for name in order})

@@ -1,4 +1,4 @@
-"""Turns on a device: what a job does may overlap with what others do, but for latency a job has the device alone."""
+"""Turns on a device: jobs may use it at the same time, but a job that measures latency has it alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class Turns:
-    """Locks of this machine for one of its devices; they go with the process that holds them, however it ends.
+    """Locks of this machine for one of its devices; a process releases them when it ends, however it ends.
 
-    A GPU is the same for all jobs that see it. Jobs share a CPU if they may use the same cores and SLURM has not given
-    each its own.
+    All jobs that see a GPU share it. Jobs share a CPU if they may use the same cores and SLURM has not given each its
+    own.
     """
 
     def __init__(self, device: str) -> None:
@@ -32,7 +32,7 @@ class Turns:
 
     @contextmanager
     def take(self, alone: bool) -> Iterator[None]:
-        """Hold the device alone or among others; what is inside of a turn belongs to it."""
+        """Hold the device alone or together with others; a turn inside a turn is part of the outer one."""
         with ExitStack() as held:
             if self.depth == 0:
                 try:
@@ -47,7 +47,10 @@ class Turns:
         self.depth -= 1
 
     def _lock(self, held: ExitStack, alone: bool) -> None:
-        """Go through the gate, which who wants to be alone keeps shut behind him: others could go first for ever."""
+        """Pass the gate, then lock the device.
+
+        A job that wants to be alone keeps the gate shut meanwhile: otherwise new jobs could go first for ever.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         mode = fcntl.LOCK_EX if alone else fcntl.LOCK_SH
         gate, device = (held.enter_context((self.folder / name).open("a")) for name in ("gate", "device"))
@@ -58,7 +61,7 @@ class Turns:
 
 
 def _wait(lock: IO[str], mode: int) -> None:
-    """Take a lock, and say so where that takes its time."""
+    """Take a lock, and log that the job is waiting if it is not free."""
     try:
         fcntl.flock(lock, mode | fcntl.LOCK_NB)
     except BlockingIOError:

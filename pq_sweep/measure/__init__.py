@@ -1,1 +1,1 @@
-"""Accuracy, latency, memory, size, layers, and the state of the device."""
+"""What is measured of a model: accuracy, latency, memory, size and layers, and the state of the device meanwhile."""

@@ -1,4 +1,4 @@
-"""Accuracy over samples."""
+"""Accuracy, counted image by image, with its interval."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def accuracy(session: Session, data: Data, batch_size: int) -> tuple[Accuracy, n
 def rank(logits: Tensor, labels: Tensor) -> Tensor:
     """Return how many classes come before the true one (B,), in (B, classes) logits.
 
-    Quantized logits are often equal; as for argmax, the first class then counts first. NaN never counts as a hit.
+    Quantized logits are often equal; then the first class counts first, as for argmax. NaN never counts as a hit.
     """
     own = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
@@ -59,6 +59,6 @@ def wilson(hits: int, samples: int, z: float = Z95) -> tuple[float, float]:
     centre = share + z * z / (2 * samples)
     spread = z * math.sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples))
     scale = 1 + z * z / samples
-    # At 0 and 1 the bounds are exact; rounding would leave a speck.
+    # At 0 and 1 the bounds are exact; rounding would leave a tiny rest.
     low, high = (centre - spread) / scale, (centre + spread) / scale
     return (low if hits else 0.0), (high if hits < samples else 1.0)

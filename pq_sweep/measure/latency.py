@@ -1,4 +1,4 @@
-"""Latency at each batch size, of a session alone or in turn with the uncompressed one, and what the device did."""
+"""Latency at each batch size, of a session alone or in turn with the uncompressed model, and what the device did."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from pq_sweep.measure.monitor import Monitor
 from pq_sweep.measure.timing import Call, Clock, CudaClock, HostClock, Protocol, paired, timed
 from pq_sweep.types import Data, Session, Stage
 
-# Share of the device's time from which on handing over a call is what limits (trtexec).
+# If handing over a call takes more than this share of the device's time, the host limits the speed (trtexec).
 HOST_BOUND = 0.8
-# What a monitor may say of a device that speaks against a median; at its power limit it is at work as usual.
+# Verdicts of a monitor that speak against a median; a device at its power limit works as usual.
 UNSETTLING = ("throttled", "shared")
 
 # Every sample of a measurement (N,) in ns and in order, by batch size and clock: "b8_host".
@@ -58,7 +58,7 @@ def speed(
 def _each_size(
     name: str, measure: Measure[Found], session: Session, data: Data, protocol: Protocol, stage: Stage, samples: Samples
 ) -> dict[str, Found]:
-    """Measure at every batch size as a stage of its own; add what was sampled to `samples`."""
+    """Measure each batch size as a stage of its own, and add what was sampled to `samples`."""
     measured: dict[str, Found] = {}
     for batch_size in protocol.batch_sizes:
         with stage(f"{name} b{batch_size}", alone=True):
@@ -69,7 +69,7 @@ def _each_size(
 
 
 def _paired(dense: Session, session: Session, images: Tensor, protocol: Protocol) -> tuple[Paired, Samples]:
-    """Time a session in turn with that of the uncompressed model, on the device's clock."""
+    """Time a session in turn with one of the uncompressed model, on the device's clock."""
     clock = HostClock() if session.device == "cpu" else CudaClock()
     return paired(lambda: session(images), lambda: dense(images), clock, protocol)
 
@@ -77,10 +77,10 @@ def _paired(dense: Session, session: Session, images: Tensor, protocol: Protocol
 def latency(session: Session, images: Tensor, protocol: Protocol) -> tuple[Latency, Samples]:
     """Time `session` on `images`, which lie on its device; return the figures and the samples in ns of each clock.
 
-    On the CPU there is one latency, taken again, up to `protocol.retries` times, while other processes are busy; the
-    quietest counts and `loads` are those of all. On CUDA it is the device's time, and `host_to_host` that of a caller
-    whose images and answers are in host memory, copies included; `pipelined_throughput` is that of calls which do not
-    wait for each other.
+    On the CPU there is one latency. While other processes are busy it is measured again, up to `protocol.retries`
+    times; the quietest try counts, and `loads` has the load of each. On CUDA, latency is the device's time, and
+    `host_to_host` the time for a caller whose images and answers are in host memory, copies included;
+    `pipelined_throughput` is that of calls which do not wait for each other.
     """
     if session.device != "cpu":
         return _loaded(_on_cuda, session, images, protocol)
@@ -93,7 +93,7 @@ def latency(session: Session, images: Tensor, protocol: Protocol) -> tuple[Laten
 
 
 def _loaded(measure: Measure[Latency], session: Session, images: Tensor, protocol: Protocol) -> tuple[Latency, Samples]:
-    """Measure, and say what this process and the others used of the CPU meanwhile."""
+    """Measure, and add how much of the CPU this process and the others used meanwhile."""
     others, cpu, start = _other_load(), time.process_time(), time.perf_counter()
     figures, samples = measure(session, images, protocol)
     seconds, calls = time.perf_counter() - start, sum(map(len, samples.values())) + figures.warmup["iterations"]
@@ -109,7 +109,7 @@ def _on_cpu(session: Session, images: Tensor, protocol: Protocol) -> tuple[Laten
 def _watched(
     session: Session, call: Call, clock: Clock, protocol: Protocol, batch_size: int
 ) -> tuple[Latency, np.ndarray]:
-    """Time a call and say what its device did meanwhile: a median taken on a throttled or shared one is not settled."""
+    """Time a call and add what its device did meanwhile: on a throttled or shared device no median is settled."""
     monitor = Monitor(session.device, gpu_uuid(session.device))
     figures, samples = timed(call, clock, protocol, batch_size, monitor)
     energy = monitor.result.get("energy_j")
@@ -123,7 +123,7 @@ def _watched(
 
 
 def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Latency, Samples]:
-    """Time the device, then the way from host to host, then calls that are all handed over at once."""
+    """Time the device, then the way from host to host, then calls that are handed over without waiting."""
     clock, pinned = CudaClock(), images.cpu().pin_memory()
     figures, device = _watched(session, lambda: session(images), clock, protocol, len(images))
 
@@ -142,7 +142,7 @@ def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Late
 
 
 def _pipelined(session: Session, images: Tensor, calls: int) -> float:
-    """Return images per second of calls on the current stream that wait for none but the last."""
+    """Return images per second of calls on the current stream of which only the last is waited for."""
     torch.cuda.synchronize(session.device)
     start = time.perf_counter()
     for _ in range(calls):

@@ -15,7 +15,7 @@ from pq_sweep.types import Model
 if TYPE_CHECKING:
     import onnx
 
-BINS = 61  # odd, so that zero lies in the middle of one
+BINS = 61  # odd, so that zero lies in the middle of a bin
 
 Layers = dict[str, dict[str, Any]]
 
@@ -28,10 +28,10 @@ def dense_layers(model: Model) -> Layers:
 
 
 def compressed_layers(artifact: Path, dense: Layers) -> Layers:
-    """Describe what an artifact, or the graph that it was built from, holds of the layers of the dense network.
+    """Describe the dense network's layers as an artifact, or the graph that it was built from, holds them.
 
-    Histograms have the bins of the dense layer; what lies beyond counts in the outermost. A weight that the exporter
-    renamed or folded away is left out.
+    Histograms have the bins of the dense layer; values beyond them count in the outermost bins. A weight that the
+    exporter renamed or folded away is left out.
     """
     return {name: _describe(weight, dense[name]["limit"]) for name, weight in _stored(artifact) if name in dense}
 
@@ -60,7 +60,7 @@ def _stored(artifact: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _initializers(graph: onnx.GraphProto) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a graph; those in 8 bit as the numbers that they stand for."""
+    """Yield the weights of a graph, 8-bit weights as the numbers that they stand for."""
     from onnx.numpy_helper import to_array
 
     stored = {item.name: item for item in graph.initializer}
@@ -80,7 +80,7 @@ def _axis(node: onnx.NodeProto) -> int:
 
 
 def _along(values: Tensor, axis: int, dimensions: int) -> Tensor:
-    """Return one number for all, or one per channel so that it multiplies along `axis`."""
+    """Return a single number as a scalar, and one number per channel in a shape that multiplies along `axis`."""
     if values.numel() == 1:
         return values.reshape(())
     return values.reshape([-1 if axis % dimensions == place else 1 for place in range(dimensions)])

@@ -27,15 +27,15 @@ def release_memory() -> None:
 
 @cache
 def _set_aside() -> None:
-    """Have garbage collections leave out what there is at the first job: objects of libraries, which stay."""
+    """Have garbage collections leave out the objects that exist at the first job: those of libraries, which stay."""
     gc.freeze()
-    atexit.register(gc.unfreeze)  # some libraries complain of what is left over at the end
+    atexit.register(gc.unfreeze)  # some libraries complain about what is left over at the end
 
 
 def device_memory(device: str, latencies: Mapping[str, Latency]) -> Memory:
     """Return the peaks of a GPU's memory while latency was measured at any batch size, in MB.
 
-    Of torch's allocator, since the last reset: of tensors, and of what it holds for them.
+    The peaks of torch's allocator are those since the last reset: of tensors, and of what it reserves for them.
     """
     process, whole = watched_memory([figures.device_state for figures in latencies.values()])
     return Memory(
@@ -47,7 +47,7 @@ def device_memory(device: str, latencies: Mapping[str, Latency]) -> Memory:
 
 
 def watched_memory(states: list[Record]) -> tuple[float | None, ...]:
-    """Return the highest that NVML saw of this process and of the whole device, in MB, or None where it saw none."""
+    """Return the most memory that NVML saw in use by this process and on the whole device, in MB, or None."""
     names = ("memory_process_mb", "memory_device_mb")
     return tuple(max((state[name] for state in states if name in state), default=None) for name in names)
 

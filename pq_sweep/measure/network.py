@@ -12,7 +12,7 @@ from pq_sweep.types import Model
 def count(model: Model, known: Counts | None = None) -> Counts:
     """Count parameters, multiply-accumulates of one image, and zeros among the prunable weights.
 
-    `known` are the figures of the network before it was changed: while all shapes are the same, so is the arithmetic.
+    `known` are the figures of the network before it was changed: if all shapes are the same, so is the arithmetic.
     """
     shapes = structure(model)
     weights = [getattr(part, name) for part, name in prunable(model.module)]
@@ -34,7 +34,8 @@ def macs(model: Model) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # Attention's fast path is one operator that the counter does not know, nor does torch 2.10's its fused kernel.
+    # The counter does not know the single operator of attention's fast path; torch 2.10's does not know its fused
+    # kernel either.
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

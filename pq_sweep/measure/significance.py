@@ -1,7 +1,7 @@
-"""How sure a difference in accuracy is when two models answer the same images: such answers are pairs.
+"""How sure a difference in accuracy is when two models answer the same images, so that their answers are pairs.
 
-Two intervals of single accuracies say little here: most images are easy for both, and only those that one model alone
-gets right tell the two apart.
+The intervals of the two accuracies say little here: most images are easy for both models, and only the images that one
+model alone gets right tell the two apart.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ def drop_interval(only_before: int, only_after: int, samples: int) -> tuple[floa
     """Return the 95 % interval of how much accuracy was lost, as a share; negative is a gain.
 
     Of `samples` images, `only_before` were right before and wrong after, `only_after` the other way round. This is
-    Tango's score interval for the difference of two paired proportions (Statistics in Medicine 17, 1998), which holds
-    for few images too, and where there are none of either kind.
+    Tango's score interval for the difference of two paired proportions (Statistics in Medicine 17, 1998). It holds for
+    few images too, and if there are no images of either kind.
     """
     from scipy.optimize import brentq
 

@@ -36,7 +36,7 @@ def storage_sizes(model: Model, folder: Path) -> dict[str, int]:
 
 
 def compressed_size(path: Path) -> int:
-    """Return the bytes of a file after zstd, on all cores; they do not depend on how many those are."""
+    """Return the bytes of a file after zstd on all cores; the number of cores does not change the result."""
     compressor = zstandard.ZstdCompressor(ZSTD_LEVEL, threads=len(os.sched_getaffinity(0)))
     with path.open("rb") as source, Path(os.devnull).open("wb") as nowhere:
         return int(compressor.copy_stream(source, nowhere)[1])

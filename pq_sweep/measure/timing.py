@@ -1,4 +1,4 @@
-"""Timing one call again and again: warm-up, sampling until the median is known, and what the samples say.
+"""Timing one call again and again: warm-up, sampling until the median is known, and the statistics of the samples.
 
 docs/measuring.md gives the reason and the source of every number here.
 """
@@ -24,15 +24,15 @@ Repeated = typing.TypeVar("Repeated", Latency, Paired)
 
 # Samples needed to state a percentile with 99 % confidence (MLPerf LoadGen's early-stopping rule, one overshoot).
 SAMPLES_FOR = {90: 64, 99: 662}
-# What makes a result unstable besides an interval that is too wide: medians of the two halves, or of repeats, that
-# differ by more than DRIFT, or quartiles further apart than SPREAD, all relative to the median.
+# Besides an interval that is too wide, a result is unstable if the medians of the two halves, or of repeats, differ by
+# more than DRIFT, or the quartiles by more than SPREAD, all relative to the median.
 DRIFT = 0.02
 SPREAD = 0.1
-OUTLIER = 14.826  # modified z-score, as of hyperfine: 10 standard deviations of a normal distribution
+OUTLIER = 14.826  # modified z-score, as in hyperfine: 10 standard deviations of a normal distribution
 
 
 class Clock(typing.Protocol):
-    """Times calls, and says what time it is between them."""
+    """Times calls, and tells the time between them."""
 
     name: str
 
@@ -63,7 +63,8 @@ class HostClock:
 class CudaClock:
     """Device time of one call by CUDA events on the current stream, in ns, one call in flight.
 
-    `enqueue_ns` is how long the host took to hand over each call; a device that waits for its host is not timed.
+    `enqueue_ns` is how long the host took to hand over each call: if the device waits for its host, the events do not
+    time the device.
     """
 
     name: str = "cuda_event"
@@ -91,10 +92,10 @@ class Protocol:
 
     Warm-up ends after `warmup_iterations` and `warmup_s`, and, with `window`, once the medians of two successive
     windows of iterations differ by less than `agreement` (at most `warmup_max_s`). Sampling ends after `iterations` and
-    `min_s` once the 95 % interval of the median reaches no further than `interval` of it to either side, or at `max_s`
-    but then not before `min_iterations`. With `paired`, the uncompressed model is timed as well, in turn with the
-    compressed one in the same runtime. With `repeats` above 1, all is done so often, each time in a fresh process.
-    Latency of a CPU that other processes kept busy is taken again up to `retries` times.
+    `min_s` once the 95 % interval of the median reaches no further than `interval` of it to either side. It ends at
+    `max_s` in any case, but not before `min_iterations`. With `paired`, the uncompressed model is timed as well, in
+    turn with the compressed one in the same runtime. With `repeats` above 1, everything is measured that many times,
+    each time in a fresh process. If other processes kept the CPU busy, latency is measured again up to `retries` times.
     """
 
     name: str
@@ -116,11 +117,11 @@ class Protocol:
     retries: int
 
     def evaluation_batch(self, device: str) -> int:
-        """Return how many images at once are evaluated: few on a CPU, whose caches and memory pages they fit into."""
+        """Return how many images are evaluated at once: few on a CPU, so that they fit into caches and memory pages."""
         return self.eval_batch_size or (8 if device == "cpu" else 64)
 
     def done(self, count: int, seconds: float, half_width: float = 0.0) -> bool:
-        """Say whether `count` samples in `seconds` are enough, if the median is known to this share of it."""
+        """Say whether `count` samples in `seconds` are enough, with the median known to the share `half_width`."""
         if self.max_s is not None and seconds >= self.max_s:
             return count >= self.min_iterations
         enough = count >= max(self.iterations, self.min_iterations) and seconds >= self.min_s
@@ -132,7 +133,7 @@ def timed(
 ) -> tuple[Timed, np.ndarray]:
     """Time a call on `batch_size` images; return the figures and every sample (N,) in ns: nothing is dropped.
 
-    Samples, and not the warm-up, are taken while `watched` is entered.
+    `watched` is entered for the samples, but not for the warm-up.
     """
     warmup = warm_up(call, clock, protocol)
     with watched:
@@ -171,14 +172,14 @@ def sample(call: Call, clock: Clock, protocol: Protocol) -> tuple[np.ndarray, fl
 
 
 def _until_known(step: Callable[[], None], values: Callable[[], np.ndarray], clock: Clock, protocol: Protocol) -> float:
-    """Take steps until the median of the values is known as the protocol wants it; return the seconds it took."""
+    """Take steps until the median of the values is known as well as the protocol asks; return the seconds it took."""
     start, count, look_at = clock.now(), 0, 0
     while True:
         seconds = clock.now() - start
         if count >= look_at and protocol.done(count, seconds):
             if protocol.done(count, seconds, half_width(values())):
                 return seconds
-            look_at = count + count // 20  # a look sorts everything: not after each step
+            look_at = count + count // 20  # not after each step, as each look sorts everything
         step()
         count += 1
 
@@ -186,8 +187,8 @@ def _until_known(step: Callable[[], None], values: Callable[[], np.ndarray], clo
 def paired(call: Call, other: Call, clock: Clock, protocol: Protocol) -> tuple[Paired, dict[str, np.ndarray]]:
     """Time two calls in turn, as many pairs as the protocol's samples; return how much faster `call` is than `other`.
 
-    What changes slowly, such as a clock or another user's load, meets both and drops out of the ratio of each pair. Who
-    goes first alternates.
+    What changes slowly, such as a clock or another user's load, affects both calls and drops out of the ratio of each
+    pair. The two calls take turns at going first.
     """
     warm_up(other, clock, protocol)
     own: list[int] = []
@@ -216,9 +217,9 @@ def _ratio(own: np.ndarray, others: np.ndarray, interval: float) -> Paired:
 
 
 def middle(measured: list[Repeated], figure: str) -> Repeated:
-    """Return the measurement with the middle value of a figure, and what all of them found; it is a real one.
+    """Return the measurement with the middle value of a figure, together with the values of all measurements.
 
-    Of an even number the lower one of the two in the middle counts. A spread above DRIFT makes it unstable.
+    Of an even number of values, the lower of the two in the middle counts. A spread above DRIFT makes it unstable.
     """
     values = [getattr(one, figure) for one in measured]
     place = values.index(statistics.median_low(values))
@@ -231,7 +232,7 @@ def middle(measured: list[Repeated], figure: str) -> Repeated:
 
 
 def summarise(samples: np.ndarray, batch_size: int, interval: float) -> Spread:
-    """Derive the figures from raw samples (ns); a percentile that the samples cannot state is None."""
+    """Derive the figures from raw samples (ns); a percentile for which there are too few samples is None."""
     ms = samples / 1e6
     p90, p99 = (float(np.percentile(ms, q)) if len(ms) >= need else None for q, need in SAMPLES_FOR.items())
     return Spread(
@@ -251,7 +252,7 @@ def summarise(samples: np.ndarray, batch_size: int, interval: float) -> Spread:
 def median_interval(samples: np.ndarray) -> tuple[float, float] | None:
     """Return the 95 % interval of the median by order statistics, or None for fewer than 6 samples.
 
-    It asks nothing of the distribution but independent samples (David and Nagaraja 2003, Order Statistics, 7.1).
+    It holds for any distribution if the samples are independent (David and Nagaraja 2003, Order Statistics, 7.1).
     """
     rank = math.floor((len(samples) + 1) / 2 - 0.98 * math.sqrt(len(samples)))
     if rank < 1:
@@ -261,13 +262,13 @@ def median_interval(samples: np.ndarray) -> tuple[float, float] | None:
 
 
 def half_width(samples: np.ndarray) -> float:
-    """Return how far the median's interval reaches from it, relative to it; infinity if there is none."""
+    """Return how far the median's interval reaches from the median, relative to it, or infinity without an interval."""
     found, median = median_interval(samples), float(np.median(samples))
     return max(found[1] - median, median - found[0]) / median if found and median else math.inf
 
 
 def unstable(samples: np.ndarray, interval: float) -> list[str]:
-    """Say what speaks against the median of the samples: its interval, a drift between the halves, their spread."""
+    """Name what speaks against the median of the samples: its interval, a drift between the halves, the spread."""
     median, middle = float(np.median(samples)), len(samples) // 2
     low, high = np.percentile(samples, (25, 75))
     found = {

@@ -1,4 +1,4 @@
-"""What job folders say: read, watch, compare, decide, draw."""
+"""Everything that is made from job folders: rows, tables, comparisons, recommendations, reports, and watching."""
 
 from pq_sweep.core.former import former_values
 

@@ -1,4 +1,4 @@
-"""`python -m pq_sweep.results FOLDER...`: how sweeps stand, and what their launchers left undone."""
+"""`python -m pq_sweep.results FOLDER...`: show how sweeps stand, and finish what their launchers left undone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pq_sweep.types import UserError
 
 
 def show_sweep(folder: Path, *, watching: bool) -> bool:
-    """Draw a sweep as it stands, or watch it to its end and do what its launcher would have; say if all went well."""
+    """Draw a sweep as it stands, or watch it to its end and conclude it as its launcher would; say if all went well."""
     if watching:
         tracker = tracker_of(folder)
         return conclude(watch(folder, log=tracker.log if tracker.begin(folder) else None), tracker.finish)

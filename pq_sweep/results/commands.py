@@ -1,4 +1,4 @@
-"""Commands that run a job or a sweep again, or the uncompressed job that is lacking."""
+"""Commands that run a job or a sweep again, or an uncompressed job that is missing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def command(row: Row) -> str:
 
 def baselines(sweep: Sweep) -> list[str]:
     """Return the commands that run the uncompressed jobs which are missing for a comparison."""
-    manifest = cache(SweepFolder.read_manifest)  # of many jobs one
+    manifest = cache(SweepFolder.read_manifest)  # many jobs share one
     found = [_baseline(manifest(_sweep_folder(row)), row) for row in unreferenced(sweep)]
     return list(dict.fromkeys(found))
 
@@ -59,7 +59,7 @@ def _config_folders(arguments: list[str]) -> Iterator[str]:
 
 
 def start_again(folder: Path) -> int:
-    """Start a sweep once more by its own command, in its folder, and return the exit code; what is done stays."""
+    """Start a sweep again by its own command, in its folder, and return the exit code; finished jobs stay."""
     manifest = SweepFolder(folder).read_manifest()
     given = manifest.get("arguments", ())
     arguments = [word for word in given if option_of(word) not in FOLDER_OPTIONS and word != "resume=false"]
@@ -68,7 +68,7 @@ def start_again(folder: Path) -> int:
             f"{folder} cannot be started again from here: its command is not known, or held a password; repeat the"
             f" command with hydra.sweep.dir={folder}."
         )
-    # Overrides have to stand together, options before or behind them.
+    # Overrides have to stand together, with options only before or after them.
     place = next((number for number, word in enumerate(arguments[1:], 1) if "=" in word.lstrip("-")), len(arguments))
     arguments.insert(place, f"hydra.sweep.dir={folder.absolute()}")
     return subprocess.run([sys.executable, *arguments], cwd=manifest["working_folder"], check=False).returncode

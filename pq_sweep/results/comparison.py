@@ -1,4 +1,4 @@
-"""A job beside the uncompressed model of the same data, runtime and device: how much faster, and at what cost."""
+"""A job compared with the uncompressed model on the same data, runtime and device: how much faster, at what cost."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Estimate:
 
 
 def comparable(row: Row, other: Row) -> str | None:
-    """Say why the latencies of two finished jobs must not be compared, or None if they may: one device ran both.
+    """Say why the latencies of two finished jobs must not be compared, or return None if one device ran both.
 
-    A GPU is known by its UUID, as two of one name differ by some percent; a CPU by its name and host.
+    A GPU is identified by its UUID, since two GPUs of one name differ by some percent, and a CPU by its name and host.
     """
     if _device(row) == _device(other):
         return None
@@ -33,7 +33,7 @@ def comparable(row: Row, other: Row) -> str | None:
 
 
 def _device(row: Row) -> str:
-    """Name the one device that a job ran on."""
+    """Name the very device that a job ran on."""
     which = row["gpu_uuid"] or f"of {row['host']}"
     return f"{row['device_name']} {which}"
 
@@ -41,8 +41,8 @@ def _device(row: Row) -> str:
 def reference(row: Row, sweep: Sweep) -> Row | None:
     """Return the finished job of a sweep to compare a row with: the uncompressed one that is the same in all else.
 
-    Of several, one of the same device is chosen if there is one, then one of the same seed; None if there is none, or
-    the row is one itself.
+    If there are several, one on the same device is preferred, then one with the same seed. Returns None if there is
+    none, or if the row is uncompressed itself.
     """
     if row["status"] != "finished" or is_uncompressed(row):
         return None
@@ -56,7 +56,7 @@ def reference(row: Row, sweep: Sweep) -> Row | None:
 
 @lru_cache(maxsize=4)
 def _references(sweep: Sweep) -> dict[tuple[Any, ...], list[Row]]:
-    """Return the finished jobs that compressed nothing, by what others have to share with them."""
+    """Return the finished jobs that compressed nothing, by the values that a job to compare has to share with them."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in sweep.rows:
         if row["status"] == "finished" and is_uncompressed(row):
@@ -88,8 +88,8 @@ def is_uncompressed(row: Row) -> bool:
 def speedup(row: Row, other: Row | None, batch: int) -> Estimate | None:
     """Return how many times faster a job is than the uncompressed one, or None if that cannot be said.
 
-    Where both were timed in turn, the ratio of the pairs is better known than that of the medians of two jobs. The
-    interval of the latter is that of the worst case: the ends of both of their intervals.
+    If both were timed in turn, the ratio is that of the pairs, which is known more precisely than that of two jobs'
+    medians. The interval of the latter is the worst case: it comes from the far ends of both medians' intervals.
     """
     if (paired := f"speedup/b{batch}") in row:
         return Estimate(row[paired], _interval(row, f"speedup_ci95_{{}}/b{batch}"))
@@ -115,7 +115,7 @@ def drop(row: Row) -> Estimate | None:
 
 
 def payback(row: Row, other: Row | None, batch: int) -> float | None:
-    """Return after how many images the time of preparation is earned back: infinity if never, None if unknown."""
+    """Return the number of images after which preparation time is earned back: infinity if never, None if unknown."""
     faster = speedup(row, other, batch)
     if faster is None:
         return None
@@ -126,8 +126,9 @@ def payback(row: Row, other: Row | None, batch: int) -> float | None:
 def aggregate(sweep: Sweep) -> Sweep:
     """Join the runs of one job that differ in nothing but `seed` or `repeat`, or that several sweeps repeat.
 
-    Each figure becomes the median of the runs; `range` of the joined row holds the least and the largest of each
-    figure, `runs` their folders. An interval's ends are the outermost of the runs', as seeds come on top of the images.
+    Each figure becomes the median of the runs. In the joined row, `range` holds the smallest and the largest value of
+    each figure, and `runs` the folders. The ends of an interval are the outermost of all runs, since the choice of
+    seeds adds to the uncertainty of the images.
     """
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in sweep.rows:
@@ -136,7 +137,7 @@ def aggregate(sweep: Sweep) -> Sweep:
 
 
 def _identity(row: Row, sweep: Sweep) -> tuple[str, ...]:
-    """Return what is the same in all runs of a job; one that did not finish stands for itself."""
+    """Return what is the same in all runs of a job; a job that did not finish stands for itself."""
     if row["status"] != "finished":
         return (row["job"],)
     keys = ["model", "dataset", *COMPRESSING, "amount", "runtime", "protocol", *sweep.options]
@@ -163,7 +164,7 @@ def _is_figure(value: object) -> bool:
 
 
 def _middle(column: str) -> Callable[[list[float]], float]:
-    """Return what stands for several runs in a column."""
+    """Return the function that joins the values of several runs in a column."""
     if "ci95_low" in column:
         return min
     if "ci95_high" in column or column == "accuracy_drop_p":

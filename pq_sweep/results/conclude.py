@@ -13,7 +13,7 @@ from pq_sweep.results.terminal import show
 def conclude(sweep: Sweep, log: Callable[[Path], str], found: Iterable[str] = ()) -> bool:
     """Draw results, write the CSV and bring the store up to date; say whether every job finished.
 
-    `log` logs what is missing and says where to look at it; `found` is what a search came to.
+    `log` logs what is missing and says where to look at it; `found` are the sentences in which a search ends.
     """
     tell(sweep)
     print(log(sweep.folder))

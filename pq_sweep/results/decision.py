@@ -20,15 +20,15 @@ FIGURES = {
     "energy": ("energy_per_image_j/b{batch}", "J"),
     "prep_time": ("prep_time_s", "s"),
 }
-# Of the Pareto front, unless others are asked for.
+# The figures of the Pareto front, unless others are asked for.
 OBJECTIVES = ["error", "latency", "size"]
-# Between jobs that are equally good, those that are also better in these come first.
+# Among jobs that are equally good, those that are better in these figures come first.
 TIE_BREAKERS = ("accuracy_drop", "latency", "size")
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is made as small as possible at a batch size, and what may be at most so large, by names of FIGURES."""
+    """The figure to make as small as possible at a batch size, and upper limits of others, by names of FIGURES."""
 
     minimize: str
     limits: dict[str, float]
@@ -44,7 +44,7 @@ class Goal:
         return FIGURES[name][0].format(batch=self.batch)
 
     def value(self, row: Row, name: str) -> float | None:
-        """Return a figure of a job, or None if it has none: what is not a number was not measured."""
+        """Return a figure of a job, or None if it has none; NaN means that it was not measured."""
         value = row.get(self.column(name))
         return None if value is None or math.isnan(value) else value
 
@@ -55,13 +55,13 @@ class Goal:
 
 @dataclass(frozen=True)
 class Decision:
-    """The job to ship and the next best, if any; and for every other job in one line why not."""
+    """The job to ship and the next best, if any; and for every other job one line that says why not."""
 
     goal: Goal
     winner: Row | None
     runner_up: Row | None
     lost: list[tuple[Row, str]]
-    # Without a winner: what each limit would have to be, all others kept, for which job.
+    # If there is no winner: what each limit would have to be, with all others kept, and the job that it would admit.
     relaxations: list[tuple[str, float, Row]]
 
     @property
@@ -71,7 +71,7 @@ class Decision:
 
 
 def decide(rows: list[Row], goal: Goal) -> Decision:
-    """Choose among finished jobs that have every figure which the goal asks for."""
+    """Choose among the finished jobs that have every figure of the goal."""
     whys = [(row, refusal(row, goal)) for row in rows]
     possible = sorted((row for row, why in whys if not why), key=lambda row: _order(row, goal))
     winner, runner_up = [*possible, None, None][:2]
@@ -95,7 +95,7 @@ def refusal(row: Row, goal: Goal) -> str:
 
 
 def _figure(row: Row, goal: Goal, name: str) -> float:
-    """Return a figure that is there."""
+    """Return a figure that the job is known to have."""
     value = goal.value(row, name)
     assert value is not None
     return value
@@ -117,7 +117,7 @@ def _behind(row: Row, winner: Row, goal: Goal) -> str:
 
 
 def relaxations(rows: list[Row], goal: Goal) -> list[tuple[str, float, Row]]:
-    """Return for each limit how far it has to go, all others kept, to admit some job, and the job; nearest first."""
+    """Return the value at which each limit, with all others kept, would admit a job, and the job; nearest first."""
     found = []
     for name in goal.limits:
         others = Goal(goal.minimize, {key: value for key, value in goal.limits.items() if key != name}, goal.batch)
@@ -129,14 +129,14 @@ def relaxations(rows: list[Row], goal: Goal) -> list[tuple[str, float, Row]]:
 
 
 def _stretch(limit: float, needed: float) -> float:
-    """Return by what share of itself a limit has to be stretched."""
+    """Return by which share of itself a limit has to be raised."""
     return (needed - limit) / abs(limit) if limit else math.inf
 
 
 def front(rows: list[Row], names: list[str], batch: int) -> list[bool]:
-    """Say of each job whether it is on the Pareto front: none is as good in all the figures and better in one.
+    """Say for each job whether it is on the Pareto front: no other is as good in all figures and better in one.
 
-    A job without one of the figures is not on it. Equal jobs are on it together.
+    A job that lacks one of the figures is not on the front. Equal jobs are on it together.
     """
     import numpy as np
 
@@ -150,7 +150,7 @@ def front(rows: list[Row], names: list[str], batch: int) -> list[bool]:
 
 
 def on_front(sweep: Sweep, objectives: list[str], batch: int) -> set[str]:
-    """Return the jobs on the Pareto front, which every dataset and every device has of its own."""
+    """Return the jobs on the Pareto front; every dataset and every device has a front of its own."""
     return {
         row["job"]
         for rows in by_place(sweep).values()
@@ -160,7 +160,7 @@ def on_front(sweep: Sweep, objectives: list[str], batch: int) -> set[str]:
 
 
 def by_place(sweep: Sweep) -> dict[tuple[str, str], list[Row]]:
-    """Return the finished jobs of each dataset and device, as others cannot be compared."""
+    """Return the finished jobs by dataset and device, since only jobs that share both can be compared."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in sweep.rows:
         if row["status"] == "finished":
@@ -188,7 +188,7 @@ def _doubts(goal: Goal, winner: Row, runner_up: Row | None) -> list[str]:
 
 
 def _overlap(goal: Goal, winner: Row, runner_up: Row) -> bool:
-    """Say whether the intervals of the two latencies overlap, where latency decides."""
+    """Say whether latency decides and the intervals of the two latencies overlap."""
     if goal.minimize != "latency":
         return False
     high, low = (row.get(f"latency_ci95_{end}_ms/b{goal.batch}") for row, end in ((winner, "high"), (runner_up, "low")))

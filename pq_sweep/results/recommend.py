@@ -1,4 +1,4 @@
-"""Which model to ship, of the jobs of one device and data set: in words, as plain values, as a folder to ship."""
+"""The model to ship, among the jobs of one device and data set: in words, as plain values, and as a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLACES = {"device": "device_name", "dataset": "dataset"}
 def candidates(sweep: Sweep, parts: dict[str, str | None]) -> Sweep:
     """Return the jobs of one device and one dataset, repeated runs as one; `parts` are parts of their names, or None.
 
-    Latencies of two devices say nothing about two models, nor do drops in accuracy on two datasets.
+    Latencies on two devices do not compare two models, nor do drops in accuracy on two datasets.
     """
     rows = sweep.rows
     for what, part in parts.items():
@@ -44,11 +44,11 @@ def places(arguments: argparse.Namespace) -> dict[str, str | None]:
 
 
 def _only(rows: list[Row], what: str, wanted: str | None) -> list[Row]:
-    """Return the rows with the one value that is meant, and those which did not come to having any."""
+    """Return the rows with the one value that is meant, and the rows of jobs that ended before they had a value."""
     column = PLACES[what]
     found = {str(row.get(column)) for row in rows if row["status"] == "finished"}
     meant = {name for name in found if wanted is None or wanted.casefold() in name.casefold()}
-    meant = {wanted} if wanted in meant else meant  # not also those of which it is a part
+    meant = {wanted} if wanted in meant else meant  # not also longer names that contain it
     if len(meant) != 1:
         given = f"--{what} {wanted} is" if wanted else "the jobs are"
         why = f"{given} of {len(meant)} {what}s" if meant else f"{given} of no {what} on which a job finished"
@@ -81,7 +81,7 @@ def answer(decision: Decision, sweep: Sweep) -> dict[str, Any]:
 
 
 def facts(row: Row, sweep: Sweep, goal: Goal) -> dict[str, Any]:
-    """Return what a job has to show, and against the uncompressed model."""
+    """Return the figures of a job, and how it compares with the uncompressed model."""
     other = reference(row, sweep)
     faster, lost = speedup(row, other, goal.batch), drop(row)
     return {
@@ -101,7 +101,7 @@ def facts(row: Row, sweep: Sweep, goal: Goal) -> dict[str, Any]:
 
 
 def _finite(count: float | None) -> float | str | None:
-    """Return a number that JSON knows; what is never earned back has none."""
+    """Return a count as JSON knows it: infinity becomes "never"."""
     return "never" if count == math.inf else count
 
 
@@ -141,7 +141,7 @@ def export(decision: Decision, sweep: Sweep, target: Path) -> None:
 
 
 def wanted(goal: Goal) -> str:
-    """Say what is looked for."""
+    """Say in words what the goal is."""
     limits = ", ".join(f"{name} at most {goal.shown(name, limit)}" for name, limit in goal.limits.items())
     return f"least {goal.minimize} at batch {goal.batch}" + (f" with {limits}" if limits else "")
 

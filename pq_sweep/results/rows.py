@@ -1,4 +1,4 @@
-"""One job as a flat row of figures, whatever state it is in: what the files in its folder say."""
+"""One job as a flat row of figures, read from the files in its folder, whatever state the job is in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pq_sweep.core.result import Compared, Latency, Result, Speed
 Row = dict[str, Any]
 Figures = dict[str, float | None]
 
-# Which job of SLURM it was, where it ran, and how it ended if SLURM ended it.
+# The job's number in SLURM, where it ran, and how it ended if SLURM ended it.
 SLURM_COLUMNS = ("slurm_job", "node", "partition", "gpus_allotted", "slurm_state", "exit_code")
 
 
@@ -155,7 +155,7 @@ def _unstable(speed: Speed) -> str:
 
 
 def _where(slurm: dict[str, str]) -> Row:
-    """Return the columns that say which job of SLURM it was, and where and how it ran."""
+    """Return the columns with the job's number in SLURM, where it ran, and how it ended."""
     number = slurm.get("slurm_job") or slurm.get("slurm_job_id")
     if "slurm_array_job_id" in slurm:
         number = f"{slurm['slurm_array_job_id']}_{slurm['slurm_array_task_id']}"
@@ -166,10 +166,10 @@ def _where(slurm: dict[str, str]) -> Row:
 
 
 def _alive(status: dict[str, Any]) -> bool:
-    """Say whether the process that wrote a status still runs, as far as one can know of another host.
+    """Say whether the process that wrote a status still runs; one on another host is assumed to.
 
-    Results are read between jobs, so a status of this very process was left by an interrupted job. Whether a job of
-    SLURM still runs is known to its queue.
+    Results are read between jobs, so a status of this very process was left by an interrupted job. For a job of SLURM
+    the queue knows whether it still runs.
     """
     if status["host"] != os.uname().nodename:
         return True

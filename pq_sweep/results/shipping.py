@@ -19,7 +19,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 def ship(job: JobFolder, target: Path, told: Record, figures: list[tuple[str, str]], doubts: list[str]) -> None:
     """Copy the model of a job folder into a new one with all that is needed to run it.
 
-    `told` are the job's figures by name, `figures` those to show, `doubts` what speaks against it.
+    `told` has the job's figures by name, `figures` those to show, and `doubts` what speaks against the model.
     """
     if target.exists() and any(target.iterdir()):
         raise UserError(f"--export {target} is not empty; give a folder that is not there yet.")
@@ -37,7 +37,7 @@ def ship(job: JobFolder, target: Path, told: Record, figures: list[tuple[str, st
 
 
 def describe(result: Result, told: Record) -> Record:
-    """Return what card and script say of a result."""
+    """Return what the card and the script say about a result."""
     session, network = result.session, result.network
     labels = network.labels or [str(number) for number in range(network.classes)]
     return {
@@ -62,7 +62,7 @@ def describe(result: Result, told: Record) -> Record:
 
 
 def written_by() -> str:
-    """Return the version of this package, and its commit if it is known: run.py names what they hold."""
+    """Return the version of this package, and its commit if it is known, which run.py names as needed to run."""
     commit = (git_state() or {}).get("commit")
     return f"{__version__} (commit {commit[:12]})" if commit else __version__
 
@@ -78,7 +78,7 @@ def render(template: str, about: dict[str, Any]) -> str:
 
 
 def _write_options(config: dict[str, Any], target: Path) -> None:
-    """Write all options, and those of the network alone without weights, which are in the artifact."""
+    """Write all options, and those of the model alone, without its weights: the artifact has them."""
     from omegaconf import OmegaConf
 
     OmegaConf.save(OmegaConf.create(config), target / "config.yaml")

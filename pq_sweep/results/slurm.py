@@ -1,4 +1,4 @@
-"""What SLURM knows of the jobs of a sweep, by its command line tools, with or without accounting."""
+"""What SLURM knows about the jobs of a sweep, by its command line tools, with or without accounting."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Queued:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job that left the queue: its last state, exit code as `code:signal`, and node; empty where nobody knows."""
+    """A job that left the queue: its last state, exit code as `code:signal`, and node; what is unknown is empty."""
 
     state: str = ""
     exit_code: str = ""
@@ -43,14 +43,14 @@ class Ended:
 
     @property
     def final(self) -> bool:
-        """Say whether SLURM has given the job up; COMPLETED may be told before the result is seen here."""
+        """Say whether SLURM has given up the job; it may report COMPLETED before the result can be seen here."""
         return self.state in ENDS and self.state != "COMPLETED"
 
     def explain(self, job: str) -> str:
         """Say in one sentence how the job ended."""
         why = ENDS.get(self.state, "it left the queue without a result, and SLURM keeps no record of why")
         code, _, signal = self.exit_code.partition(":")
-        # A shell tells of a signal by an exit code above 128.
+        # A shell reports a signal by an exit code above 128.
         number = int(signal or 0) or max(int(code or 0) - 128, 0)
         if self.state == "FAILED" and number:  # the other states say it all
             why += f", killed by signal {number}" + (" (often: out of memory)" if number == 9 else "")
@@ -70,7 +70,7 @@ def queue(user: int) -> dict[str, Queued] | None:
 
 
 def ended(job: str) -> Ended:
-    """Return how a job ended, from accounting if there is some, else from what the controller still remembers."""
+    """Return how a job ended, from accounting if the cluster has it, else from what the controller still remembers."""
     for found in (*_accounting(job), *_controller(job)):
         if found.state in ENDS:
             return found
@@ -103,7 +103,7 @@ def _controller(job: str) -> Iterator[Ended]:
 
 
 def _ask(*command: str) -> str | None:
-    """Return what a command prints, or None if it is not there, fails, or does not answer."""
+    """Return what a command prints, or None if the command is not installed, fails, or does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     except (OSError, subprocess.SubprocessError):

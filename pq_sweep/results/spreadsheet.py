@@ -38,7 +38,7 @@ def _cell(value: Any) -> Any:
 
 
 def _pq_bench(row: Row) -> Row:
-    """Return the columns of PQ Bench; "-" is a technique not used, an empty cell a missing figure."""
+    """Return the columns of PQ Bench; "-" stands for a technique not used, an empty cell for a missing figure."""
     sizes = batch_sizes([row])
     first = sizes[0] if sizes else ""
     unpruned = row.get("pruner") == "none"

@@ -17,13 +17,13 @@ from pq_sweep.types import Record
 # How long a file may take to be seen on another host; network file systems look again after a minute at the latest.
 GRACE_S = 75.0
 
-# Who watches looks at least every LONGEST_PAUSE_S; a minute more until another host sees it, and some for a slow queue.
+# A watcher looks at least every LONGEST_PAUSE_S. Another host may see that a minute later, and the queue may be slow.
 WATCHED_S = 120.0
 
 
 @dataclass
 class Watch:
-    """What is going on in a sweep; `look` again and again, each time with fresh eyes."""
+    """What is going on in a sweep; each `look` reads its folders and the queue again."""
 
     folder: Path
     grace_s: float = GRACE_S
@@ -47,14 +47,14 @@ class Watch:
         return read_sweep(self.folder, states)
 
     def _ask_queue(self) -> None:
-        """Ask for the jobs of whoever owns the sweep; while SLURM does not answer, what it said last holds."""
+        """Ask for the jobs of the sweep's owner; while SLURM does not answer, its last answer holds."""
         queue = slurm.queue(self.folder.stat().st_uid)
         self.answers = queue is not None
         if queue is not None:
             self.queue = queue
 
     def _state(self, name: str, job: Record) -> Record | None:
-        """Return the row of a job that is not over, or None if its files say all there is to say."""
+        """Return the state of a job that is not over, or None if the job's files say everything."""
         if (self.folder / job["pickle"]).exists():
             self._settle(name, job, None)
             return None
@@ -69,7 +69,7 @@ class Watch:
         return self._gone(name, job)
 
     def _gone(self, name: str, job: Record) -> Record | None:
-        """Judge a job that is not in the queue and did not say goodbye."""
+        """Judge a job that is not in the queue and left no sign of its end."""
         if self.files.job(name).result.exists() or _settled(self.files.job(name)):
             return None
         ended = slurm.ended(job["id"])
@@ -79,7 +79,7 @@ class Watch:
         return None
 
     def _seconds_gone(self, name: str, job: Record) -> float:
-        """Return for how long a job has not been in the queue, as far as one can know."""
+        """Return how long a job has been out of the queue or, for a single look, silent."""
         if self.patient:
             return time.monotonic() - self.gone_since.setdefault(name, time.monotonic())
         own = self.files.job(name)
@@ -87,7 +87,7 @@ class Watch:
         return time.time() - max([job["submitted"], *(path.stat().st_mtime for path in signs if path.exists())])
 
     def _settle(self, name: str, job: Record, ended: Ended | None) -> None:
-        """Write down how a job ended that left no word of it itself, or only that it was told to stop."""
+        """Write down how a job ended if it did not do so itself, or only wrote that it was told to stop."""
         own = self.files.job(name)
         if _settled(own) or (ended is None and own.read_error()):
             return
@@ -99,7 +99,7 @@ class Watch:
 def record_loss(folder: JobFolder, job: Record, reason: str, slurm: dict[str, str] | None = None) -> None:
     """Leave an `error.json` for a job that ended without a result: the reason and the end of its stderr.
 
-    `job` is how it was submitted.
+    `job` is the record of its submission.
     """
     if not folder.sweep.manifest.exists() or folder.result.exists():
         return
@@ -119,9 +119,9 @@ def _settled(folder: JobFolder) -> bool:
 
 
 def is_logged(job: JobFolder) -> bool:
-    """Say whether somebody watches the sweep who logs this job, which is over, so that the job need not.
+    """Say whether a watcher of the sweep logs this job, which is over, so that the job itself need not.
 
-    Both times come from the file system: the clocks of hosts differ.
+    Both times come from the file system, as the clocks of hosts differ.
     """
     try:
         return job.path.stat().st_mtime - job.sweep.watched.stat().st_mtime < WATCHED_S
@@ -130,7 +130,7 @@ def is_logged(job: JobFolder) -> bool:
 
 
 def remember(folder: Path, jobs: dict[str, Record]) -> None:
-    """Add submitted jobs to what is known of the sweep."""
+    """Add jobs to the record of what the sweep submitted."""
     path = SweepFolder(folder).submitted
     known = read_json(path) or {"jobs": {}}
     write_json(path, {"host": os.uname().nodename, "jobs": known["jobs"] | jobs})

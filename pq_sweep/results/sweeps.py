@@ -25,7 +25,7 @@ REPEATING = ("seed", "repeat")
 class Sweep:
     """One sweep folder, the rows of its jobs, and the options besides `amount` in which they differ.
 
-    Each is equal to itself alone, so that what is known of one can be looked up.
+    A sweep is equal only to itself, so that what was worked out for it can be looked up.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class Sweep:
 def read_sweep(folder: Path, states: dict[str, Row] | None = None) -> Sweep:
     """Read the jobs that `sweep.json` announces, and any other job folder that has a result or an error.
 
-    `states` are what SLURM's queue says of jobs that are not over, by folder; it knows better than what lies there.
+    `states` are what SLURM's queue says about jobs that are not over, by folder; they replace what the folders say.
     """
     files = SweepFolder(folder)
     manifest = files.read_manifest()
@@ -64,7 +64,7 @@ def read_sweep(folder: Path, states: dict[str, Row] | None = None) -> Sweep:
 
 
 def _since(manifest: Row, row: Row) -> Row:
-    """Mark a job that was finished before the sweep was last started, and did not run again."""
+    """Mark a job as reused if it started before the sweep was last started, and so did not run again."""
     return row | ({"reused": "yes"} if row.get("started", math.inf) < manifest.get("started", -math.inf) else {})
 
 
@@ -95,12 +95,12 @@ def read_job(folder: Path) -> Row:
 
 
 def find_sweeps(folders: list[Path]) -> list[Sweep]:
-    """Read the sweeps at, above (a job folder was given) or below the folders."""
+    """Read the sweeps in the folders, below them, or above them if a job's folder is given."""
     return [read_sweep(folder) for folder in find_folders(folders)]
 
 
 def find_folders(folders: list[Path]) -> list[Path]:
-    """Find the folders of the sweeps at, above or below the given ones."""
+    """Find the folders of the sweeps in the given folders, below them, or above a given job's folder."""
     found: dict[Path, Path] = {}
     for folder in folders:
         if not folder.is_dir():

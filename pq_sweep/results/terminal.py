@@ -22,8 +22,8 @@ TEXTS = ("job", "model", "dataset", "pruner", "quantizer", "runtime", "device", 
 def tables(sweep: Sweep, width: int) -> list[Table]:
     """Draw the rows in `width` characters without cutting anything off.
 
-    What does not fit loses the columns that say the same in every row, which go into the title, and is then split into
-    tables that repeat the columns that tell the jobs apart.
+    If the table does not fit, columns that say the same in every row go into its title. If it is still too wide, it is
+    split into several tables, each with the columns that tell the jobs apart.
     """
     sizes = batch_sizes(sweep.rows)
     faster = speedups(sweep)
@@ -83,7 +83,7 @@ def _width(columns: dict[str, list[str]]) -> int:
 
 
 def show(sweep: Sweep) -> None:
-    """Print the table, the failed and missing jobs, and what is to be said of the others."""
+    """Print the table, the failed and missing jobs, and warnings about the others."""
     from rich.console import Console
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
@@ -102,7 +102,7 @@ def show(sweep: Sweep) -> None:
 
 
 def _unfinished(sweep: Sweep) -> Iterator[str]:
-    """Say of each job that did not finish where it stopped and why."""
+    """Say for each job that did not finish where it stopped and why."""
     for row in sweep.rows:
         job = f"job {row['job']} ({row['name']})"
         if row["status"] == "failed":
@@ -132,14 +132,14 @@ def _unsettled(sweep: Sweep) -> Iterator[str]:
 
 
 def _on_cpu(sweep: Sweep) -> Iterator[str]:
-    """Say which jobs were given a GPU by SLURM and ran on the CPU."""
+    """Name the jobs that ran on the CPU although SLURM gave them a GPU."""
     jobs = [row["job"] for row in sweep.rows if row.get("gpus_allotted") and row.get("device") == "cpu"]
     if jobs:
         yield f"SLURM allotted GPUs that were not used, as the jobs ran on device=cpu: job {', '.join(jobs)}"
 
 
 def _unaccelerated(sweep: Sweep) -> Iterator[str]:
-    """Say what the devices have no fast units for, and in which jobs that matters."""
+    """Say for which operations the devices have no fast units, and in which jobs that matters."""
     pairs = [(sentence, row["job"]) for row in sweep.rows for sentence in row.get("hardware", ())]
     for sentence, jobs in _by_reason(pairs):
         yield f"{sentence.rstrip('.')}: job {jobs}"

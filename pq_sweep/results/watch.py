@@ -1,6 +1,6 @@
 """Watching the jobs of a sweep from outside: by their folders, and by SLURM's queue if they were submitted to it.
 
-Nothing here is needed for the jobs to go on. Any process on any host that sees the folder can watch, several at once.
+The jobs go on without it. Any process on any host that sees the folder can watch, and several can at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 LONGEST_PAUSE_S = 20.0
-SHOWN = 30  # rows of the live table: the rest is counted
+SHOWN = 30  # rows of the live table; further jobs are only counted
 
 
 class Logger:
@@ -34,7 +34,7 @@ class Logger:
         self.thread = ThreadPoolExecutor(1)
 
     def take(self, sweep: Sweep) -> None:
-        """Log what has ended since the last call; the first one finds what had ended before."""
+        """Log the jobs that ended since the last call; the first call only notes those that ended before."""
         with suppress(OSError):  # without the sign jobs log themselves
             self.sign.touch() if self.able else self.sign.unlink(missing_ok=True)
         over = {row["job"] for row in sweep.rows if row["status"] in ("finished", "failed")}
@@ -46,7 +46,7 @@ class Logger:
         self.able = self.log(job)
 
     def close(self) -> None:
-        """Leave what is not logged yet to whoever ends the sweep."""
+        """Stop logging: jobs that are not logged yet are left to the end of the sweep."""
         with suppress(OSError):
             self.sign.unlink(missing_ok=True)
         self.thread.shutdown(cancel_futures=True)
@@ -57,7 +57,7 @@ def watch(
 ) -> Sweep:
     """Show a sweep until none of its jobs is pending or running and the caller is not busy; return how it stands.
 
-    Jobs are given to `log` as they end, which says whether it could log them, and do not log themselves while it can.
+    Jobs are given to `log` as they end. It says whether it could log them; while it can, jobs do not log themselves.
     """
     from rich.console import Console
     from rich.live import Live

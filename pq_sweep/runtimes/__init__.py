@@ -1,8 +1,8 @@
 """Runtimes: each opens a Session that runs a model on the device asked for, or refuses to.
 
 A runtime lists the precisions that it realises on each kind of device, so that combinations that cannot exist are
-refused before anything is loaded. Making one checks its options and loads nothing; frameworks are imported when a
-session is opened.
+refused before anything is loaded. Creating a runtime checks its options and loads nothing; frameworks are imported when
+a session is opened.
 """
 
 from pq_sweep.runtimes.auto import Auto

@@ -1,4 +1,4 @@
-"""The runtime that is fit for a precision and device."""
+"""The choice of a runtime that fits a precision and a device."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Auto:
     }
 
     def resolve(self, precision: str, device: str) -> Runtime:
-        """Return the runtime that is meant."""
+        """Return the runtime that fits."""
         if precision in ("fp32", "bf16"):
             return self.torch.resolve(precision, device)
         return (self.tensorrt if device.startswith("cuda") else self.onnxruntime).resolve(precision, device)

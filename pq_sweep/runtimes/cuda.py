@@ -16,9 +16,9 @@ TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 
 def own_stream(device: str) -> Any:
-    """Make a stream of its own current on a device unless one is, and return it.
+    """Make a new stream current on a device, unless one other than the default is current, and return it.
 
-    ONNX Runtime takes the default stream for "none given"; TensorRT waits for the device on it.
+    ONNX Runtime takes the default stream for "none given", and TensorRT waits for the whole device on it.
     """
     import torch
 
@@ -31,7 +31,7 @@ def own_stream(device: str) -> Any:
 
 
 def record_graph(call: Call, images: Tensor) -> Call:
-    """Record a call on a batch of this size as a CUDA graph, and prove that it answers new images.
+    """Record a call on a batch of this size as a CUDA graph, and prove that the graph answers new images correctly.
 
     A graph reads and writes fixed addresses: images are copied in and logits copied out on the device, as part of the
     call. Raise RuntimeMismatch if the graph's logits are not those of the call.
@@ -41,7 +41,7 @@ def record_graph(call: Call, images: Tensor) -> Call:
     fixed, graph = images.clone(), torch.cuda.CUDAGraph()
     torch.cuda.synchronize(images.device)
     with torch.cuda.stream(torch.cuda.Stream(images.device)):
-        for _ in range(3):  # libraries load, choose kernels and allocate, none of which may happen in a recording
+        for _ in range(3):  # now libraries load, choose kernels and allocate, which must not happen while recording
             call(fixed)
     torch.cuda.synchronize(images.device)
     with torch.cuda.graph(graph):
@@ -59,13 +59,13 @@ def record_graph(call: Call, images: Tensor) -> Call:
 
 
 def refuse_on_cpu(device: str, options: dict[str, bool]) -> None:
-    """Refuse options that only a CUDA device has where the device is a CPU."""
+    """Refuse options that only a CUDA device has if the device is a CPU."""
     if device == "cpu" and (given := [name for name, value in options.items() if value]):
         raise UserError(f"runtime.{given[0]}=true needs a GPU; leave it out with device=cpu.")
 
 
 def use_tf32(allowed: bool) -> None:
-    """Let torch round FP32 products to TF32, or not; refuse where the environment forbids what is wanted."""
+    """Let torch round FP32 products to TF32, or not; refuse TF32 if the environment forbids it."""
     import torch
 
     if allowed and os.environ.get(TF32_OVERRIDE) == "0":
@@ -77,9 +77,9 @@ def use_tf32(allowed: bool) -> None:
 
 
 def override_tf32(allowed: bool) -> None:
-    """Do as `use_tf32` for libraries that know no option but the environment, as TensorRT under ONNX Runtime.
+    """Do as `use_tf32` for libraries that only look at the environment, such as TensorRT under ONNX Runtime.
 
-    They read it once, so that what the first such job of a process wants stays so.
+    They read it once, so the choice of the first such job holds for the whole process.
     """
     use_tf32(allowed)
     wanted = "1" if allowed else "0"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-# Batch sizes and live sessions for which torch.compile may make code of their own; its default is 8.
+# For so many batch sizes and live sessions together torch.compile may make separate code; its default is 8.
 MOST_COMPILED = 64
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -28,7 +28,7 @@ class Torch:
     cuda_graph: bool
     tf32: bool
 
-    # FP16 on a CPU is emulated, some 26 times slower than FP32: no number worth having.
+    # FP16 on a CPU is emulated, some 26 times slower than FP32: not worth measuring.
     precisions: ClassVar[Precisions] = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "fp16", "bf16")}
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ def inferring(call: Call) -> Call:
 
 
 def compiled(call: Call, mode: str) -> Call:
-    """Compile as one graph: an error, and not a fall-back to eager, for what cannot be compiled."""
+    """Compile as one graph; what cannot be compiled is an error instead of falling back to eager."""
     import torch
 
     torch._dynamo.config.recompile_limit = MOST_COMPILED

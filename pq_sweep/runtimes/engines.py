@@ -1,6 +1,6 @@
 """Engines of TensorRT: how they are built, the versions that can build them, and a cache of those built before.
 
-Precision is in the graph wherever TensorRT can read it there: the same graph then means the same under every version.
+Wherever TensorRT can read precision from the graph, the graph has it: it then means the same under every version.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 PROFILES = ("each", "range")
 RECORD = "built.json"
-WITHOUT_EFFECT = ("cuda_graph",)  # on the engine: it is recorded from it
+WITHOUT_EFFECT = ("cuda_graph",)  # on the engine: a CUDA graph is recorded after it is built
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineBuilder:
-    """How TensorRT builds: tuned for `each` batch size that is timed or for their `range`, at what level (0 to 5).
+    """How TensorRT builds: tuned for `each` timed batch size or for their `range`, and at which level (0 to 5).
 
     With `sparsity`, kernels for 2:4 sparse weights are tried where weights have that pattern.
     """
@@ -58,7 +58,7 @@ class EngineBuilder:
         return self  # type: ignore[return-value]  # `open` is the subclass's
 
     def require(self, device: str) -> None:
-        """Refuse to start without a TensorRT that is supported, or for what the GPU does not have."""
+        """Refuse to start without a supported TensorRT, or with an option that the GPU does not support."""
         import_tensorrt(self.name)
         if self.sparsity:
             need("sparse", "runtime.sparsity=true", device)
@@ -85,7 +85,7 @@ class EngineBuilder:
         }
 
     def described(self, about: dict[str, Any]) -> dict[str, Any]:
-        """Return what a result tells of how its engine was built."""
+        """Return what a result records about how its engine was built."""
         options = {name: getattr(self, name) for name in ("profile", "optimization_level", "sparsity", "tf32")}
         return {"tensorrt": about["tensorrt"]} | options
 
@@ -105,7 +105,7 @@ def import_tensorrt(runtime: str) -> Any:
 
 
 def need(feature: str, what: str, device: str) -> None:
-    """Refuse what a GPU lacks a feature of the hardware table for."""
+    """Refuse `what` if the GPU lacks the feature of the hardware table that it needs."""
     import torch
 
     least, found = GPU[feature].since or (0, 0), torch.cuda.get_device_capability(device)
@@ -122,9 +122,9 @@ def shape_of(model: Model, size: int) -> Shape:
 
 
 def built(folder: Path, about: dict[str, Any], work: Workspace, build: Callable[[], T]) -> T:
-    """Return what `build` makes with the engine files that it leaves in `folder`, or finds there from an earlier build.
+    """Return what `build` makes; it leaves its engine files in `folder`, or finds those of an earlier build there.
 
-    The cache has engines under all that they depend on, and no two graphs share anything. The seconds of an earlier
+    The cache finds an engine by all that it depends on, and two graphs never share one. The seconds of an earlier
     build count as preparation as if they had been spent now, and are marked as cached.
     """
     seconds = _taken(folder, about, work.stage)
@@ -148,7 +148,7 @@ def built(folder: Path, about: dict[str, Any], work: Workspace, build: Callable[
 
 
 def _taken(folder: Path, about: dict[str, Any], stage: Stage) -> float | None:
-    """Return how long a whole engine in a job's folder took, be it a copy from the cache; else empty the folder."""
+    """Return how long the engine in a job's folder, or its copy from the cache, took; without one, empty the folder."""
     if record := _whole(folder, about):
         return float(record["seconds"])
     shutil.rmtree(folder, ignore_errors=True)
@@ -158,13 +158,13 @@ def _taken(folder: Path, about: dict[str, Any], stage: Stage) -> float | None:
 
 
 def _whole(folder: Path, about: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the record of a folder with just the engine that is wanted, as large as it was built."""
+    """Return the folder's record if it holds just the wanted engine, in the size in which it was built."""
     record: dict[str, Any] | None = read_json(folder / RECORD)
     return record if record and record["about"] == about and record["bytes"] == _bytes(folder) else None
 
 
 def _bytes(folder: Path) -> dict[str, int]:
-    """Return the size of each file below a folder but those that only tell of it."""
+    """Return the size of each file below a folder, except JSON files, which only describe it."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json")
     return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(files)}
 

@@ -37,7 +37,7 @@ def export_onnx(model: Model, path: Path) -> None:
 def trace(model: Model, path: Path) -> None:
     """Write the graph of all operations without the values of the weights.
 
-    It takes seconds and follows from the network's structure alone, so networks that differ in weights can share it.
+    Tracing takes seconds and depends on the network's structure alone, so networks that differ in weights share it.
     """
     import onnx
 
@@ -61,7 +61,7 @@ def trace(model: Model, path: Path) -> None:
 
 
 def fill(model: Model, traced: Path, path: Path) -> None:
-    """Give a traced graph the values of the network's weights, fold what is constant then, and write it."""
+    """Give a traced graph the values of the network's weights, fold what then is constant, and write it."""
     import onnx
     from onnxscript import ir
 
@@ -74,10 +74,11 @@ def fill(model: Model, traced: Path, path: Path) -> None:
 
 
 def _tidy(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Name folded weights after their module, then drop where in the source each node comes from.
+    """Name folded weights after their module, then drop the traces that say where in the source a node comes from.
 
-    A linear layer over tokens is exported as a product with its transposed weight, a nameless constant; a user who
-    keeps a layer in FP32 knows it by the name of its module. The traces hold paths of this machine.
+    A linear layer over tokens is exported as a product with its transposed weight, a nameless constant, but a user who
+    keeps a layer in FP32 knows it by the name of its module. The traces are dropped because they hold paths of this
+    machine.
     """
     _name_weights(model.graph)
     weights = {item.name for item in model.graph.initializer}

@@ -8,12 +8,12 @@ from typing import Any
 
 from pq_sweep.types import Data, Model, Quantizer, UserError, Workspace
 
-# What a runtime realises, by kind of device.
+# The precisions that a runtime realises, by kind of device.
 Precisions = dict[str, tuple[str, ...]]
 
 
 class RuntimeMismatch(RuntimeError):
-    """A session runs on something else than was asked for."""
+    """A session does not run on what was asked for."""
 
 
 def precision_of(quantizer: Quantizer) -> str:
@@ -62,7 +62,7 @@ def make_graph(
 
 
 def graph_options(quantizer: Quantizer, data: Data, form: str) -> dict[str, Any]:
-    """Return what a graph depends on beside its network; calibration runs on a CPU, whose sums follow its threads."""
+    """Return what a graph depends on beside its network; calibration runs on a CPU, whose threads change its sums."""
     import torch
 
     from pq_sweep.core.environment import device_name

@@ -65,7 +65,7 @@ class TensorRTNative(EngineBuilder):
         import tensorrt
 
         builder = tensorrt.Builder(messages)
-        # A strongly typed network takes every type from the graph. BF16 has no graph: there TensorRT may choose it.
+        # A strongly typed network takes every type from the graph. No graph is written in BF16: TensorRT may choose it.
         typed = 0 if precision == "bf16" else 1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(typed)
         parser = tensorrt.OnnxParser(network, messages)
@@ -137,7 +137,7 @@ class Context:
 
 
 def collector(tensorrt: Any) -> Any:
-    """Return a logger that keeps what TensorRT says of errors and of sparse kernels."""
+    """Return a logger that keeps TensorRT's messages about errors and about sparse kernels."""
 
     class Messages(tensorrt.ILogger):
         def __init__(self) -> None:
@@ -165,9 +165,10 @@ def load(path: Path, messages: Any) -> Any:
 
 
 def describe_layers(engine: Any, path: Path, tensorrt: Any) -> dict[str, Any]:
-    """Write what TensorRT says of each layer, and return how many there are of each type of output.
+    """Write what TensorRT says about each layer, and return how many layers there are by type of output.
 
-    `reformats` only change the layout or type of a tensor; `sparse` are layers whose kernel is for 2:4 sparse weights.
+    `reformats` counts layers that only change the layout or type of a tensor, `sparse` those whose kernel is for 2:4
+    sparse weights.
     """
     inspector = engine.create_engine_inspector()
     layers = json.loads(inspector.get_engine_information(tensorrt.LayerInformationFormat.JSON))["Layers"]
@@ -187,5 +188,5 @@ def _type_of(output: dict[str, Any]) -> str:
 
 
 def _activation_memory(engine: Any) -> int:
-    """Return the bytes of device memory that a context takes; the newer property is there from TensorRT 10.1 on."""
+    """Return the bytes of device memory that a context takes; the newer property exists since TensorRT 10.1."""
     return int(engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size)

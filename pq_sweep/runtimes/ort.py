@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU and on CUDA: every node of a session runs on the provider asked for, or there is none."""
+"""ONNX Runtime on the CPU and on CUDA: every node runs on the provider asked for, or the session is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REASON = re.compile(
     r"(CUDA failure \d+: [^;]+|Invalid TensorRT EP option: [\w.]+|Unknown provider option: \S+"
     r"|Failed to parse provider option .*|The value for the key .*)"
 )
-# What pq_sweep sets itself, or what needs buffers at fixed addresses, which its sessions do not have.
+# Options that pq_sweep sets itself, or that need buffers at fixed addresses, which its sessions do not have.
 RESERVED = ("device_id", "user_compute_stream", "has_user_compute_stream", "use_tf32", "enable_cuda_graph",
             "trt_cuda_graph_enable", "trt_engine_cache", "trt_timing_cache", "trt_profile", "trt_fp16", "trt_bf16",
             "trt_int8", "trt_sparsity", "trt_builder_optimization_level", "trt_dump_ep", "trt_ep_context")  # fmt: skip
@@ -35,7 +35,7 @@ RESERVED = ("device_id", "user_compute_stream", "has_user_compute_stream", "use_
 
 @dataclass(frozen=True, kw_only=True)
 class OnnxRuntime:
-    """ONNX Runtime on the CPU, or its CUDA provider; `options` are the provider's by their documented names."""
+    """ONNX Runtime on the CPU, or its CUDA provider; `options` are the provider's own, by their documented names."""
 
     tf32: bool
     options: dict[str, Any]
@@ -105,7 +105,7 @@ class Bound:
         self.classes = session.get_outputs()[0].shape[1]
         self.binding = session.io_binding()
         self.options = onnxruntime.RunOptions()
-        # Whoever reads the logits does so on the same stream, or waits for it: a call need not.
+        # A call need not wait for its logits: they are read on the same stream, or after waiting for it.
         self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -138,12 +138,12 @@ def model_input(session: Any, size: int, device: str) -> Tensor:
 def ort_session(
     graph: Path, provider: str, options: dict[str, str], work: Workspace, disabled: tuple[str, ...] = ()
 ) -> onnxruntime.InferenceSession:
-    """Load a graph on `provider` and nothing else; raise RuntimeMismatch with the reason if that cannot be."""
+    """Load a graph on `provider` and nothing else; raise RuntimeMismatch with the reason if that is impossible."""
     import onnxruntime
 
     settings = _settings(work)
     if provider != CPU:
-        # Old versions ignore enable_fallback and retry without the provider, which this makes fail as well.
+        # Old versions ignore enable_fallback and retry without the provider; with this entry that fails as well.
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         preload_gpu_libraries()
     try:
@@ -154,7 +154,7 @@ def ort_session(
         if session.get_providers()[0] != provider:
             raise RuntimeError(f"onnxruntime took {session.get_providers()[0]} instead")
     except Exception as error:
-        for profile in work.folder.glob("nodes_*.json"):  # begun with the session
+        for profile in work.folder.glob("nodes_*.json"):  # it was begun with the session
             profile.unlink()
         reason = library_error(provider) or reason_in(str(error))
         raise RuntimeMismatch(f"{provider} cannot run {graph.name}: {reason}; {ENVIRONMENTS}.") from error
@@ -185,7 +185,7 @@ def _settings(work: Workspace) -> onnxruntime.SessionOptions:
 
 
 def _device_options(provider: str, device: str) -> dict[str, str]:
-    """Run on torch's device and stream, so that both agree on when a tensor is ready."""
+    """Return the options for torch's device and stream, so that both libraries agree on when a tensor is ready."""
     if provider == CPU:
         return {}
     import torch
@@ -195,7 +195,7 @@ def _device_options(provider: str, device: str) -> dict[str, str]:
 
 
 def _tells_assignment() -> bool:
-    """Say whether this ONNX Runtime tells which provider got which node; from 1.24 on it does."""
+    """Say whether this ONNX Runtime can tell which provider got which node, as it can since 1.24."""
     import onnxruntime
 
     return hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
@@ -211,7 +211,7 @@ def placed_on(provider: str, session: Any, call: Call, images: Tensor) -> dict[s
 
 
 def placement(session: Any, call: Call, images: Tensor) -> dict[str, int]:
-    """Count the nodes of a graph on each provider; before onnxruntime 1.24 by the profile of a run on `images`.
+    """Count the nodes of a graph on each provider; before ONNX Runtime 1.24, from the profile of a run on `images`.
 
     The profile counts nodes after optimization, where several may have become one.
     """
@@ -233,9 +233,9 @@ def _is_node(event: dict[str, Any]) -> bool:
 
 
 def preload_gpu_libraries() -> None:
-    """Load CUDA's libraries, which ONNX Runtime's providers link, out of the installed packages.
+    """Load CUDA's libraries, which ONNX Runtime's providers link, from the installed packages.
 
-    Importing torch loads nearly all; cuRAND comes in a package of its own that torch does not load.
+    Importing torch loads nearly all of them; cuRAND comes in a package of its own that torch does not load.
     """
     import torch  # noqa: F401
 
@@ -245,7 +245,7 @@ def preload_gpu_libraries() -> None:
 
 
 def library_error(provider: str) -> str:
-    """Return what the loader says of a provider's library, or "" if it loads; ONNX Runtime only prints it."""
+    """Return the loader's error for a provider's library, or "" if it loads; ONNX Runtime only prints that error."""
     import onnxruntime
 
     if provider not in LIBRARIES:
@@ -260,7 +260,7 @@ def library_error(provider: str) -> str:
 
 
 def require_provider(provider: str) -> None:
-    """A listed provider may still fail to load, so the session is verified too; an unlisted one never loads."""
+    """Refuse a provider that is not listed, as it never loads; a listed one may fail too, so sessions are verified."""
     import onnxruntime
 
     if provider not in onnxruntime.get_available_providers():
@@ -268,7 +268,7 @@ def require_provider(provider: str) -> None:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse options of a provider that would contradict what pq_sweep sets; the provider refuses unknown ones."""
+    """Refuse options of a provider that would contradict what pq_sweep sets; unknown ones the provider refuses."""
     for name in options:
         if name.startswith(RESERVED):
             raise UserError(f"runtime.options.{name} is set by pq_sweep; choose it by the runtime's own options.")

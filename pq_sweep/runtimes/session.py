@@ -30,7 +30,7 @@ class CallSession:
         return self.call(images)
 
     def close(self) -> None:
-        """Free memory and threads: those of an idle ONNX Runtime would spin and disturb whatever is timed next."""
+        """Free memory and threads: the threads of an idle ONNX Runtime would spin and disturb what is timed next."""
         self.call = None
         if self.release:
             self.release()
@@ -40,7 +40,7 @@ class CallSession:
 class BySize:
     """Runs any number of images (N, C, H, W) by calls that each take a fixed number; the last ones are padded.
 
-    Evaluation so goes through the very engines, graphs and compiled code that are timed.
+    In this way, evaluation uses the very engines, graphs and compiled code that are timed.
     """
 
     calls: dict[int, Call]

@@ -1,4 +1,4 @@
-"""TensorRT through ONNX Runtime's provider: one engine for the whole graph, or for each batch size."""
+"""TensorRT through ONNX Runtime's provider: the whole graph as one engine, for all batch sizes or for each."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BF16_OPTION_SINCE = (1, 23)
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRT(EngineBuilder):
-    """TensorRT through ONNX Runtime; `options` are further ones of its provider by their documented names."""
+    """TensorRT through ONNX Runtime; `options` are further options of its provider, by their documented names."""
 
     options: dict[str, Any]
 
@@ -73,7 +73,7 @@ class TensorRT(EngineBuilder):
     def _build(
         self, graph: Path, permissions: list[str], folder: Path, model: Model, work: Workspace
     ) -> tuple[dict[int, Call], dict[str, int], dict[int, Path]]:
-        """Open a session for each profile, which builds its engine, and run it once; the most images name a profile."""
+        """Open a session for each profile, which builds its engine, and run it once; the largest batch is the key."""
         calls: dict[int, Call] = {}
         nodes: dict[str, int] = {}
         engines: dict[int, Path] = {}
@@ -92,7 +92,7 @@ class TensorRT(EngineBuilder):
     def provider_options(
         self, permissions: list[str], shapes: dict[str, Shape], engine: Path, timing: Path
     ) -> dict[str, str]:
-        """Return the options for one engine; its binding takes True and False, not 1 and 0."""
+        """Return the options for one engine; the provider takes True and False for switches, not 1 and 0."""
         engine.mkdir(exist_ok=True)
         profile = {f"trt_profile_{name}_shapes": f"input:{'x'.join(map(str, shape))}" for name, shape in shapes.items()}
         return (
@@ -111,7 +111,7 @@ class TensorRT(EngineBuilder):
 
 
 def need_bf16_option() -> None:
-    """Refuse an ONNX Runtime whose provider knows no BF16."""
+    """Refuse an ONNX Runtime whose provider does not know BF16."""
     import onnxruntime
 
     if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < BF16_OPTION_SINCE:
@@ -126,7 +126,7 @@ def permitted(graph: Path, precision: str) -> list[str]:
     """Name the precisions below FP32 that the provider has to permit so that a graph can be built as it is written.
 
     ONNX Runtime builds weakly typed networks: TensorRT refuses Q/DQ without the INT8 flag and computes FP16 tensors in
-    FP32 without the FP16 flag. BF16 has no such graph: there the flag alone lets TensorRT choose it.
+    FP32 without the FP16 flag. No graph is written in BF16: the flag alone lets TensorRT choose it.
     """
     import onnx
 
@@ -140,9 +140,10 @@ def permitted(graph: Path, precision: str) -> list[str]:
 
 
 def one_engine(folder: Path, permissions: list[str]) -> Path:
-    """Return the engine in a folder; raise RuntimeMismatch unless there is one, built with all that was permitted.
+    """Return the engine in a folder; raise RuntimeMismatch unless there is just one, with all permitted precisions.
 
-    The provider leaves a precision out, with a warning, on a GPU that is not fast in it; the file's name says which.
+    The provider leaves out a precision, with a warning, on a GPU that is not fast in it; the file's name lists those
+    that were used.
     """
     engines = sorted(folder.glob("*.engine"))
     if len(engines) != 1:

@@ -1,4 +1,4 @@
-"""Many jobs: compose and check the grid, search, submit, run one, conclude."""
+"""Many jobs: the command line, composing and checking the grid, searching, submitting, running each, concluding."""
 
 from pq_sweep.core.former import former_values
 

@@ -30,7 +30,7 @@ def main(launch: Callable[[], None], conf: Path) -> None:
         print(help_text([*_config_dirs(sys.argv), conf]))
         return
     codes = list[int]()
-    atexit.register(_leave, codes)  # who is the first to register is the last to be told
+    atexit.register(_leave, codes)  # what registers first is called last
     sys.path.append(str(Path.cwd()))  # where a user's own components are
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors through to here
@@ -58,9 +58,9 @@ def main(launch: Callable[[], None], conf: Path) -> None:
 
 
 def _leave(codes: list[int]) -> None:
-    """End the process where all else was told that it ends: to take apart what torch and MLflow hold takes seconds."""
+    """End the process once all other exit handlers ran: taking apart what torch and MLflow hold takes seconds."""
     if codes:
-        logging.shutdown()  # it registers before anyone can
+        logging.shutdown()  # its own handler was registered earlier, so it has not run yet
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(codes[0])

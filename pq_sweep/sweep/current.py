@@ -20,10 +20,10 @@ from pq_sweep.tracking.tracker import Tracker
 
 @dataclass
 class Current:
-    """One sweep, from its announcement to its end; without a folder none was begun.
+    """One sweep, from its announcement to its end; without a folder, no sweep has begun.
 
-    `log` logs a job, if the store can be used; `announced` are the jobs that are known so far, `found` is what a search
-    came to.
+    `log` logs a job, if the store can be used. `announced` are the jobs that are known so far; `found` has a sentence
+    for each result of a search.
     """
 
     folder: Path | None = None

@@ -16,7 +16,7 @@ from pq_sweep.types import UserError
 
 
 def explain(error: BaseException) -> str:
-    """Say in one sentence what is wrong with what was asked for; of an unforeseen error give the traceback."""
+    """Say in one sentence what is wrong with the command; for an unforeseen error, return the traceback."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name} is not known; {_valid(name, error.options)}"
@@ -25,7 +25,7 @@ def explain(error: BaseException) -> str:
             f"the override {error.override!r} cannot be read; write key=value, and quote values with spaces or commas."
         )
     cause = error.__cause__
-    if isinstance(cause, UserError):  # what a component refuses reaches us in what Hydra says of it
+    if isinstance(cause, UserError):  # Hydra wraps the error that a component raises
         return explain(cause)
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         return _explain_key(cause)
@@ -47,7 +47,7 @@ def _explain_key(error: OmegaConfBaseException) -> str:
     if parent is None or not OmegaConf.is_dict(parent):
         return f"{full}: {str(error).splitlines()[0]}"
     names = [str(name) for name in parent if not str(name).startswith("_")]
-    if full == key:  # a choice of nothing leaves no key behind
+    if full == key:  # experiment=null leaves no such key behind
         names.append("experiment")
     group = full.partition(".")[0]
     if full != key and any(re.match(rf"{group}=.*,", word) for word in sys.argv):

@@ -1,4 +1,4 @@
-"""The grid of a sweep: composed and checked as a whole before its first job, so that nothing starts that cannot end."""
+"""The grid of a sweep: composed and checked as a whole before its first job, so that no job starts that cannot run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pq_sweep.core.sentences import without_password
 from pq_sweep.job.check import problems
 from pq_sweep.types import UserError
 
-# Options by the stage of a job that they first matter to; those of one's own come before all stages.
+# Groups of options in the order of the stages that they first matter to; users' own options come before all of them.
 STAGES = ("node", "device", "seed", "model", "dataset", "pruner", "recovery", "quantizer", "runtime", "measure",
           "repeat")  # fmt: skip
 
@@ -67,10 +67,10 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
 
 
 def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
-    """Compose the jobs one by one as the sweeper will; none under a sweeper that chooses its jobs as it goes."""
+    """Compose the jobs one by one as the sweeper will; yield none if the sweeper chooses its jobs as it goes."""
     sweeper = config.hydra.sweeper
     split = getattr(get_class(sweeper._target_), "split_arguments", None)
-    if split is None:  # Hydra loads its plugins twice, so that a class does not tell which one it is
+    if split is None:  # not asked by class: Hydra loads its plugins twice, as different classes
         return
     loader = GlobalHydra.instance().config_loader()
     params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
@@ -97,7 +97,7 @@ def by_stage(overrides: list[Override]) -> list[Override]:
 
 
 def as_given(config: DictConfig) -> list[str]:
-    """Return the overrides of a command line or a job, with `${...}` as it was written."""
+    """Return the overrides of a command line or a job, with each `${...}` as it was written."""
     overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
     return list(overrides)
 
@@ -111,7 +111,7 @@ def compose_job(config: DictConfig, overrides: list[str], number: int) -> DictCo
 
 
 def without_hydra(job: DictConfig) -> DictConfig:
-    """Return a composed job as it runs."""
+    """Return a composed job's config as the job itself sees it."""
     return OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
 
 
@@ -126,8 +126,8 @@ def launcher_problems(job: DictConfig) -> Iterator[str]:
         yield f"node={job.node} is not known; {valid}."
     minutes, delay = launcher.get("timeout_min"), launcher.get("signal_delay_s")
     if minutes and delay:
-        # SLURM may warn a minute early; submitit takes a warning for preemption, which may happen for ever, before the
-        # last fifth of the time or the last ten minutes, and a warning before Python listens would kill the job.
+        # SLURM may warn a minute early. Before the last fifth of the time or the last ten minutes, submitit takes a
+        # warning for preemption, which may happen for ever. A warning before Python listens would kill the job.
         most = max(0, min(max(12 * minutes, 600) - 60, 60 * minutes - 40))
         if delay > most:
             key = f"hydra.launcher.signal_delay_s={delay}"

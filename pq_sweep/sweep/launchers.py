@@ -1,7 +1,7 @@
 """Hydra launchers over submitit that outlive the death of any job, and whose jobs outlive the launcher.
 
 Hydra's own submitit launcher stops watching at the first job that dies, hangs on clusters without accounting, and
-submits everything anew when it is started again. Its job side is used as it is.
+submits everything anew when it is started again. The part of it that runs inside a job is used unchanged.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OWN_OPTIONS = ("submitit_folder", "max_num_timeout", "node_types", "prefetch")
-# What submitit has for every cluster; everything else is given with the name of the cluster before it.
+# The options that submitit has for every kind of cluster; all others are given with the kind before their name.
 COMMON = tuple(BaseQueueConf.__dataclass_fields__)
 
 
 @dataclass
 class Planned:
-    """A job: its place in the grid, what it is, where it goes, and submitit's handle once it has one."""
+    """A job: its place in the grid, its options, folder and kind of node, and submitit's handle once it has one."""
 
     number: int
     overrides: list[str]
@@ -65,7 +65,7 @@ class WatchedLauncher(BaseSubmititLauncher):
             sys.exit(143)
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """Let submitit queue the job again; this process ends then, which is no failure."""
+        """Let submitit queue the job again; that this process then ends is no failure."""
         Stages.leaving = True
         return super().checkpoint(*args, **kwargs)
 
@@ -80,7 +80,7 @@ class WatchedLauncher(BaseSubmititLauncher):
         return [self._returned(plan) for plan in planned]
 
     def _plan(self, overrides: list[str], number: int) -> Planned:
-        """Return a job as it was announced; under a sweeper that chooses jobs as it goes it has to be composed."""
+        """Return a job as it was announced; a job that the sweeper chose as it went has to be composed first."""
         if number < len(CURRENT.announced):
             known = CURRENT.announced[number]
             return Planned(number, overrides, known["folder"], known["fingerprint"], known["choices"].get("node_type"))
@@ -95,7 +95,7 @@ class WatchedLauncher(BaseSubmititLauncher):
         raise NotImplementedError
 
     def _executor(self, node: str = "") -> submitit.AutoExecutor:
-        """Return submitit's executor with the launcher's options, and those of a kind of node before them."""
+        """Return submitit's executor with the launcher's options; those of the kind of node take precedence."""
         import submitit
 
         params = self.params | ((self.params.get("node_types") or {}).get(node) or {})
@@ -113,7 +113,7 @@ class WatchedLauncher(BaseSubmititLauncher):
         return (plan.overrides, "hydra.sweep.dir", plan.number, f"job_id_for_{plan.number}", Singleton.get_state())
 
     def _returned(self, plan: Planned) -> JobReturn:
-        """Return what Hydra wants to know of a job; of one that died its folder tells, so it does not raise here."""
+        """Return what Hydra asks about a job; one that died does not raise here, as its folder says so."""
         if plan.job is not None and plan.job.paths.result_pickle.exists():
             error = plan.job.exception()
             if error is None:
@@ -132,10 +132,10 @@ class SlurmLauncher(WatchedLauncher):
     _EXECUTOR = "slurm"
 
     def _run(self, folder: Path, planned: list[Planned]) -> None:
-        # srun does not always take over from sbatch how many cores a job has, and torch would run on one.
+        # srun does not always inherit the number of cores from sbatch, and torch would then run on one core.
         self.params["setup"] = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *(self.params.get("setup") or ())]
 
-        # Two that start the same sweep at once must not both find its jobs missing.
+        # Two launchers that start the same sweep at once must not both find its jobs missing.
         with FileLock(SweepFolder(folder).submit_lock):
             missing = list(self._missing(folder, planned))
             try:
@@ -175,14 +175,14 @@ class SlurmLauncher(WatchedLauncher):
 
 
 class LocalLauncher(WatchedLauncher):
-    """Some jobs at a time as processes of this machine."""
+    """Jobs as processes of this machine, some at a time."""
 
     _EXECUTOR = "local"
     visible: str | None = None
 
     def __init__(self, array_parallelism: int | None = None, **params: Any) -> None:
         super().__init__(**params)
-        self.at_once = array_parallelism  # submitit has no such option here
+        self.at_once = array_parallelism  # for local jobs submitit has no such option
 
     def __call__(self, *args: Any) -> JobReturn:
         """Run one job with the GPUs of the launcher: submitit hides them from local jobs."""
@@ -212,7 +212,7 @@ class LocalLauncher(WatchedLauncher):
 
 
 def _tell_if_lost(folder: Path, plan: Planned) -> None:
-    """Write down that a job's process ended, if it could not do so itself."""
+    """Write down that a job's process ended, if the job could not do so itself."""
     job = SweepFolder(folder).job(plan.folder)
     if job.read_error() is None:
         reason = "The process of the job ended without a result: killed, perhaps for want of memory."
@@ -224,7 +224,7 @@ def _node(plan: Planned) -> str:
 
 
 def _share_path() -> None:
-    """Let jobs find what this process finds beside its script, also when it was started from another folder."""
+    """Let jobs find the modules beside the script, also when this process was started in another folder."""
     roots = dict.fromkeys(
         [str(Path(__file__).parent.parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     )

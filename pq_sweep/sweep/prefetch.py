@@ -1,4 +1,4 @@
-"""What the jobs of a grid load, loaded once before any of them starts."""
+"""Loading the models and data sets of a grid once, before any of its jobs starts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pq_sweep.sweep.grid import Grid, refuse_all
 
 
 def prefetch(grid: Grid, sweep: SweepFolder) -> None:
-    """Load every model and dataset once, here: what has to be downloaded is, and what cannot load is told.
+    """Load every model and dataset once, so that downloads are done, and raise a UserError if some cannot load.
 
     Hundreds of jobs would otherwise download the same file at once, or find out one by one that it does not load.
     """
@@ -30,7 +30,7 @@ def prefetch(grid: Grid, sweep: SweepFolder) -> None:
 
 
 def try_to_load(job: DictConfig) -> str | None:
-    """Load a job's model and dataset; return in a sentence why it cannot be done, or None."""
+    """Load a job's model and dataset; return None, or a sentence that says why they cannot be loaded."""
     with quick_imports("torch"):
         from pq_sweep.job.run import load
 

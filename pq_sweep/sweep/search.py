@@ -1,7 +1,7 @@
 """Sweeps that choose their next jobs by what the last ones found: `python launch.py search=constraint ...`.
 
-Bisection and not a library: hydra-optuna-sweeper needs an Optuna from before SQLAlchemy 2, which MLflow uses, and a
-sampler of one dimension that knows nothing of order would take more jobs than halving does.
+This bisects without a library: hydra-optuna-sweeper needs an Optuna from before SQLAlchemy 2, which MLflow uses, and a
+sampler that does not know that the drop grows with the amount would take more jobs than halving.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pq_sweep.types import UserError
 
 PARAMETER = "pruner.amount"
 
-# Yields an amount to try, takes the job's row, and returns what it comes to in a sentence.
+# Yields an amount to try, takes the row of that job, and in the end returns a sentence that says what was found.
 Steps = Generator[float, Row, str]
 
 
@@ -30,8 +30,8 @@ Steps = Generator[float, Row, str]
 class LargestAmount:
     """Find the largest amount among low, low + step, ... high that loses at most `max_drop` points of accuracy.
 
-    The drop is taken to grow with the amount; where it does not, what is found is an amount within the limit whose
-    next one is not.
+    The drop is assumed to grow with the amount. Where it does not, the amount that is found is within the limit and
+    the next larger one is not.
     """
 
     max_drop: float
@@ -46,7 +46,7 @@ class LargestAmount:
             raise UserError(f"search.step={self.step} does not fit between low and high; give 0.01 or such.")
 
     def steps(self) -> Steps:
-        """Halve what is left until an amount within the limit lies beside one that is not."""
+        """Halve the range that is left until an amount within the limit is next to one beyond it."""
         amounts = [
             round(self.low + k * self.step, 6) for k in range(int((self.high - self.low) / self.step + 1e-9) + 1)
         ]
@@ -67,7 +67,7 @@ class LargestAmount:
 
 
 def check_search(search: DictConfig, combinations: list[dict[str, Any]]) -> None:
-    """Raise a UserError if a combination, as announced, has no amount to search for or is given one."""
+    """Raise a UserError if a combination, as announced, has no amount to search for, or a given one."""
     instantiate(search)
     for combination in combinations:
         if any(option_of(word) == PARAMETER for word in combination["overrides"]):
@@ -77,7 +77,7 @@ def check_search(search: DictConfig, combinations: list[dict[str, Any]]) -> None
 
 
 class Rounds:
-    """The jobs of a search, round by round: one of each combination that is not settled yet."""
+    """The jobs of a search, round by round: one for each combination that is not settled yet."""
 
     def __init__(self, config: DictConfig, combinations: list[list[str]]) -> None:
         self.config, self.combinations = config, combinations
@@ -102,7 +102,7 @@ class Rounds:
         return not self.asked
 
     def next(self) -> list[list[str]]:
-        """Announce and return the jobs of the next round; before all others run the uncompressed models."""
+        """Announce and return the jobs of the next round; the uncompressed models run before all others."""
         first = [] if self.started else list(self._uncompressed())
         jobs = [[*self.combinations[number], f"{PARAMETER}={amount}"] for number, amount in self.asked.items()]
         announced = CURRENT.announce(self.config, [*first, *jobs], self.started)
@@ -112,7 +112,7 @@ class Rounds:
         return [*first, *jobs]
 
     def _uncompressed(self) -> Iterator[list[str]]:
-        """Yield what the speed of the others is compared with."""
+        """Yield the jobs whose speed all others are compared with."""
         kept = (tuple(word for word in words if group_of(word) not in COMPRESSING) for words in self.combinations)
         for words in dict.fromkeys(kept):
             yield [*words, *(f"{group}=none" for group in COMPRESSING)]

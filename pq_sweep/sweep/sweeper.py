@@ -1,4 +1,4 @@
-"""The sweeper: jobs that were composed and checked before, or that a search chooses round by round."""
+"""The sweeper: it hands out jobs that were composed and checked before, or that a search chooses round by round."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pq_sweep.sweep.search import Rounds
 
 
 class CheckedSweeper(BasicSweeper):
-    """Hydra's basic sweeper for jobs that were all composed and checked before: once more would take minutes.
+    """Hydra's basic sweeper for jobs that were all composed and checked before; doing so again would take minutes.
 
-    Where `search` is chosen it asks that for the next jobs, until there are none.
+    If a `search` is chosen, the sweeper asks it for the next jobs until there are none.
     """
 
     rounds: Any = None
@@ -41,4 +41,4 @@ class CheckedSweeper(BasicSweeper):
         return jobs
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Leave it at `pq_sweep.sweep.grid.read_grid`."""
+        """Check nothing: `pq_sweep.sweep.grid.read_grid` has done so."""

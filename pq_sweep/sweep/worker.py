@@ -29,7 +29,7 @@ def run_job(cfg: DictConfig) -> None:
     """Run one job in the folder that Hydra gave it and log it.
 
     A failing job does not raise: Hydra would leave out the batches after it. `error.json` and `job.log` say what went
-    wrong, and `finish` makes the exit code of it.
+    wrong, and `finish` takes it into account for the exit code.
     """
     folder = JobFolder(Path(HydraConfig.get().runtime.output_dir))
     label = label_of(folder)
@@ -53,7 +53,7 @@ def run_job(cfg: DictConfig) -> None:
 
 
 def label_of(folder: JobFolder) -> str:
-    """Say which job of how many it is, and what: "job 2 of 9: digits_cnn none fp16 onnxruntime"."""
+    """Say which job of how many this is, and its name: "job 2 of 9: digits_cnn none fp16 onnxruntime"."""
     jobs = folder.sweep.announced()
     place = next((number for number, job in enumerate(jobs, 1) if job["folder"] == folder.name), 1)
     return f"job {place} of {max(len(jobs), 1)}: {jobs[place - 1]['name'] if jobs else folder.name}"
@@ -61,14 +61,14 @@ def label_of(folder: JobFolder) -> str:
 
 @contextmanager
 def clean_stop() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that a job that is stopped leaves word of it."""
+    """Turn SIGTERM into an exception, so that a job that is stopped can write down why it ended."""
 
     def stop(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough; the rest is clearing up
         raise Stopped("the job was stopped by SIGTERM, as by scancel or preemption; start the sweep again to continue.")
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # only there can signals be handled
+        yield  # signals can only be handled in the main thread
         return
     before = signal.signal(signal.SIGTERM, stop)
     try:

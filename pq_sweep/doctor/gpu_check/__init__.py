@@ -1,8 +1,8 @@
 """Try everything that needs a GPU on this machine and write down what was found: `make gpu-check`.
 
 The tests of tests/gpu (`suite`) and a small sweep (`jobs`) run in processes of their own, one after another
-(`children`), and this one stays off the GPU, which may be set to take one process and no more. Nothing is installed or
-downloaded. What cannot be checked here is in the report, with the reason (`report`).
+(`children`). The main process stays off the GPU, which may be set to allow a single process. Nothing is installed or
+downloaded. The report lists what cannot be checked here, with the reason (`report`).
 """
 
 from __future__ import annotations

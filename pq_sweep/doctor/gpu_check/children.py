@@ -1,4 +1,4 @@
-"""Processes of limited time, which leave nothing behind that runs."""
+"""Processes with a time limit that leave no process behind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run_python(
 ) -> int | None:
     """Run this Python in `folder` with `more` in its environment; return its exit code, or None if time was up.
 
-    What it prints goes to `log`, by default to the terminal. What it started ends with it.
+    What it prints goes to `log`, by default to the terminal. The processes that it started end with it.
     """
     command, env = [sys.executable, *arguments], os.environ | {"PYTHONPATH": python_path(os.environ)} | dict(more or {})
     with log.open("wb") if log else nullcontext() as output:
@@ -53,7 +53,7 @@ def python_path(environ: Mapping[str, str]) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt a process that still runs, as the keyboard would; then kill what is left of its group."""
+    """Interrupt a process that still runs, as Ctrl-C would; then kill what is left of its group."""
     with suppress(ProcessLookupError):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)

@@ -23,19 +23,19 @@ from pq_sweep.types import UserError
 RUNTIMES = ROOT / "conf" / "runtime"
 SHORT = ("measure=quick", "measure.batch_sizes=[1,32]", "tracking=none")
 PRECISIONS = {"none": "fp32", "fp16": "fp16", "bf16": "bf16", "int8": "int8"}
-# The trained network, whose answers count; and a large one with random weights, whose speed does.
+# The trained network is there for its accuracy, the large one with random weights for its speed.
 DIGITS = ("model=digits_cnn", "dataset=digits")
 RESNET50 = ("model=resnet50", "model.weights=null", "dataset=fake", "dataset.images=64")
-LEAST_TOP1 = 0.95  # of the digits, of which the network knows 98.6 % before anything is done to it
+LEAST_TOP1 = 0.95  # on the digits; the uncompressed network has 98.6 %
 STORE = "mlflow.db"
 NO_TIME = "no time was left; give a larger --budget-s"
 TIME_IS_UP = "not finished when time was up"
-START_S = 20.0  # with less time left nothing is started
+START_S = 20.0  # with less time left no further part is started
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Jobs that are started at once, and the modules that they need beyond those that every job does."""
+    """Jobs that are started together, and the modules that they need beyond those that every job needs."""
 
     name: str
     runtime: str
@@ -44,7 +44,7 @@ class Launch:
 
 
 def launches(device: str) -> Iterator[Launch]:
-    """Yield the parts of the sweep by importance: torch, pruning and tracking on top of it, then other runtimes."""
+    """Yield the parts of the sweep by importance: torch, then pruning and tracking with it, then other runtimes."""
     torch = (*DIGITS, "runtime=torch")
     others = sorted({path.stem for path in RUNTIMES.glob("*.yaml")} - {"auto", "torch"})
     yield _of_digits("torch", device)
@@ -78,7 +78,7 @@ def _of_resnet50(runtime: str, chosen: list[str]) -> Launch:
 
 
 def run_sweep(device: str, planned: list[Launch], folder: Path, deadline: float) -> list[Check]:
-    """Run the parts of the sweep until `deadline` (s, monotonic); what lacks something, or time, is skipped."""
+    """Run the parts of the sweep until `deadline` (s, monotonic); skip a part if a module, the device or time lacks."""
     checks = []
     for launch in planned:
         seconds = deadline - time.monotonic()
@@ -115,7 +115,7 @@ def is_there(module: str) -> bool:
     """Say whether a module is installed, without importing it."""
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # the package that it would be in
+    except ModuleNotFoundError:  # the package that the module would be in
         return False
 
 
@@ -125,7 +125,7 @@ def run_launch(launch: Launch, device: str, folder: Path, seconds: float) -> lis
     log, jobs = folder / "launch.log", folder / "jobs"
     given = [f"device={device}", f"hydra.sweep.dir={jobs}", *SHORT, *launch.overrides]
     started = time.monotonic()
-    # Engines that were built before would not be built again, and the user's are none of our business.
+    # A cache of its own, so that engines are really built, and the user's cache stays as it is.
     cache = {"PQ_SWEEP_CACHE": str(folder.parent / "cache")}
     code = run_python([str(ROOT / "launch.py"), "-m", *given], folder, seconds, log, cache)
     said = last_line(log.read_text(errors="replace"))
@@ -151,7 +151,7 @@ def check_job(row: Row, folder: Path, device: str, ending: str) -> Check:
 
 
 def _ending(row: Row, folder: Path, ending: str) -> tuple[Verdict, str]:
-    """Say how a job ended; one that refused what this machine does not have, or did not begin in time, is skipped."""
+    """Say how a job ended; it counts as skipped if this machine lacks what it needs or it did not begin in time."""
     if row["status"] == "finished":
         return "passed", ""
     if error := JobFolder(folder).read_error():
@@ -162,7 +162,7 @@ def _ending(row: Row, folder: Path, ending: str) -> tuple[Verdict, str]:
 
 
 def check_store(path: Path, jobs: int) -> Check:
-    """Look whether MLflow's store has a finished run of each job, and that of the sweep."""
+    """Check that MLflow's store has a finished run for each job, and one for the sweep."""
     try:
         with closing(sqlite3.connect(path)) as store:
             ((runs,),) = store.execute("SELECT count(*) FROM runs WHERE status = 'FINISHED'")

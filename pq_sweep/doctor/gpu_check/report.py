@@ -1,4 +1,4 @@
-"""What all checks say together: a verdict, a table, a file."""
+"""The outcome of all checks together: a verdict, a table and a file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from pq_sweep.doctor.gpu_check import Check
 
 COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
-PRIVATE = ("host", "command", "slurm")  # a report is published
-WIDTH = 118  # of a table that is not drawn in a terminal
+PRIVATE = ("host", "command", "slurm")  # left out, as reports are published
+WIDTH = 118  # of a table that does not go to a terminal
 
 
 def slug(name: str) -> str:
-    """Make a file's name of a device's: "NVIDIA H100 80GB HBM3" is nvidia-h100-80gb-hbm3."""
+    """Turn a device's name into a file's: "NVIDIA H100 80GB HBM3" becomes nvidia-h100-80gb-hbm3."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -30,7 +30,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def problem(checks: list[Check]) -> str:
-    """Say why a machine is not green, or return "" if nothing failed and torch was tested and swept."""
+    """Say what is wrong, or return "" if nothing failed and torch passed both in the tests and in the sweep."""
     failed = sum(check.verdict == "failed" for check in checks)
     if failed:
         return f"{failed} of {len(checks)} checks failed"
@@ -40,7 +40,7 @@ def problem(checks: list[Check]) -> str:
 
 
 def assemble(about: dict[str, Any], checks: list[Check], started: str, seconds: float) -> dict[str, Any]:
-    """Return the report as plain values, what was not checked first."""
+    """Return the report as plain values, with what was not checked before the checks."""
     return {
         "device": about["device"],
         "started": started,

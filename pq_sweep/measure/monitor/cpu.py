@@ -12,7 +12,7 @@ from pq_sweep.core.hardware import CPUINFO, processors
 from pq_sweep.measure.monitor.figures import gather, spread
 from pq_sweep.measure.monitor.nvml import Absent
 
-# More than any CPU package draws for long: until range / PACKAGE_W its energy counter wraps once at most.
+# More than any CPU package draws for long: in a time of range / PACKAGE_W its energy counter wraps at most once.
 PACKAGE_W = 600.0
 POWERCAP, CPUS = Path("/sys/class/powercap"), Path("/sys/devices/system/cpu")
 
@@ -26,7 +26,7 @@ class Processor:
         self.powercap = powercap
 
     def start(self) -> None:
-        """Take the first look; the counters last, close to what is measured."""
+        """Take the first look; the energy counters come last, close to what is measured."""
         self.mhz = core_mhz(os.sched_getaffinity(0))
         self.switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
         self.energy: Energy = {}
@@ -49,12 +49,12 @@ class Processor:
 def read_rapl(powercap: Path) -> Energy:
     """Return energy and range in microjoules of each CPU package, or raise Absent."""
     try:
-        # "core" is a part of a package, "dram" comes on top and not everywhere, "psys" is the whole machine.
+        # "core" is a part of a package, "dram" is not part of it and not on every machine, "psys" is the whole machine.
         domains = powercap.glob("intel-rapl:*")
         packages = [path for path in domains if (path / "name").read_text().startswith("package")]
         found = {path.name: (_number(path / "energy_uj"), _number(path / "max_energy_range_uj")) for path in packages}
     except (OSError, ValueError) as error:
-        # The energy tells what other processes compute.
+        # It is kept from users because the energy gives away what other processes compute.
         raise Absent(f"{error}; since CVE-2020-8694 it is usually for root alone") from None
     if not found:
         raise Absent(f"{powercap} has no CPU package (no RAPL: a virtual machine, or the driver is not loaded)")

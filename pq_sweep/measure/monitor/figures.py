@@ -1,4 +1,4 @@
-"""Figures of which some cannot be had."""
+"""Figures, some of which may not be available."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pq_sweep.measure.monitor.nvml import Absent
 
 
 def gather(figures: Mapping[str, Callable[[], Any]], unavailable: dict[str, str]) -> dict[str, Any]:
-    """Return the figures that can be had, and write down why not for the others."""
+    """Return the figures that are available, and write into `unavailable` why the others are not."""
     found = {}
     for name, figure in figures.items():
         try:
@@ -21,5 +21,5 @@ def gather(figures: Mapping[str, Callable[[], Any]], unavailable: dict[str, str]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Return the least, the median and the greatest."""
+    """Return the smallest value, the median and the largest."""
     return {"min": min(values), "median": median(values), "max": max(values)}

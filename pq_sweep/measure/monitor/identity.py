@@ -1,4 +1,4 @@
-"""What a GPU is: what a reader has to know to compare results of one with those of another."""
+"""What a GPU is: the facts that a reader needs to compare results of different GPUs."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ IDENTITY: Table = {
 
 
 def identify(uuid: str | None) -> dict[str, Any]:
-    """Return what NVML says of a GPU or MIG instance, by default the one that CUDA numbers 0; MB, MHz and W.
+    """Return what NVML says about a GPU or MIG instance, by default the one that CUDA numbers 0; in MB, MHz and W.
 
-    `memory_mb` is all there is; limits and application clocks are those that hold now, and an idle PCIe link may be
-    slower now. `mig_instance` says where in its GPU an instance lies, by NVML's numbers. What the device does not have
-    is absent, and `unavailable` gives the reason.
+    `memory_mb` is all memory, used or not. Limits and application clocks are the present ones, and an idle PCIe link
+    may be slower at present. `mig_instance` says where in its GPU an instance lies, by NVML's numbers. What the device
+    does not have is absent, and `unavailable` gives the reason.
     """
     missing: dict[str, str] = {}
     try:

@@ -1,4 +1,4 @@
-"""NVML: which GPU or MIG instance a device is, what it is asked, and the process that asks it again and again.
+"""NVML: which GPU or MIG instance a device is, the queries, and the process that repeats them.
 
 That process runs this file alone, so nothing of the package is imported here, nor anything that takes long.
 """
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class Absent(Exception):
-    """A figure cannot be had; the message is the reason."""
+    """A figure is not available; the message is the reason."""
 
 
 # --- a device and what it is asked ------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ class Absent(Exception):
 class Device(NamedTuple):
     """NVML's handles of a GPU and of what this process was given: the GPU itself or a MIG instance of it.
 
-    `instance` is None where MIG is on and nothing says which instance it is.
+    `instance` is None if MIG is on and nothing says which instance was given.
     """
 
     gpu: Any
@@ -91,7 +91,7 @@ CONSTANT: Table = {
 
 
 def read(nvml: Any, table: Table, device: Device, missing: dict[str, str]) -> Row:
-    """Ask everything of `table` and return the answers; write down in `missing` why there was none."""
+    """Run all queries of `table` and return the answers; write into `missing` why a query had none."""
     row: Row = {}
     for name, query in table.items():
         try:
@@ -105,7 +105,7 @@ def read(nvml: Any, table: Table, device: Device, missing: dict[str, str]) -> Ro
 
 
 def open_device(index: int, uuid: str | None) -> tuple[Any, Device]:
-    """Return NVML, ready, and the device in it, or say in an Absent what is in the way."""
+    """Return NVML, ready for use, and the device in it, or raise an Absent that says what is in the way."""
     try:
         import pynvml as nvml
     except ImportError:
@@ -118,7 +118,7 @@ def open_device(index: int, uuid: str | None) -> tuple[Any, Device]:
 
 
 def locate(nvml: Any, index: int, uuid: str | None, environ: Mapping[str, str]) -> Device:
-    """Find what torch calls cuda:`index`: NVML numbers all GPUs that it sees, CUDA those that it is told to see."""
+    """Find what torch calls cuda:`index`: NVML numbers all GPUs that it sees, CUDA only those that it may see."""
     wanted = wanted_device(index, uuid, environ.get("CUDA_VISIBLE_DEVICES"))
     handles = _each(nvml, nvml.nvmlDeviceGetCount(), nvml.nvmlDeviceGetHandleByIndex)
     known = [(nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle)) for handle in handles]
@@ -135,7 +135,7 @@ def locate(nvml: Any, index: int, uuid: str | None, environ: Mapping[str, str]) 
 
 
 def _each(nvml: Any, count: int, get: Callable[[int], Any]) -> list[Any]:
-    """Return the handles that there are; a GPU that this process may not use is none, as for CUDA."""
+    """Return the handles that exist; as for CUDA, a GPU that this process may not use does not count."""
     handles = []
     for number in range(count):
         with suppress(nvml.NVMLError):
@@ -154,7 +154,7 @@ def wanted_device(index: int, uuid: str | None, visible: str | None) -> int | st
     """Return the UUID of CUDA's device `index`, or its number among all GPUs in CUDA's order, or raise Absent.
 
     `visible` is CUDA_VISIBLE_DEVICES: numbers, UUIDs or their beginnings; CUDA reads it up to the first other word.
-    A MIG instance that it names comes before `uuid`, which may be that of the GPU around it.
+    A MIG instance named there takes precedence over `uuid`, which may be that of the GPU around the instance.
     """
     words = [] if visible is None else [word.strip() for word in visible.split(",")]
     entries = list(takewhile(lambda word: re.match(r"\d+$|GPU-|MIG-", word), words))
@@ -172,7 +172,7 @@ def choose_gpu(wanted: int | str, known: Sequence[tuple[str, str]], order: str |
     """Return the place of a GPU among all, known by UUID and name in NVML's order, or the UUID of a MIG instance.
 
     Raises Absent. torch gives UUIDs without GPU- or MIG- before them. `order` is CUDA_DEVICE_ORDER: PCI_BUS_ID is
-    NVML's; by default CUDA puts faster GPUs first, which changes nothing among equals.
+    NVML's order; by default CUDA puts faster GPUs first, which makes no difference if all GPUs are equal.
     """
     if isinstance(wanted, int):
         if order != "PCI_BUS_ID" and len({name for _, name in known}) > 1:
@@ -202,20 +202,20 @@ def lineage(pid: int) -> Iterator[int]:
 
 def _parent(pid: int) -> int:
     with suppress(OSError):
-        # Before the state and the parent comes the name, in which anything may stand, brackets too.
+        # The name comes before the state and the parent, and may contain anything, brackets too.
         return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
     return 0
 
 
 @cache
 def is_related(pid: int, other: int) -> bool:
-    """Say whether a process is another one, its ancestor or its descendant; the first answer stands after one ended."""
+    """Say whether a process is another one, its ancestor or its descendant; once one ended, the first answer stands."""
     return other in lineage(pid) or pid in lineage(other)
 
 
 def sample(index: int, uuid: str | None) -> None:
     """Write a line when the first sample was taken, and one with all samples when standard input has ended."""
-    # SLURM and terminals signal every process of a job; this one ends with the one that it samples for.
+    # SLURM and terminals signal every process of a job; this one ends with the process that it samples for.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()

@@ -1,4 +1,4 @@
-"""The sampling process from the side of the one that is measured."""
+"""The sampling process, as the measured process starts and ends it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pq_sweep.measure.monitor import nvml
 from pq_sweep.measure.monitor.nvml import Absent
 from pq_sweep.measure.monitor.samples import Samples
 
-# How long the sampling process may take to its first sample (NVML looks at every GPU of the machine), and to its end.
+# How long the sampling process may take for its first sample (NVML looks at every GPU of the machine), and to end.
 START_S, STOP_S, KILL_S = 10.0, 5.0, 1.0
-FIRST_PID_NAMESPACE = "pid:[4026531836]"  # Linux gives the first one always this number (PROC_PID_INIT_INO)
+FIRST_PID_NAMESPACE = "pid:[4026531836]"  # Linux always gives the first namespace this number (PROC_PID_INIT_INO)
 
 
 class Sampler:
-    """Starts and ends the sampling process, both in bounded time whatever becomes of it."""
+    """Starts and ends the sampling process, both in bounded time, whatever happens to it."""
 
     def __init__(self, index: int, uuid: str | None) -> None:
-        # -P: the modules beside that file are not to be found before installed ones.
+        # -P: the modules beside that file must not hide installed ones.
         self.command = [sys.executable, "-P", nvml.__file__, str(index), *([uuid] if uuid else [])]
         self.process: subprocess.Popen[bytes] | None = None
         self.said: dict[str, Any] = {}
@@ -72,7 +72,7 @@ class Sampler:
             output, errors = process.communicate(timeout=STOP_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            with suppress(subprocess.TimeoutExpired):  # what waits for a driver cannot always be killed
+            with suppress(subprocess.TimeoutExpired):  # a process that waits for a driver cannot always be killed
                 process.communicate(timeout=KILL_S)
             return b"", f"did not answer for {STOP_S:g} s and was killed"
         last = errors.decode(errors="replace").strip().rpartition("\n")[2]

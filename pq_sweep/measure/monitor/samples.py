@@ -1,4 +1,4 @@
-"""What the samples of a GPU say."""
+"""The samples of a GPU, and the figures and verdicts that follow from them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from pq_sweep.measure.monitor.figures import gather, spread
 from pq_sweep.measure.monitor.nvml import SAMPLED, Absent, Row
 
-# The energy counter of a GPU moves every 20 to 100 ms: in a shorter window that would be a large part.
+# The energy counter of a GPU moves every 20 to 100 ms, which would be a large part of a shorter window.
 MIN_ENERGY_S = 1.0
 KEPT_ROWS = 300
-LOW_CLOCK = 0.75  # of the maximum; nvbench throws away what it measured below
+LOW_CLOCK = 0.75  # of the maximum; nvbench throws away what it measured below that
 
 GPU_IDLE, SW_POWER_CAP, HW_SLOWDOWN, SW_THERMAL, HW_THERMAL, POWER_BRAKE = 0x1, 0x4, 0x8, 0x20, 0x40, 0x80
 SLOWED = HW_SLOWDOWN | SW_THERMAL | HW_THERMAL | POWER_BRAKE
@@ -37,8 +37,9 @@ REASONS = {
 class Samples:
     """Samples of a GPU: the first was taken just before a window of `seconds`, the last one just after it.
 
-    `missing` are the reasons for what a row lacks. `pid` is the process that was measured, `family` those in the rows
-    that are itself, its ancestors and its descendants: a parent may hold a CUDA context while its child measures.
+    `missing` are the reasons for what a row lacks. `pid` is the process that was measured. `family` are the processes
+    in the rows that are itself, its ancestors or its descendants: a parent may hold a CUDA context while its child
+    measures.
     `isolated` says that `pid` has a pid namespace of its own, from which NVML may show the pids of the host or hide
     processes.
     """
@@ -98,7 +99,7 @@ class Samples:
         return sum(values) / len(values)
 
     def energy_j(self) -> float:
-        """Return what the counter counted from the first row to the last one, in J."""
+        """Return the energy that the counter added from the first row to the last one, in J."""
         counted = [row["energy_j"] for row in (self.rows[0], self.rows[-1]) if "energy_j" in row]
         if len(counted) < 2:
             raise Absent(self.missing["energy_j"])
@@ -116,21 +117,21 @@ class Samples:
         return max(found)
 
     def other_pids(self) -> list[int]:
-        """Return who else computes there, besides the family, or raise Absent if NVML's pids are not those of here."""
+        """Return the processes outside the family that compute there; raise Absent if NVML has other pids than here."""
         seen = {pid for row in self._values("processes") for pid, _ in row}
         if self.isolated and self.pid not in seen:
             raise Absent("NVML does not list this process, which is in a container, by the pid that it has here")
         return sorted(seen - set(self.family))
 
     def is_shared(self) -> bool:
-        """Say whether another process was seen; where pids mean nothing, one process is taken for the measured one."""
+        """Say whether another process was seen; if pids mean nothing, one process is taken for the measured one."""
         try:
             return bool(self.other_pids())
         except Absent:
             return any(len(row) > 1 for row in self._column("processes"))
 
     def is_throttled(self) -> bool:
-        """Say whether heat or the power supply slowed the clock, or it was low while the GPU was busy."""
+        """Say whether heat or the power supply slowed the clock, or the clock was low while the GPU was busy."""
         if any(reasons & SLOWED for reasons in self._column("throttle_reasons")):
             return True
         clocks = [row["sm_mhz"] for row in self._inside if "sm_mhz" in row and _is_busy(row)]
@@ -138,14 +139,14 @@ class Samples:
         return bool(clocks) and spread(clocks)["median"] < LOW_CLOCK * maximum
 
     def verdicts(self) -> list[str]:
-        """Return what should keep a reader from comparing the measurement with others."""
+        """Return the reasons not to compare the measurement with others."""
         capped = any(reasons & SW_POWER_CAP for reasons in self._column("throttle_reasons"))
         found = {"throttled": self.is_throttled(), "power_capped": capped, "shared": self.is_shared()}
         return [verdict for verdict, holds in found.items() if holds]
 
 
 def _is_busy(row: Row) -> bool:
-    """Go by the utilisation, which lags behind, only where the GPU does not say that it is idle."""
+    """Say whether the GPU was busy; its utilisation lags behind and counts only if it does not report being idle."""
     if "throttle_reasons" in row:
         return not row["throttle_reasons"] & GPU_IDLE
     return row.get("utilization_percent", 100) > 0
@@ -158,7 +159,7 @@ def decode(reasons: int) -> list[str]:
 
 
 def thin(rows: list[Row]) -> dict[str, list[Any]]:
-    """Return the numbers of every n-th row by column, at most `KEPT_ROWS`; the time is that since the first row."""
+    """Return the numbers of every n-th row by column, at most `KEPT_ROWS` rows; time counts from the first row."""
     kept = rows[:: -(-len(rows) // KEPT_ROWS)]
     names = [name for name in SAMPLED if name != "processes" and any(name in row for row in kept)]
     times = [round(row["t_s"] - rows[0]["t_s"], 3) for row in kept]

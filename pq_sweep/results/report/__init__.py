@@ -1,1 +1,1 @@
-"""A sweep as a page to look at, figures for a paper, and tables: `python -m pq_sweep.report FOLDER...`."""
+"""Reports on sweeps: a page to look at, and figures and tables for a paper: `python -m pq_sweep.report FOLDER...`."""

@@ -1,6 +1,6 @@
-"""The figures, as Vega-Lite: what the page draws in a browser and what `--figures` writes are one description.
+"""The figures as Vega-Lite: the page in a browser and the files of `--figures` are drawn from the same description.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; shapes and dashes say the same again.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; shapes and dashes repeat what they say.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LOG = alt.Scale(type="log", nice=False, padding=16)
 LEGEND = alt.LegendConfig(orient="bottom", columns=4, labelLimit=200)
 BAR = 22
 ACCURACY = "top-1 accuracy, %"
-# Of more jobs than these, only those on the front have bars: the others' would hide all else.
+# With more jobs than this, only those on the front have bars: the bars of all would hide everything else.
 MANY = 100
 
 Values = list[dict[str, Any]]
@@ -39,7 +39,7 @@ TIP = [
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing with what it shows: `name` is that of its file, `spec` is Vega-Lite's."""
+    """A drawing and what it shows: `name` is the name of its file, `spec` its Vega-Lite specification."""
 
     name: str
     title: str
@@ -52,7 +52,7 @@ NOTHING: Drawn = (None, "")
 
 
 def figures(view: View, only: str | None = None) -> Iterator[Figure]:
-    """Yield every figure, or the one of a name, for which a view has the data."""
+    """Yield every figure for which a view has the data, or only the figure of a given name."""
     for name, title, draw in FIGURES:
         if only not in (None, name):
             continue
@@ -66,13 +66,13 @@ def figures(view: View, only: str | None = None) -> Iterator[Figure]:
 
 def _chart(values: Values, height: Any = HEIGHT) -> alt.Chart:
     chart = alt.Chart(alt.InlineData(values=values), width="container", height=height)
-    if isinstance(height, alt.Step):  # which has no height to fit
+    if isinstance(height, alt.Step):  # a step gives no height to fit into
         chart.autosize = alt.AutoSizeParams(type="fit-x", contains="padding")
     return chart
 
 
 def pareto(view: View) -> Drawn:
-    """Accuracy over latency: what is up and to the left is better."""
+    """Accuracy over latency: jobs further up and to the left are better."""
     values = [point for row in view.finished for point in view.points(row)]
     if not values:
         return NOTHING
@@ -112,7 +112,7 @@ def pareto(view: View) -> Drawn:
 
 
 def accuracy_by_amount(view: View) -> Drawn:
-    """Accuracy over what was pruned, a line for each way of doing it."""
+    """Accuracy over the amount pruned, with a line for each way of pruning."""
     pruned = [row for row in view.finished if row.get("pruner") != "none" and row.get("amount") is not None]
     values = [point | {"variant": variant(row, view.options)} for row in pruned for point in view.points(row)[:1]]
     if len({point["amount"] for point in values}) < 2:
@@ -130,7 +130,7 @@ def accuracy_by_amount(view: View) -> Drawn:
 
 
 def latency_by_batch(view: View) -> Drawn:
-    """Latency over batch size, a line for each job."""
+    """Latency over batch size, with a line for each job."""
     values = [point for row in view.shown for point in view.points(row)]
     if len({point["batch"] for point in values}) < 2:
         return NOTHING
@@ -172,7 +172,7 @@ def storage(view: View) -> Drawn:
 
 
 def _bars(values: Values, part: str, figure: str, title: str, *, stacked: bool) -> alt.Chart | None:
-    """Return bars that lie, one for each job with its parts behind or below each other."""
+    """Return horizontal bars, one for each job, with its parts one after or one below the other."""
     if not values:
         return None
     parts = list(dict.fromkeys(value[part] for value in values))
@@ -192,7 +192,7 @@ def _bars(values: Values, part: str, figure: str, title: str, *, stacked: bool) 
 
 
 def layer_sparsity(view: View) -> Drawn:
-    """What share of each layer's weights is gone, a line for each job."""
+    """The share of each layer's weights that is gone, with a row for each job."""
     values = [
         {
             "name": view.label(row),
@@ -232,7 +232,7 @@ def histograms(view: View) -> Drawn:
         alt.param(name=name, value=options[-1], bind=alt.binding_select(options=options, name=f"{name} "))
         for name, options in (("job", jobs), ("layer", layers))
     )
-    # Written as numbers in rows, the page would be ten times as large.
+    # With the numbers written out row by row, the page would be ten times as large.
     base = (
         _chart(values)
         .transform_filter("datum.job == job && datum.layer == layer")

@@ -15,7 +15,7 @@ from pq_sweep.results.report.charts import Spec, figures
 from pq_sweep.results.report.page import Report
 
 WIDTH = 640
-SCALE = 2.0  # pixels of a PNG for each of the page's
+SCALE = 2.0  # pixels of a PNG for each pixel of the page
 
 
 def write_figures(report: Report, folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""The comparison of all jobs as a table: figures, how they stand to the uncompressed model, and the Pareto front."""
+"""The comparison of all jobs as a table: figures, how they compare with the uncompressed one, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DETAILS = (
     "top-5 %", "drop p", "sparsity", "params", "MACs", "memory MB", "energy J/image", "pays after images",
     "runs", "range of top-1 %", "zstd MB", "compared with",
 )  # fmt: skip
-# They say what a job is; the page hides those that are the same in all.
+# Columns that say what a job is; the page hides those that are the same for all jobs.
 NAMES = (
     "model",
     "dataset",
@@ -34,7 +34,7 @@ NAMES = (
 
 
 def comparison(sweep: Sweep, objectives: list[str]) -> pd.DataFrame:
-    """Return a line per job, best known first in nothing: in the order of the jobs; what is not known is empty."""
+    """Return one line per job, in the order of the jobs; what is not known is empty."""
     sizes = batch_sizes(sweep.rows)
     best = on_front(sweep, objectives, sizes[0] if sizes else 1)
     lines = [_line(row, sweep, sizes) | {"Pareto": "yes" if row["job"] in best else ""} for row in sweep.rows]
@@ -101,7 +101,7 @@ def _figures(row: Row, sweep: Sweep, sizes: list[int]) -> dict[str, Any]:
 
 
 def _repeats(row: Row) -> dict[str, Any]:
-    """Return how often a job ran, and between what its accuracy lay."""
+    """Return how often a job ran, and the range of its accuracy."""
     if "range" not in row or "accuracy" not in row["range"]:
         return {}
     low, high = row["range"]["accuracy"]
@@ -128,10 +128,10 @@ def _finite(value: float | None) -> float | None:
 
 
 def rounded(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with four digits of every figure, which is more than measuring gives."""
+    """Return the table with four digits of every figure, which is more than measurements are good for."""
     return frame.map(short)
 
 
 def short(value: Any, digits: int = 4) -> Any:
-    """Return a number with so many digits, and anything else as it is."""
+    """Return a number rounded to `digits` significant digits, and anything else as it is."""
     return float(f"{value:.{digits}g}") if isinstance(value, float) and math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""The page: one file that needs no network, as everything it draws with is in it."""
+"""The page: one file that needs no network, since it contains everything that it draws with."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Report:
         return rounded(comparison(self.sweep, self.objectives))
 
     def views(self) -> list[View]:
-        """Return what is drawn together."""
+        """Return the groups of jobs that are drawn together."""
         return views(self.sweep, self.objectives)
 
     def recommendations(self) -> Iterator[dict[str, Any]]:
@@ -119,7 +119,7 @@ def _table(frame: pd.DataFrame) -> str:
     shown = frame.astype(object).where(frame.notna(), "")
     same = [name for name in NAMES if name in frame and len(frame) > 1 and shown[name].nunique() == 1]
     hidden = [place for place, name in enumerate(frame.columns) if name in (*DETAILS, *same) or name.startswith("p99 ")]
-    # A list of a column's values to choose from is slow to make, and no help where they are figures.
+    # Lists to choose a column's values from are slow to make, and no help where the values are figures.
     listed = [place for place, name in enumerate(frame.columns) if name in ("Pareto", *NAMES)]
     layout: dict[str, Any] = {"topStart": "buttons", "topEnd": "search", "bottomEnd": ["pageLength", "paging"]}
     html: str = itables.to_html_datatable(
@@ -146,7 +146,7 @@ def _table(frame: pd.DataFrame) -> str:
 
 
 def provenance(sweep: Sweep) -> list[tuple[str, list[str]]]:
-    """Return what ran, where and with which versions; where there is more than one answer, all of them."""
+    """Return what ran, where and with which versions; if jobs differ, with all their answers."""
     found: dict[str, dict[str, None]] = {}
     folders = dict.fromkeys(Path(row["folder"]).parent for row in sweep.rows)
     for name, value in chain(*map(_started, folders), *map(_origin, sweep.rows)):
@@ -182,7 +182,7 @@ def _origin(row: Row) -> Iterator[tuple[str, Any]]:
 
 
 def report(sweep: Sweep, minimize: str, limits: dict[str, float], batch: int | None, objectives: list[str]) -> Report:
-    """Return the report of aggregated jobs; without any limit accuracy may fall by one point, as all else is absurd."""
+    """Return the report of aggregated jobs; if no limit is given, accuracy may fall by one point, not by any amount."""
     if not sweep.rows:
         raise UserError("there is no job to report on.")
     return Report(sweep, objectives, minimize, limits or {"accuracy_drop": 1.0}, batch)

@@ -1,4 +1,4 @@
-"""What belongs into one drawing: jobs of one dataset and device, and of one model or of all."""
+"""Which jobs belong in one drawing: those of one dataset and device, and of one model or of all models."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class View:
     whole: Sweep  # where the uncompressed jobs are
     objectives: list[str]
     several: bool
-    histograms: int  # how many there may be
+    histograms: int  # at most so many may be drawn
 
     @cached_property
     def finished(self) -> list[Row]:
@@ -47,7 +47,7 @@ class View:
 
     @property
     def colour(self) -> alt.Color:
-        """Return what the colours of points and lines say."""
+        """Return what the colours of points and lines stand for."""
         import altair as alt
 
         return alt.Color("model:N" if self.several else "pruner:N")
@@ -71,7 +71,7 @@ class View:
 
     @cached_property
     def shown(self) -> list[Row]:
-        """Return the jobs for figures that cannot hold all: the uncompressed, and the best of the others."""
+        """Return the jobs for figures that cannot hold all: the uncompressed ones, then the best of the others."""
         if len(self.finished) <= SHOWN:
             return self.finished
         size = min(self.best)
@@ -95,7 +95,7 @@ class View:
         return sorted({round(accuracy * 100, 6) for accuracy in found})
 
     def label(self, row: Row) -> str:
-        """Return a short name of a job that no other has."""
+        """Return a short name that no other job has."""
         return self._labels[row["job"]]
 
     @cached_property
@@ -135,7 +135,7 @@ class View:
         )
 
     def layers_of(self, row: Row) -> dict[str, Any]:
-        """Return what is known of the layers of a job."""
+        """Return what is known about the layers of a job."""
         if row["job"] not in self._layers:
             self._layers[row["job"]] = read_json(JobFolder(Path(row["folder"])).layers) or {}
         return self._layers[row["job"]]
@@ -158,7 +158,7 @@ class View:
 
 
 def views(sweep: Sweep, objectives: list[str]) -> list[View]:
-    """Return a view for each dataset and device; where there are several models, then one for each of them too."""
+    """Return a view for each dataset and device; if there are several models, then one for each of them too."""
     parts = [
         (dataset, device, model, rows)
         for (dataset, device), found in by_place(sweep).items()
