@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn, torchvision_model
@@ -38,6 +39,14 @@ def fresh(seed: int = 0, name: str = "digits_cnn") -> Model:
     model = (digits_cnn if name == "digits_cnn" else torchvision)(weights=None)
     randomise(model.module)
     return model
+
+
+def small_vit() -> Model:
+    """Return torchvision's Vision Transformer as in ViT-Ti/16, with random weights and two of twelve equal layers."""
+    torch.manual_seed(0)
+    module = VisionTransformer(224, 16, num_layers=2, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=10)
+    randomise(module)
+    return Model(module.eval(), 10, Preprocess())
 
 
 class Attention(nn.Module):

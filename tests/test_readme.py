@@ -6,11 +6,13 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, Launch, only_sweep, results
 
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_own_pruner(tmp_path: Path, launch: Launch) -> None:
     ((module, code),) = re.findall(r"in `(my_\w+\.py)`:\n\n```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     ((name, yaml),) = re.findall(r"^`(my_[\w/.]+)`:\n\n```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)

@@ -97,6 +97,7 @@ def test_what_is_shared_is_what_would_be_made(monkeypatch: pytest.MonkeyPatch, t
         assert second["prep_s"][stage] == pytest.approx(first["prep_s"][stage])
 
 
+@pytest.mark.slow
 def test_without_a_cache_nothing_is_kept(tmp_path: Path) -> None:
     run(tmp_path / "a", *INT8, "cache=off")
 
@@ -108,6 +109,7 @@ def test_a_word_that_is_neither_on_nor_off_is_refused(tmp_path: Path) -> None:
         run(tmp_path / "a", "cache=never")
 
 
+@pytest.mark.slow
 def test_jobs_that_differ_later_share_what_is_before(tmp_path: Path) -> None:
     run(tmp_path / "a", *INT8)
     plain = run(tmp_path / "b", "runtime=onnxruntime")
@@ -119,6 +121,7 @@ def test_jobs_that_differ_later_share_what_is_before(tmp_path: Path) -> None:
     assert len(records("quantized")) == 3
 
 
+@pytest.mark.slow
 def test_networks_that_differ_in_weights_share_the_graph_without_them(tmp_path: Path) -> None:
     chosen = ("pruner=l1_global", "runtime=onnxruntime")
     run(tmp_path / "a", *chosen, "pruner.amount=0.3")
@@ -196,6 +199,7 @@ def test_a_changed_image_misses(tmp_path: Path, which: str) -> None:
     assert len(records("quantized")) == len(records("ranges")) == (2 if which == "calibration" else 1)
 
 
+@pytest.mark.slow
 def test_another_version_of_a_library_misses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run(tmp_path / "a", *INT8)
     other = cache.versions() | {"onnx": "1.0.0"}
@@ -204,6 +208,7 @@ def test_another_version_of_a_library_misses(monkeypatch: pytest.MonkeyPatch, tm
     assert run(tmp_path / "b", *INT8)["from_cache"] == []
 
 
+@pytest.mark.slow
 def test_other_code_misses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run(tmp_path / "a", *INT8)
     monkeypatch.setattr(cache, "code", lambda options: fingerprint.code(options) + "x")
@@ -223,6 +228,7 @@ def test_a_component_of_ones_own_is_part_of_the_code(monkeypatch: pytest.MonkeyP
     assert fingerprint.code(options) != before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["seed=1", "pruner.amount=0.4", "recovery.lr=0.003", "dataset.calibration=100"])
 def test_training_is_shared_only_by_what_is_the_same(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str

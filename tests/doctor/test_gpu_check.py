@@ -100,6 +100,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_what_a_process_started_ends_with_it(tmp_path: Path) -> None:
     started = tmp_path / "pid"
     script = f"sleep 300 & echo $! > {started}.new; mv {started}.new {started}; exec sleep 300"

@@ -219,6 +219,7 @@ def test_refused_before_the_first_job(
     assert not HEAVY & imported(done.stderr)
 
 
+@pytest.mark.slow
 @ON_CPU_ONLY
 @pytest.mark.parametrize(("grid", "overrides", "sentence"), FAILED, ids=[" ".join(job) for _, job, _ in FAILED])
 def test_fails_in_its_job(

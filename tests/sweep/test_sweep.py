@@ -198,6 +198,7 @@ def test_grid_removal_makes_the_network_smaller(grid: Ran) -> None:
         assert zeroed["network"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_failing_job_does_not_stop_the_other(half_failing: Ran) -> None:
     folder, done = half_failing
     sweep = only_sweep(folder)
@@ -209,6 +210,7 @@ def test_failing_job_does_not_stop_the_other(half_failing: Ran) -> None:
     assert "Traceback (most recent call last)" in (sweep / "0" / "job.log").read_text()
 
 
+@pytest.mark.slow
 def test_an_override_may_take_what_only_its_job_has(half_failing: Ran) -> None:
     """The defaults have no pruner.amount."""
     sweep = only_sweep(half_failing[0])
@@ -217,6 +219,7 @@ def test_an_override_may_take_what_only_its_job_has(half_failing: Ran) -> None:
     assert json.loads((sweep / "1" / "result.json").read_text())["config"]["measure"]["interval"] == 0.1
 
 
+@pytest.mark.slow
 def test_failing_job_is_marked_in_table_and_csv(half_failing: Ran) -> None:
     folder, done = half_failing
     assert "1 done, 1 failed" in done.stdout
@@ -230,6 +233,7 @@ def test_failing_job_is_marked_in_table_and_csv(half_failing: Ran) -> None:
     assert float(finished["Accuracy"]) > 98
 
 
+@pytest.mark.slow
 def test_failing_job_is_failed_in_mlflow(half_failing: Ran) -> None:
     parent, children = logged(store_in(half_failing[0]))
     assert [run.info.status for run in children] == ["FAILED", "FINISHED"]
@@ -368,6 +372,7 @@ def test_a_sweep_that_is_killed_ten_times_ends_with_every_job_run_once(tmp_path:
     assert {row["job"] for row in rows if row["reused"] == "yes"} == set(first)
 
 
+@pytest.mark.slow
 def test_interrupted_sweep_shows_what_it_has(tmp_path: Path) -> None:
     code, output = interrupt(tmp_path, signal.SIGINT)
     assert code == 130
@@ -507,6 +512,7 @@ def test_the_uncompressed_model_is_timed_in_turn(tmp_path: Path, launch: Launch)
     assert "export" in result["prep_s"]
 
 
+@pytest.mark.slow
 def test_changed_weights_get_their_own_baseline(tmp_path: Path) -> None:
     """A sweep that runs again in its folder must not compare with what the weights were before."""
     command = ("model.weights=w.pt", "hydra.sweep.dir=again", "tracking=none", *SHORT)

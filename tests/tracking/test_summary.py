@@ -74,6 +74,7 @@ def test_children_say_how_they_ended(uri: str) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_report_can_be_made_from_the_store_alone(uri: str, sweep: Path, tmp_path: Path) -> None:
     by_uri = told(tmp_path, uri, "--output", "a.html", "--tables", "a")
     by_name = told(tmp_path, "pq_sweep", "--output", "b.html", "--tables", "b", MLFLOW_TRACKING_URI=uri)

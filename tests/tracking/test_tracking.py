@@ -564,6 +564,7 @@ def test_store_file_that_is_replaced_between_jobs(
     assert warned(caplog) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tables", ["kept", "unknown"])
 def test_store_file_that_is_deleted_between_jobs(
     monkeypatch: pytest.MonkeyPatch,
