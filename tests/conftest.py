@@ -25,8 +25,17 @@ Launch = Callable[..., subprocess.CompletedProcess[str]]
 Ran = tuple[Path, subprocess.CompletedProcess[str]]
 
 
-# What takes longest begins first: a worker who begins with it late ends alone.
-LONGEST = ("tests/cluster/", "tests/test_photographs.py")
+# What takes longest begins first, in this order: a worker that begins with it late would end alone.
+LONGEST = (
+    "tests/cluster/",
+    "tests/test_photographs.py",
+    "tests/tracking/",
+    "tests/sweep/",
+    "tests/results/test_shipping.py",
+    "tests/job/",
+    "tests/test_examples.py",
+    "tests/test_experiments.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -46,7 +55,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Run the fast tests first, those of the cluster last, and skip, saying why, what needs a device or program."""
     if is_worker(config):
-        items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+        items.sort(key=lambda item: next((n for n, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST)))
     else:
         items.sort(key=lambda item: [item.get_closest_marker(name) is not None for name in ("slurm", "slow")])
     missing = {

@@ -316,11 +316,13 @@ def peak_of(megabytes: int, folder: Path) -> float:
 
 
 def test_the_peak_of_memory_rises_by_what_a_session_takes(tmp_path: Path) -> None:
+    """The median of some rounds counts, as the kernel takes pages of libraries away and brings them back meanwhile."""
     peak_of(1, tmp_path)  # loads what a first call loads
-    small, large, again = (peak_of(size, tmp_path) for size in (1, 401, 1))
+    rounds = np.array([[peak_of(size, tmp_path) for size in (1, 401, 1)] for _ in range(5)])
+    small, large, again = rounds.T
 
-    assert large - small == pytest.approx(400, rel=0.1)
-    assert again == pytest.approx(small, rel=0.1)
+    assert np.median(large - small) == pytest.approx(400, rel=0.1)
+    assert np.median(again - small) == pytest.approx(0, abs=40)
 
 
 def test_memory_that_nvml_saw_is_the_peak_of_all_batch_sizes() -> None:

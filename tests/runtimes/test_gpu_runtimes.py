@@ -621,7 +621,7 @@ def test_an_engine_out_of_the_cache_counts_as_what_it_cost(data: Data, tmp_path:
     assert stage.seconds["build"] == 1234.5
     assert stage.from_cache == ["build"]
     assert stage.seconds["load_engine"] < 100
-    assert "load_engine" not in stage.prep
+    assert "load_engine" not in stage.preparation.prep_s
 
 
 @pytest.mark.parametrize("name", NAMES)
