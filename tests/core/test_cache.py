@@ -33,6 +33,8 @@ from pq_sweep.job import run as job
 from pq_sweep.job import steps as resume
 from pq_sweep.types import Model, Preprocess
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = ROOT / "pq_sweep" / "inputs" / "weights" / "digits_cnn.safetensors"
 INT8 = ("quantizer=int8", "runtime=onnxruntime", "quantizer.images=16")
 JOBS = {
