@@ -6,6 +6,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from pq_sweep.core.folder import JobFolder
 from pq_sweep.types import Data, Model, Quantizer, UserError, Workspace
 
 # The precisions that a runtime realises, by kind of device.
@@ -33,7 +34,8 @@ def make_graph(
     from pq_sweep.core.weights import network_state, network_structure
     from pq_sweep.runtimes.export import check_export, fill, trace
 
-    traced, source, target = (work.folder / f"{name}.onnx" for name in ("traced", "export", "model"))
+    files = JobFolder(work.folder)
+    traced, source, target = files.traced, files.exported, files.model
     network = cache(partial(network_state, model))
 
     def trace_once() -> None:
@@ -58,7 +60,7 @@ def make_graph(
     def about() -> dict[str, Any]:
         return network() | graph_options(quantizer, data, form)
 
-    return target, work.stage.keep_in_both("quantized", about, quantize, target, target.with_name("precisions.svg"))
+    return target, work.stage.keep_in_both("quantized", about, quantize, target, files.precisions)
 
 
 def graph_options(quantizer: Quantizer, data: Data, form: str) -> dict[str, Any]:

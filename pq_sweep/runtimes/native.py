@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pq_sweep.core.files import read_json, write_json
+from pq_sweep.core.folder import JobFolder
 from pq_sweep.runtimes.cuda import own_stream, record_graph, use_tf32
 from pq_sweep.runtimes.engines import EngineBuilder, built, import_tensorrt, need, shape_of
 from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
@@ -38,7 +39,7 @@ class TensorRTNative(EngineBuilder):
         if precision == "bf16":
             need("bf16", "quantizer=bf16 under TensorRT", work.device)
         graph, details = make_graph(model, quantizer, data, work, form="tensorrt")
-        folder = work.folder / "engine"
+        folder = JobFolder(work.folder).engine
         messages = collector(tensorrt)
 
         def build() -> Any:

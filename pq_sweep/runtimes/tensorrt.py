@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pq_sweep.core.folder import JobFolder
 from pq_sweep.runtimes.cuda import override_tf32
 from pq_sweep.runtimes.engines import EngineBuilder, Shape, built, import_tensorrt, need, shape_of
 from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
@@ -59,7 +60,7 @@ class TensorRT(EngineBuilder):
             need_bf16_option()
         graph, details = make_graph(model, quantizer, data, work, form="tensorrt")
         permissions = permitted(graph, precision)
-        folder = work.folder / "engine"
+        folder = JobFolder(work.folder).engine
         about = self.about(graph, work, precision)
         calls, nodes, engines = built(folder, about, work, lambda: self._build(graph, permissions, folder, model, work))
         details = details | {

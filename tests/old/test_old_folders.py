@@ -49,7 +49,7 @@ def work(tmp_path: Path) -> Path:
     """The working folder of the time, whose checkout is this one today."""
     shutil.copytree(DATA / "multirun", tmp_path / "multirun")
     manifest = tmp_path / SWEEP / "sweep.json"
-    text = manifest.read_text().replace("/home/user/work", str(tmp_path)).replace("/home/user/pq_sweep", str(ROOT))
+    text = manifest.read_text().replace("/home/user/sweeps", str(tmp_path)).replace("/home/user/pq_sweep", str(ROOT))
     manifest.write_text(text)
     return tmp_path
 
@@ -144,7 +144,7 @@ def log_as_then(uri: str, sweep: Path, jobs: list[str]) -> dict[str, str]:
     """Log the sweep and some of its jobs with the tags that they had; return the runs of these jobs."""
     client = MlflowClient(uri)
     experiment = client.create_experiment("pq_sweep", str(sweep.parents[1] / "mlartifacts"))
-    about = {"pq_sweep.kind": "sweep", "pq_sweep.sweep": ID, "pq_sweep.folder": "/home/user/work/multirun/small"}
+    about = {"pq_sweep.kind": "sweep", "pq_sweep.sweep": ID, "pq_sweep.folder": "/home/user/sweeps/multirun/small"}
     parent = client.create_run(experiment, tags=about, run_name="multirun/small").info.run_id
     client.set_terminated(parent, "FINISHED")
     runs = {}
