@@ -25,6 +25,7 @@ def test_own_components_in_one_sweep(tmp_path: Path, environment: dict[str, str]
     assert 1 / 3 < pruned["accuracy"]["top1"] < dense["accuracy"]["top1"]
 
 
+@pytest.mark.slow
 def test_own_components_take_overrides(tmp_path: Path, environment: dict[str, str]) -> None:
     done = python(
         [SCRIPT, "model=shapes_cnn", "model.width=4", "dataset=digits", "--cfg", "job"], tmp_path, environment
@@ -35,6 +36,7 @@ def test_own_components_take_overrides(tmp_path: Path, environment: dict[str, st
     assert "width: 4" in done.stdout
 
 
+@pytest.mark.slow
 def test_wrong_override_of_an_own_component_is_one_sentence(tmp_path: Path, environment: dict[str, str]) -> None:
     done = python([SCRIPT, "model=shapes_cnn", "model.widht=4"], tmp_path, environment)
 

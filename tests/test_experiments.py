@@ -36,8 +36,8 @@ def header(name: str) -> dict[str, str]:
 
 
 def maybe_slow(name: str) -> Any:
-    """Mark a file whose grid takes Hydra more than a few seconds to compose."""
-    large = int(header(name).get("Jobs", 0)) > 20
+    """Mark a file whose grid takes Hydra more than a second to compose."""
+    large = int(header(name).get("Jobs", 0)) > 8
     return pytest.param(name, marks=pytest.mark.slow if large else ())
 
 

@@ -91,6 +91,7 @@ def test_noise_of_a_layer_is_what_quantizing_it_alone_adds(fragile: Case, tmp_pa
     assert set(sorted(noise, key=lambda name: noise[name])[: len(FRAGILE)]) == FRAGILE
 
 
+@pytest.mark.slow
 def test_a_sound_network_keeps_nothing(tmp_path: Path) -> None:
     model = digits_cnn()
     case = exported(model, digits(model), tmp_path)

@@ -435,6 +435,7 @@ def test_the_pattern_is_in_the_exported_graph(data: Data, tmp_path: Path) -> Non
     assert {name for name, weight in weights.items() if not follows(weight, 2, 4)} == {"stem.0.0.weight"}
 
 
+@pytest.mark.slow
 def test_the_pattern_is_in_the_exported_transformer(data: Data, tmp_path: Path) -> None:
     """Its products take transposed weights, whose groups then run down the columns; the patches have three channels."""
     torch.manual_seed(0)

@@ -177,6 +177,7 @@ def test_tensorrt_is_not_tried_where_it_is_not_installed() -> None:
     assert advice("tensorrt", machine(tensorrt=accelerators.look_at_tensorrt()), "not here") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "expected"),
     [

@@ -60,6 +60,7 @@ def sentence(done: Done) -> str:
 # Without a GPU
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_and_looks_no_further(tmp_path: Path) -> None:
     done = gpu_check(tmp_path, new_user() | NO_GPU, "-X", "importtime")
 
@@ -72,6 +73,7 @@ def test_without_torch_it_says_so(tmp_path: Path) -> None:
     assert "this Python has no torch" in sentence(gpu_check(tmp_path, without(tmp_path, "torch")))
 
 
+@pytest.mark.slow
 def test_make_says_that_there_is_no_gpu_and_fails() -> None:
     command = ["make", "gpu-check", f"PYTHON={sys.executable}"]
     done = subprocess.run(command, cwd=ROOT, env=new_user() | NO_GPU, capture_output=True, text=True, check=False)

@@ -894,6 +894,7 @@ class TestIdentity:
         less = digits(digits_cnn(weights=None), calibration=8)
         assert less.calibration.identity() == data.calibration.take(8).identity()
 
+    @pytest.mark.slow
     def test_another_process_finds_the_same(self, data: Data, environment: dict[str, str], tmp_path: Path) -> None:
         code = """
 from pq_sweep.inputs.datasets import digits, fake

@@ -289,6 +289,7 @@ class TestIdentity:
     def test_images_not_to_be_trained_on_change_it(self, root: Path) -> None:
         assert self.lazy(root).identity() != self.lazy(root, TINY, frozenset({"a"})).identity()
 
+    @pytest.mark.slow
     def test_another_process_finds_the_same(self, root: Path, environment: dict[str, str]) -> None:
         code = f"""
 from pathlib import Path

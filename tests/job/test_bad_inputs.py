@@ -200,6 +200,7 @@ def find_job(sweep: Path, overrides: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "sentence"), [bad[1:] for bad in REFUSED], ids=[bad[0] for bad in REFUSED])
 def test_refused_before_the_first_job(
     tmp_path: Path, environment: dict[str, str], overrides: list[str], sentence: str
@@ -241,6 +242,7 @@ def test_fails_in_its_job(
     assert not left & {"model.pt", "model.onnx", "result.json", "predictions.npy"}
 
 
+@pytest.mark.slow
 @ON_CPU_ONLY
 @pytest.mark.parametrize("grid", GRIDS)
 def test_no_job_of_a_failing_sweep_finishes(failing_sweep: Callable[[str], tuple[Path, Done]], grid: str) -> None:
@@ -249,6 +251,7 @@ def test_no_job_of_a_failing_sweep_finishes(failing_sweep: Callable[[str], tuple
     assert not list(folder.rglob("result.json"))
 
 
+@pytest.mark.slow
 @ON_CPU_ONLY
 def test_code_in_a_checkpoint_does_not_run(failing_sweep: Callable[[str], tuple[Path, Done]], tmp_path: Path) -> None:
     folder, _ = failing_sweep("checkpoints")
@@ -258,6 +261,7 @@ def test_code_in_a_checkpoint_does_not_run(failing_sweep: Callable[[str], tuple[
     assert (folder / "evil_was_here").exists(), "the checkpoint is not malicious at all"
 
 
+@pytest.mark.slow
 def test_every_problem_of_a_grid_is_listed_once(tmp_path: Path, launch: Launch) -> None:
     done = launch(
         "-m", "pruner=none,l1", "pruner.amount=0.5,1.5,2", "seed=0,-1", "quantizer=none,int8", "runtime=torch"

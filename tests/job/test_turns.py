@@ -53,6 +53,7 @@ def overlap(one: Turn, other: Turn) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 
+@pytest.mark.slow
 def test_who_measures_is_alone_and_who_prepares_is_not() -> None:
     others = [worker("among", 0.05, 20) for _ in range(3)]
     measuring = [worker("alone", 0.05, 5) for _ in range(2)]

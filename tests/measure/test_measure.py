@@ -326,6 +326,7 @@ print(json.dumps([[peak_of(size, Path()) for size in (1, 401, 1)] for _ in range
 """
 
 
+@pytest.mark.slow
 def test_the_peak_of_memory_rises_by_what_a_session_takes(tmp_path: Path) -> None:
     """In a process of its own, as a job has one: other tests' libraries change how memory is taken and given back.
 

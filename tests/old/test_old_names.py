@@ -201,6 +201,7 @@ def test_a_pickle_finds_its_class() -> None:
     assert pickle.loads(b"cpq_sweep.digits_cnn\nDigitsCNN\n.") is DigitsCNN
 
 
+@pytest.mark.slow
 def test_every_kind_of_import_statement_gives_the_one_module(tmp_path: Path) -> None:
     done = python(["-c", FRESH], tmp_path, new_user())
     assert done.returncode == 0, done.stderr

@@ -77,6 +77,7 @@ def test_the_graph_answers_like_the_network_at_every_batch_size(graph: Path, bat
     assert relative_error(torch_logits(model.module, images), onnx_logits(graph, images, batch)) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_batch_of_a_network_with_attention_is_dynamic_too(tmp_path: Path) -> None:
     model = attention()
     export_onnx(model, tmp_path / "export.onnx")
@@ -103,12 +104,14 @@ def test_exporting_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_exporting_twice_gives_the_same_bytes(graph: Path, tmp_path: Path) -> None:
     export_onnx(digits_cnn(), tmp_path / "again.onnx")
 
     assert (tmp_path / "again.onnx").read_bytes() == graph.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_traced_graph_takes_the_weights_of_any_network_of_its_structure(tmp_path: Path) -> None:
     """Of an attention layer they are folded into constants that have no name of their own."""
     one, other = attention(), attention()

@@ -167,6 +167,7 @@ def test_closing_frees_a_session_of_torch(data: Data, tmp_path: Path) -> None:
     assert network() is None
 
 
+@pytest.mark.slow
 def test_closing_frees_a_session_of_onnxruntime(data: Data, tmp_path: Path) -> None:
     session: Any = runtime("onnxruntime").open(digits_cnn(), quantizers.none, data, workspace(tmp_path))
     alive = weakref.ref(session.call.session)

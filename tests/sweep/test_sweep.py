@@ -241,6 +241,7 @@ def test_failing_job_is_failed_in_mlflow(half_failing: Ran) -> None:
     assert "dataset.calibration=5000" in children[0].data.tags["pq_sweep.error"]
 
 
+@pytest.mark.slow
 def test_single_run_lands_in_a_folder_of_its_own(tmp_path: Path, launch: Launch) -> None:
     done = launch("tracking=none", *SHORT)
     assert done.returncode == 0, done.stderr
@@ -396,6 +397,7 @@ def test_sweep_in_the_place_of_an_earlier_one_replaces_its_jobs(tmp_path: Path, 
     assert [row["status"] for row in rows_of(tmp_path / "here")] == ["finished"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [(), ("hydra.mode=RUN",), ("-m",)])
 def test_the_folder_of_a_single_run_is_that_of_its_sweep(mode: tuple[str, ...], tmp_path: Path, launch: Launch) -> None:
     """What is finished there is not run again."""

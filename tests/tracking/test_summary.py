@@ -18,6 +18,8 @@ from pq_sweep.results.spreadsheet import write_csv
 from pq_sweep.results.sweeps import read_sweep
 from pq_sweep.tracking.tracker import Mlflow
 
+pytestmark = pytest.mark.slow  # runs a sweep first
+
 
 def told(folder: Path, *arguments: str, **environ: str) -> Done:
     return python(["-m", "pq_sweep.report", *arguments], folder, new_user() | environ)
@@ -74,7 +76,6 @@ def test_children_say_how_they_ended(uri: str) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_report_can_be_made_from_the_store_alone(uri: str, sweep: Path, tmp_path: Path) -> None:
     by_uri = told(tmp_path, uri, "--output", "a.html", "--tables", "a")
     by_name = told(tmp_path, "pq_sweep", "--output", "b.html", "--tables", "b", MLFLOW_TRACKING_URI=uri)
@@ -94,7 +95,6 @@ def test_an_experiment_that_is_not_there_is_told_with_those_that_are(uri: str, t
     assert "'pq_sweep'" in done.stderr
 
 
-@pytest.mark.slow
 def test_a_logged_model_is_loaded_back_and_gives_the_same_answers(tmp_path: Path) -> None:
     done = launch_in(
         tmp_path, "quantizer=int8", "runtime=onnxruntime", "tracking.log_model=true", "hydra.sweep.dir=sweep", *SHORT

@@ -110,6 +110,7 @@ def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+@pytest.mark.slow
 def test_sweep_is_a_parent_with_a_child_per_job(uri: str, tracker: Mlflow, sweep: Path) -> None:
     said = track(tracker, sweep)
     parent, jobs = parent_and_jobs(uri)
@@ -520,6 +521,7 @@ def rows_of(store: Path, query: str) -> list[tuple[object, ...]]:
         return connection.execute(query).fetchall()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["whole", "damaged", "cut"])
 def test_a_new_store_takes_its_tables_from_an_earlier_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kept: str
@@ -603,6 +605,7 @@ def test_parent_that_is_deleted_between_jobs_is_made_again(
     assert set(parent_and_jobs(uri)[1]) == {"0", "1"}
 
 
+@pytest.mark.slow
 def test_view_that_failed_is_not_used_again(
     uri: str, tracker: Mlflow, sweep: Path, opened: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -637,6 +640,7 @@ def test_long_values_are_shortened(uri: str, tracker: Mlflow, tmp_path: Path) ->
     assert parent_and_jobs(uri)[1]["0"].data.params["model"] == "m" * 6000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOWN)
 def test_store_that_is_down_costs_one_warning(
     tmp_path: Path, sweep: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str
@@ -757,6 +761,7 @@ def test_store_that_breaks_on_the_way_is_given_up(
     assert len(warned(caplog)) == 1
 
 
+@pytest.mark.slow
 def test_what_a_store_missed_comes_later(tmp_path: Path, uri: str, sweep: Path) -> None:
     track(Mlflow(DOWN["server"], EXPERIMENT), sweep)
     done = sync(tmp_path, "multirun", "--uri", uri)
@@ -767,6 +772,7 @@ def test_what_a_store_missed_comes_later(tmp_path: Path, uri: str, sweep: Path) 
     assert "results.csv" in artifacts(uri, parent)
 
 
+@pytest.mark.slow
 def test_job_ends_well_when_the_store_is_down(tmp_path: Path, launch: Launch) -> None:
     done = launch(*SHORT, env={"MLFLOW_TRACKING_URI": DOWN["server"]})
     assert done.returncode == 0, done.stderr
@@ -781,6 +787,7 @@ def test_job_ends_well_when_the_store_is_down(tmp_path: Path, launch: Launch) ->
     assert written == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DOWN)
 def test_sync_to_a_store_that_is_down_says_so_in_one_sentence(tmp_path: Path, sweep: Path, name: str) -> None:
     done = sync(tmp_path, "multirun", "--uri", DOWN[name])

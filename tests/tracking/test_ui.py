@@ -374,6 +374,7 @@ def test_ui_of_a_store_without_sweeps_says_so(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_a_view_keeps_the_columns_and_the_room_that_it_had(store: Path, tmp_path: Path) -> None:
     with closing(sqlite3.connect(store / "mlflow.db")) as source, closing(sqlite3.connect(tmp_path / "m.db")) as copy:
         source.backup(copy)
