@@ -55,7 +55,8 @@ class Preprocess:
 class Model:
     """A trained network and what it expects: `module` maps (B, C, H, W) float32 to (B, num_classes) logits.
 
-    `licence` is the address of the terms of the network and its published weights.
+    `licence` is the address of the terms of the network and its published weights. `notes` are sentences for the row:
+    what was done to the network, or chosen for it, before it was measured.
     """
 
     module: nn.Module
@@ -63,6 +64,7 @@ class Model:
     preprocess: Preprocess = Preprocess()
     classes: tuple[str, ...] | None = None
     licence: str | None = None
+    notes: tuple[str, ...] = ()
 
     def sample(self, batch: int = 2) -> Tensor:
         """Return a seeded random input of the right shape, on the device of the network."""
@@ -216,7 +218,8 @@ def hash_each(fetch: Callable[[list[int]], Tensor], indices: list[int], about: s
 class Data:
     """The images of a job. `columns` are the logits that compete when the data has a subset of the model's classes.
 
-    `record` says for the result how the images came to be, such as how many were decoded.
+    `record` says for the result how the images came to be, such as how many were decoded. `notes` are sentences for the
+    row: what was done to the images, or chosen of them, before anything was measured.
     """
 
     evaluation: Split
@@ -225,6 +228,7 @@ class Data:
     classes: tuple[str, ...]
     columns: Tensor | None = None
     record: Callable[[], dict[str, Any]] = dict
+    notes: tuple[str, ...] = ()
 
     def logits(self, output: Tensor) -> Tensor:
         """Keep the columns of (B, model classes) that belong to the classes of the data: (B, data classes)."""

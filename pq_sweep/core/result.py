@@ -252,6 +252,7 @@ class Result(Part):
     baseline: Reference
     session: Ran
     hardware: list[str]
+    notes: list[str]
     config: Record
     environment: Record
 
@@ -267,6 +268,7 @@ class Result(Part):
             "baseline": Reference.of(plain["baseline"]),
             "session": Ran.of(plain["session"]),
             "hardware": plain.get("hardware") or [],
+            "notes": plain.get("notes") or [],
         }
         return super().of({**plain, **parts})
 

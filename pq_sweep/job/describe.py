@@ -75,6 +75,14 @@ def describe_images(data: Data) -> Record:
     return {name: len(part) if part else 0 for name, part in parts.items()} | data.record()
 
 
+def describe_notes(model: Model, data: Data, pruning: Record | None) -> list[str]:
+    """Return a sentence for each thing that was done to what the user brought, or that came out unlike what was asked.
+
+    A pruner adds to them by the `notes` of its record.
+    """
+    return list(dict.fromkeys([*model.notes, *data.notes, *(pruning or {}).get("notes", ())]))
+
+
 def describe_sizes(session: Session, original: int, formats: dict[str, int]) -> Sizes:
     """Return the bytes of the original, of the file to deploy, and of the pruned FP32 network in each format."""
     return Sizes(

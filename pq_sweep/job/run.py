@@ -30,6 +30,7 @@ from pq_sweep.job.check import check, impossible, refuse
 from pq_sweep.job.describe import (
     describe,
     describe_images,
+    describe_notes,
     describe_network,
     describe_session,
     describe_sizes,
@@ -74,6 +75,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             baseline = load_baseline(cfg, model, data, plan.work, plan.protocol)
         pruning = compress(plan, model, data, stage)
         network, formats = look_at_network(model, data, baseline, stage)
+        notes = describe_notes(model, data, pruning)
         session = plan.runtime.open(model, plan.quantizer, data, plan.work)
         del model  # from here on only the session holds memory
         save_layers(session, baseline, stage.files)
@@ -96,6 +98,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             baseline=baseline.result,
             session=ran,
             hardware=unaccelerated(ran, environment),
+            notes=notes,
             config=resolved(cfg),
             environment=environment,
         )

@@ -155,7 +155,7 @@ def _joined(runs: list[Row]) -> Row:
         "runs": [row["folder"] for row in runs],
         "range": {key: (min(values), max(values)) for key, values in kept.items()},
         "unstable": "; ".join(dict.fromkeys(row["unstable"] for row in runs if row["unstable"])),
-        "hardware": list(dict.fromkeys(line for row in runs for line in row["hardware"])),
+        **{name: list(dict.fromkeys(line for row in runs for line in row[name])) for name in ("hardware", "notes")},
     }
 
 

@@ -95,6 +95,7 @@ def show(sweep: Sweep) -> None:
         *_unsettled(sweep),
         *_on_cpu(sweep),
         *_unaccelerated(sweep),
+        *_notes(sweep),
         *_elsewhere(sweep),
         *_left_out(sweep),
     ]:
@@ -141,6 +142,13 @@ def _on_cpu(sweep: Sweep) -> Iterator[str]:
 def _unaccelerated(sweep: Sweep) -> Iterator[str]:
     """Say for which operations the devices have no fast units, and in which jobs that matters."""
     pairs = [(sentence, row["job"]) for row in sweep.rows for sentence in row.get("hardware", ())]
+    for sentence, jobs in _by_reason(pairs):
+        yield f"{sentence.rstrip('.')}: job {jobs}"
+
+
+def _notes(sweep: Sweep) -> Iterator[str]:
+    """Say what was done to networks and images before they were measured, and in which jobs."""
+    pairs = [(sentence, row["job"]) for row in sweep.rows for sentence in row.get("notes", ())]
     for sentence, jobs in _by_reason(pairs):
         yield f"{sentence.rstrip('.')}: job {jobs}"
 

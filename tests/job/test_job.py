@@ -145,6 +145,7 @@ PARTS = {
     "baseline": dict,
     "session": dict,
     "hardware": list,
+    "notes": list,
     "from_cache": list,
     "config": dict,
     "environment": dict,

@@ -496,6 +496,18 @@ def test_what_hardware_lacks_is_said_once_with_its_jobs(tmp_path: Path, capsys: 
     assert [row["hardware"] for row in csv_rows(sweep)] == ["", sentences[0], "; ".join(sentences)]
 
 
+def test_notes_are_said_once_with_their_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sentences = ["The weights were converted from float16 to float32.", "pruner.amount=0.01 took out no channel."]
+    results = [real_result() | {"notes": given} for given in ([], sentences[:1], sentences)]
+    sweep = compared(tmp_path, *results)
+    drawing.show(read_sweep(sweep))
+    out = capsys.readouterr().out
+
+    assert out.count("The weights were converted from float16 to float32: job 1, 2\n") == 1
+    assert out.count("pruner.amount=0.01 took out no channel: job 2\n") == 1
+    assert [row["notes"] for row in csv_rows(sweep)] == ["", sentences[0], "; ".join(sentences)]
+
+
 def test_memory_of_a_gpu_has_its_own_columns() -> None:
     result = real_result()
     assert not {"peak_memory_allocator_mb", "peak_memory_nvml_mb"} & metrics(Result.of(result)).keys()
