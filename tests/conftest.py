@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from pq_sweep.types import UserError
 
@@ -123,11 +125,18 @@ def launch(tmp_path: Path, environment: dict[str, str]) -> Launch:
 
 
 @pytest.fixture(scope="session")
-def readme_sweep(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """Run what `make sweep` runs, and return the folder where it ran and how it ended."""
-    folder = tmp_path_factory.mktemp("readme")
-    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "launch.py -m" in line)
-    return folder, python([str(ROOT / "launch.py"), *line.split()[2:]], folder, new_user(), 300)
+def readme_sweep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """Run what `make sweep` runs, and return the folder where it ran and how it ended; one worker runs it for all."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if is_worker(request.config) else base) / "readme"
+    kept = folder / "done.pickle"
+    with FileLock(folder.with_suffix(".lock")):
+        if not kept.exists():
+            folder.mkdir()
+            line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "launch.py -m" in line)
+            done = python([str(ROOT / "launch.py"), *line.split()[2:]], folder, new_user(), 300)
+            kept.write_bytes(pickle.dumps(done))
+    return folder, pickle.loads(kept.read_bytes())
 
 
 def python(

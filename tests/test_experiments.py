@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import SHORT
 from conftest import ROOT, Launch, only_sweep, results
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
@@ -142,7 +143,7 @@ def test_smoke_covers_the_groups() -> None:
 
 @pytest.mark.slow
 def test_smoke_runs(tmp_path: Path, launch: Launch) -> None:
-    done = launch("experiment=smoke", timeout=600)
+    done = launch("experiment=smoke", *SHORT, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     found = results(only_sweep(tmp_path))
     assert [result["status"] for result in found] == ["finished"] * int(header("smoke")["Jobs"])

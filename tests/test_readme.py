@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from commands import SHORT
 from conftest import ROOT, Launch, only_sweep, results
 
 README = (ROOT / "README.md").read_text()
@@ -23,7 +24,7 @@ def test_own_pruner(tmp_path: Path, launch: Launch) -> None:
     _, script, *arguments = shlex.split(command)
     assert script == "launch.py"
 
-    done = launch(*arguments, "tracking=none", "measure.batch_sizes=[1]")
+    done = launch(*arguments, "tracking=none", *SHORT)
 
     assert done.returncode == 0, done.stderr
     dense, small, pruned, both = results(only_sweep(tmp_path))
