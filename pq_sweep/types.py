@@ -87,7 +87,8 @@ class Split:
 
     `names` say which images they are, such as their files. `marks` hash each image and how it is prepared, if that is
     cheaper than fetching it. If images are cheaper to move before they are normalised, `raw` fetches them as they are,
-    such as uint8 (B, H, W, C), in any thread, and `finish` turns them into what `fetch` returns, on any device.
+    such as uint8 (B, H, W, C), in any thread, and `finish` turns them into what `fetch` returns, on any device. `items`
+    fetches images as a user's data set gives them, such as PIL images; loading makes a `fetch` of it.
     """
 
     labels: Tensor
@@ -96,6 +97,7 @@ class Split:
     marks: Callable[[list[int]], Iterable[str]] | None = None
     raw: Callable[[list[int]], Tensor] | None = None
     finish: Callable[[Tensor], Tensor] | None = None
+    items: Callable[[list[int]], list[Any]] | None = None
 
     @classmethod
     def of_raw(
@@ -122,10 +124,12 @@ class Split:
 
         size = len(dataset)  # type: ignore[arg-type]
         targets = None if getattr(dataset, "target_transform", None) else getattr(dataset, "targets", None)
-        labels = [int(dataset[i][1]) for i in range(size)] if targets is None else targets
-        return cls(
-            torch.as_tensor(labels).to(torch.int64), lambda indices: torch.stack([dataset[i][0] for i in indices])
-        )
+        labels = [dataset[i][1] for i in range(size)] if targets is None else targets
+
+        def items(indices: list[int]) -> list[Any]:
+            return [dataset[i][0] for i in indices]
+
+        return cls(_numbers(labels), lambda indices: torch.stack(items(indices)), items=items)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -137,8 +141,8 @@ class Split:
     def subset(self, indices: list[int]) -> Split:
         """Return the images at `indices`, in that order."""
         names = self.names and tuple(self.names[i] for i in indices)
-        marks, raw = self.marks and _at(indices, self.marks), self.raw and _at(indices, self.raw)
-        return Split(self.labels[indices], _at(indices, self.fetch), names, marks, raw, self.finish)
+        marks, raw, items = (call and _at(indices, call) for call in (self.marks, self.raw, self.items))
+        return Split(self.labels[indices], _at(indices, self.fetch), names, marks, raw, self.finish, items)
 
     def identity(self) -> str:
         """Return a SHA-256 (hex) of what each image shows to a network, of the images' order and of their labels.
@@ -200,6 +204,22 @@ def _pinning(fetch: Callable[[list[int]], Tensor], device: Any) -> Callable[[lis
         return pinned
 
     return fetch_pinned if torch.device(device).type == "cuda" else fetch
+
+
+def _numbers(labels: Any) -> Tensor:
+    """Return labels as a tensor: class numbers (N,) as int64, anything else as it is, for loading to judge."""
+    import torch
+
+    try:
+        rows = [torch.as_tensor(label) for label in labels] if isinstance(labels, list) else labels
+        found = torch.stack(rows) if isinstance(rows, list) and rows else torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(labels[0]).__name__
+        raise UserError(
+            f"labels have to be the numbers of classes, and these are {kind}, first {labels[0]!r}."
+        ) from error
+    whole = found.dim() == 1 and bool((found == found.to(torch.int64)).all())
+    return found.to(torch.int64) if whole else found
 
 
 def _at(indices: list[int], call: Callable[[list[int]], T]) -> Callable[[list[int]], T]:

@@ -238,21 +238,26 @@ def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
 
 def decode(content: bytes, preprocess: Preprocess) -> np.ndarray:
     """Decode, orient, resize and crop an image file to (H, W, C) uint8; a UserError says why that is impossible."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
-
     if not content:
         raise UserError("the file is empty")
     try:
         with Image.open(io.BytesIO(content)) as file:
             _refuse_huge(*file.size, preprocess.resize)
-            image = _eight_bit(_upright(file)).convert("RGB" if preprocess.channels == 3 else "L")
+            return fit(file, preprocess)
     except UnidentifiedImageError as error:
         raise UserError("it is no image that Pillow can read") from error
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow raises almost anything on a damaged file
         raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def fit(picture: Image.Image, preprocess: Preprocess) -> np.ndarray:
+    """Orient, resize and crop a picture to (H, W, C) uint8."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+
+    image = _eight_bit(_upright(picture)).convert("RGB" if preprocess.channels == 3 else "L")
     image = F.resize(image, [preprocess.resize], InterpolationMode(preprocess.interpolation), antialias=True)
     pixels = np.asarray(F.center_crop(image, [preprocess.size]))
     return pixels.reshape(preprocess.size, preprocess.size, preprocess.channels)

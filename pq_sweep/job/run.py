@@ -25,13 +25,16 @@ from pq_sweep.core.fingerprint import digest, fingerprint, resolved
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.result import Accuracy, Network, Result, Speed
 from pq_sweep.core.threads import use_threads
+from pq_sweep.inputs.finite import require_finite
+from pq_sweep.inputs.own_data import accepted_data
+from pq_sweep.inputs.own_model import accepted_model
 from pq_sweep.job.baseline import Baseline, load_baseline
 from pq_sweep.job.check import check, impossible, refuse
 from pq_sweep.job.describe import (
     describe,
     describe_images,
-    describe_notes,
     describe_network,
+    describe_notes,
     describe_session,
     describe_sizes,
     unaccelerated,
@@ -47,6 +50,11 @@ from pq_sweep.measure.sizes import storage_sizes
 from pq_sweep.measure.timing import Protocol
 from pq_sweep.runtimes import precision_of
 from pq_sweep.types import Data, Model, Quantizer, Record, Runtime, RuntimeChoice, Session, Workspace
+
+TOO_FAR = (
+    "precision {} cannot hold its values, or compression went too far: choose another quantizer, leave layers out by"
+    " quantizer.exclude, or prune less"
+)
 
 component = partial(instantiate, _partial_=True, _convert_="all")
 
@@ -79,7 +87,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         session = plan.runtime.open(model, plan.quantizer, data, plan.work)
         del model  # from here on only the session holds memory
         save_layers(session, baseline, stage.files)
-        accuracy, predictions = evaluate(session, data, plan.protocol, stage)
+        accuracy, predictions = evaluate(plan, session, data, stage)
         ran = describe_session(session, precision_of(plan.quantizer), folder)
         environment = describe(plan.work.device, plan.work.threads)
         sizes = describe_sizes(session, baseline.result.size_bytes, formats)
@@ -132,8 +140,8 @@ def possible_runtime(cfg: DictConfig, quantizer: Quantizer, device: str) -> Runt
 
 def load(cfg: DictConfig, device: str) -> tuple[Model, Data]:
     """Return the model on its device and the data as the model takes it."""
-    model: Model = component(cfg.model)()
-    data: Data = component(cfg.dataset)(model)
+    model = accepted_model(component(cfg.model)(), cfg.model._target_)
+    data = accepted_data(component(cfg.dataset)(model), model, cfg.dataset._target_)
     model.module.to(device)
     return model, data
 
@@ -141,12 +149,16 @@ def load(cfg: DictConfig, device: str) -> tuple[Model, Data]:
 def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> Record | None:
     """Prune and recover the network in place, and return the pruner's record."""
 
-    def change(name: str, config: DictConfig) -> Any:
+    def change(name: str, group: str) -> Any:
+        config = plan.cfg[group]
         origin = origin_of(config, data, plan.work.device)
-        return change_once(stage, name, model, partial(with_stage(component(config), stage), model, data), origin)
+        record = change_once(stage, name, model, partial(with_stage(component(config), stage), model, data), origin)
+        model.module.eval()  # a function of the user's may leave it as training needs it
+        require_finite(model.module, f"the network after {group}={config._target_}", f"change the options of {group}")
+        return record
 
-    pruning: Record | None = change("prune", plan.cfg.pruner)
-    change("recover", plan.cfg.recovery)
+    pruning: Record | None = change("prune", "pruner")
+    change("recover", "recovery")
     if plan.protocol.repeats > 1:
         share_network(stage, model)
     return pruning
@@ -198,12 +210,13 @@ def look_at_network(model: Model, data: Data, baseline: Baseline, stage: Stages)
     return Network.of(network), formats
 
 
-def evaluate(session: Session, data: Data, protocol: Protocol, stage: Stages) -> tuple[Accuracy, np.ndarray]:
+def evaluate(plan: Plan, session: Session, data: Data, stage: Stages) -> tuple[Accuracy, np.ndarray]:
     """Return accuracy and the predicted class of every evaluation image (N,), which `predictions.npy` holds."""
     path = stage.files.predictions
 
     def measured() -> Record:
-        found, predictions = accuracy(session, data, protocol.evaluation_batch(session.device))
+        size = plan.protocol.evaluation_batch(session.device)
+        found, predictions = accuracy(session, data, size, TOO_FAR.format(precision_of(plan.quantizer)))
         np.save(path, predictions)
         return found.plain()
 

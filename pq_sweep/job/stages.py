@@ -29,6 +29,26 @@ log = logging.getLogger(__name__)
 PREP = ("prune", "recover", "trace", "export", "calibrate", "sensitivity", "quantize", "build")
 
 
+# What to do about an error of a library's, by stage.
+WITHOUT_GRAPH = "use runtime=torch, which needs no graph, or see in job.log which operation it was"
+ADVICE = {
+    "start": "correct the options of the component that job.log names",
+    "load": "correct the function of model or dataset that job.log names, its options or its files",
+    "baseline": "see in job.log what the uncompressed network or an evaluation image does wrong",
+    "prune": "choose another pruner, or see in job.log which layer it was",
+    "recover": "change the options of recovery, or choose recovery=none",
+    "trace": WITHOUT_GRAPH,
+    "export": WITHOUT_GRAPH,
+    "calibrate": "choose another quantizer.calibration, or leave the layer out by quantizer.exclude",
+    "sensitivity": "choose quantizer=int8, or leave the layer out by quantizer.exclude",
+    "quantize": "leave the layer out by quantizer.exclude, or choose another quantizer",
+    "build": "choose another runtime, or leave the layer out by quantizer.exclude",
+    "accuracy": "choose another runtime, as this one cannot run the network on these images",
+}
+# Errors of these packages are sentences of ours, or handled below.
+OURS = ("pq_sweep", "submitit")
+
+
 class Stages:
     """Times stages by name, `with stages("export"): ...`, and keeps what was finished.
 
@@ -170,13 +190,30 @@ class Stages:
 
 def told_of(error: BaseException, stage: str, started: float) -> Record:
     """Return what `error.json` says of an error."""
-    message = " ".join(str(error).split()) or type(error).__name__
+    message = " ".join(str(ours(error) or error).split()) or type(error).__name__
+    if not ours(error):
+        message = f"{lead(error, stage)} ({type(error).__name__}: {message.rstrip('.')})."
     if isinstance(error, SystemExit):
         message = f"the job called sys.exit({error.code!r}) instead of raising an error."
     if type(error).__name__ == "UncompletedJobError":  # raised by submitit in the middle of whatever ran
         message = f"{message.rstrip('.')}; raise hydra.launcher.timeout_min or max_num_timeout."
     record = {"type": type(error).__name__, "message": message, "stage": stage, "started": started}
     return record | {"slurm": slurm(), "stderr": getattr(error, "__notes__", []), "traceback": traceback.format_exc()}
+
+
+def ours(error: BaseException | None) -> BaseException | None:
+    """Return the error itself if it is a sentence of ours, or the one that a library wrapped into it."""
+    while error and not type(error).__module__.startswith(OURS):
+        error = error.__cause__
+    return error
+
+
+def lead(error: BaseException, stage: str) -> str:
+    """Return a sentence, without its full stop, that says what can be done about an error of a library's."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return "the memory is too small; lower measure.batch_sizes or measure.eval_batch_size, or take another device"
+    name = stage.partition(" ")[0]
+    return f"the stage {name} failed; {ADVICE.get(name, 'see in job.log where')}"
 
 
 def is_leaving(error: BaseException) -> bool:

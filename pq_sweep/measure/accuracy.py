@@ -13,11 +13,14 @@ from tqdm import tqdm
 from pq_sweep.core.result import Accuracy
 from pq_sweep.core.threads import one_thread
 from pq_sweep.measure.significance import Z95
-from pq_sweep.types import Data, Session
+from pq_sweep.types import Data, Session, Split, UserError
 
 
-def accuracy(session: Session, data: Data, batch_size: int) -> tuple[Accuracy, np.ndarray]:
-    """Run the evaluation images once: top-1 and top-5 over samples, and the predicted class of each image (N,)."""
+def accuracy(session: Session, data: Data, batch_size: int, advice: str = "") -> tuple[Accuracy, np.ndarray]:
+    """Run the evaluation images once: top-1 and top-5 over samples, and the predicted class of each image (N,).
+
+    Logits that are not finite are a UserError, which ends in `advice`.
+    """
     hits1 = hits5 = 0
     predictions = []
     total = math.ceil(len(data.evaluation) / batch_size)
@@ -26,6 +29,7 @@ def accuracy(session: Session, data: Data, batch_size: int) -> tuple[Accuracy, n
     with nullcontext() if session.runtime == "torch" else one_thread():
         for images, labels in bar:
             logits = data.logits(session(images))
+            _require_finite(logits, session, data.evaluation, sum(map(len, predictions)), advice)
             places = rank(logits, labels)
             hits1 += int((places < 1).sum())
             hits5 += int((places < 5).sum())
@@ -40,6 +44,17 @@ def accuracy(session: Session, data: Data, batch_size: int) -> tuple[Accuracy, n
         top5=hits5 / samples if len(data.classes) > 5 else None,
     )
     return found, np.concatenate(predictions)
+
+
+def _require_finite(logits: Tensor, session: Session, split: Split, start: int, advice: str) -> None:
+    """Raise a UserError that names the first image of a batch, which begins at `start`, with a logit not finite."""
+    wrong = logits.isfinite().all(dim=1).logical_not()
+    if wrong.any():
+        index = start + int(wrong.nonzero()[0])
+        raise UserError(
+            f"{session.engine} answers evaluation image {split.names[index] if split.names else index} with logits that"
+            f" are not finite; {advice or 'check the weights and this image'}."
+        )
 
 
 def rank(logits: Tensor, labels: Tensor) -> Tensor:

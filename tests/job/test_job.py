@@ -27,7 +27,7 @@ from pq_sweep.core.weights import prunable
 from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job import run as job
-from pq_sweep.job.stages import PREP, Stages
+from pq_sweep.job.stages import PREP, Stages, told_of
 from pq_sweep.types import Data, UserError
 
 BRIEF = (
@@ -471,8 +471,28 @@ def test_a_stage_that_fails_is_named(tmp_path: Path) -> None:
         1 / 0  # noqa: B018
 
     error = read(tmp_path / "error.json")
-    assert (error["type"], error["message"], error["stage"]) == ("ZeroDivisionError", "division by zero", "export")
+    assert (error["type"], error["stage"]) == ("ZeroDivisionError", "export")
+    assert error["message"].startswith("the stage export failed; use runtime=torch, which needs no graph, or see in")
+    assert error["message"].endswith("(ZeroDivisionError: division by zero).")
     assert stage.seconds["export"] >= 0
+
+
+@pytest.mark.parametrize("name", [*PREP, "start", "load", "baseline", "accuracy", "latency b1", "memory"])
+def test_a_message_of_a_library_is_led_by_what_to_do(name: str) -> None:
+    message = told_of(RuntimeError("Sizes of tensors must match."), name, 0.0)["message"]
+    assert message.startswith(f"the stage {name.split()[0]} failed; ")
+    assert message.endswith(" (RuntimeError: Sizes of tensors must match).")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.")])
+def test_too_little_memory_says_what_to_lower(error: Exception) -> None:
+    assert "lower measure.batch_sizes or measure.eval_batch_size" in told_of(error, "latency b8", 0.0)["message"]
+
+
+def test_a_sentence_of_ours_stays_as_it_is_even_if_a_library_wraps_it() -> None:
+    own, wrapped = UserError("choose another."), RuntimeError("Error in call to target 'x'")
+    wrapped.__cause__ = own
+    assert [told_of(error, "load", 0.0)["message"] for error in (own, wrapped)] == ["choose another."] * 2
 
 
 CONTENT = {

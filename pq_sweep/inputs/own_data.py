@@ -1,0 +1,150 @@
+"""What a function for a data set returns, checked once when it is loaded.
+
+Pictures that nobody has prepared and labels in another form are put right, and a note for the row says so. Everything
+else is refused in a sentence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pq_sweep.inputs.contract import described, require_type
+from pq_sweep.inputs.samples import Prepare, preparing
+from pq_sweep.types import Data, Model, Preprocess, Split, UserError
+
+
+def accepted_data(given: Any, model: Model, target: str) -> Data:
+    """Return the data that the function `target` made: class numbers as labels, float32 images as the model takes."""
+    data = require_type(given, Data, target, "Data(evaluation, calibration, train, classes)")
+    classes = _competing(data, model, target)
+    splits: dict[str, Any] = {}
+    notes = list(data.notes)
+    for name in ("evaluation", "calibration", "train"):
+        if (part := getattr(data, name)) is not None:
+            part = require_type(part, Split, f"{name} of {target}", "Split")
+            splits[name], said = _accepted_split(part, name, model.preprocess, classes)
+            notes += said
+    if not len(splits["evaluation"]):
+        raise UserError(f"{target} gives no evaluation images; give at least one.")
+    if not len(splits.get("train", ())):
+        splits["train"] = None
+    return replace(data, **splits, notes=tuple(notes))
+
+
+def _competing(data: Data, model: Model, target: str) -> int:
+    """Return how many logits compete for an image."""
+    if data.columns is None:
+        return model.num_classes
+    columns = data.columns.tolist()
+    if len(columns) != len(data.classes) or not all(0 <= column < model.num_classes for column in columns):
+        raise UserError(
+            f"columns of {target} have to name one of the model's {model.num_classes} logits for each of the"
+            f" {len(data.classes)} classes of the data."
+        )
+    return len(columns)
+
+
+def _accepted_split(split: Split, name: str, preprocess: Preprocess, classes: int) -> tuple[Split, list[str]]:
+    """Return a part of the data with labels and images as they have to be, and what was done to them."""
+    if not len(split):
+        return split, []
+    labels, notes = _class_numbers(split.labels, name, classes)
+    split = replace(split, labels=labels)
+    if split.raw:
+        _check_images(split.fetch([0]), [0], split, name, preprocess)
+        return split, notes
+    first = _fetched(split, [0], name)[0]
+    prepare, how = preparing(first, preprocess)
+    if how:
+        notes.append(f"The {name} images came as {how}.")
+    fetch = partial(_fetch, replace(split), name, preprocess, prepare)
+    fetch([0])
+    return replace(split, fetch=fetch, items=None), notes
+
+
+def _fetch(split: Split, name: str, preprocess: Preprocess, prepare: Prepare | None, indices: list[int]) -> Tensor:
+    """Return images of a split, prepared if they have to be, and checked."""
+    fetched = _fetched(split, indices, name)
+    if prepare:
+        fetched = [prepare(item) for item in fetched]
+    images = fetched if isinstance(fetched, Tensor) else _stacked(fetched, indices, split, name)
+    _check_images(images, indices, split, name, preprocess)
+    return images
+
+
+def _fetched(split: Split, indices: list[int], name: str) -> Any:
+    return split.items(indices) if split.items else split.fetch(indices)
+
+
+def _stacked(images: list[Any], indices: list[int], split: Split, name: str) -> Tensor:
+    shapes = [tuple(image.shape) if isinstance(image, Tensor) else described(image) for image in images]
+    for index, shape in zip(indices, shapes, strict=True):
+        if shape != shapes[0] or not isinstance(shape, tuple):
+            raise UserError(
+                f"{_image(index, split, name)} is {shape} and another beside it {shapes[0]}; give tensors of one shape."
+            )
+    return torch.stack(images)
+
+
+def _check_images(images: Any, indices: list[int], split: Split, name: str, preprocess: Preprocess) -> None:
+    """Refuse a batch that is not float32 (B, channels, size, size) of finite values."""
+    shape = (len(indices), preprocess.channels, preprocess.size, preprocess.size)
+    if not isinstance(images, Tensor) or tuple(images.shape) != shape or images.dtype != torch.float32:
+        raise UserError(
+            f"the {name} images come as {described(images)} where float32 {shape} is expected, as the model's"
+            " Preprocess says; bring them to that size, channels first, or correct preprocess."
+        )
+    finite = images.isfinite().flatten(1).all(1)
+    if not finite.all():
+        first = indices[int(finite.logical_not().nonzero()[0])]
+        raise UserError(f"{_image(first, split, name)} has values that are not finite; leave it out or mend it.")
+
+
+def _image(index: int, split: Split, name: str) -> str:
+    return f"{name} image {split.names[index] if split.names else index}"
+
+
+def _class_numbers(labels: Any, name: str, classes: int) -> tuple[Tensor, list[str]]:
+    """Return labels (N,) int64, from one-hot rows too."""
+    found, notes = _as_tensor(labels, name), []
+    if found.dim() == 2 and found.shape[1] == 1:
+        found = found[:, 0]
+    if found.dim() == 2 and _one_hot(found):
+        found = found.argmax(1)
+        notes.append(f"The {name} labels came one-hot.")
+    if found.dim() != 1 or not bool((found == found.to(torch.int64)).all()):
+        raise UserError(
+            f"the {name} labels come as {described(found)}; give the number of the class of each image, as (N,) int64."
+        )
+    found = found.to(torch.int64)
+    wrong = found[(found < 0) | (found >= classes)]
+    if len(wrong):
+        raise UserError(
+            f"{len(wrong)} of {len(found)} {name} labels are none of the {classes} classes, first {int(wrong[0])};"
+            f" labels are numbers from 0 to {classes - 1}, so {_how_to_mend(found, classes)}."
+        )
+    return found, notes
+
+
+def _as_tensor(labels: Any, name: str) -> Tensor:
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the {name} labels come as {described(labels)}; give the number of the class of each image."
+        ) from error
+
+
+def _one_hot(labels: Tensor) -> bool:
+    return bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(1) == 1).all())
+
+
+def _how_to_mend(labels: Tensor, classes: int) -> str:
+    if int(labels.min()) == 1 and int(labels.max()) == classes:
+        return "take 1 from each"
+    return "leave out images without a class" if int(labels.min()) < 0 else "check them against the model's classes"

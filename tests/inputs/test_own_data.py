@@ -1,0 +1,204 @@
+"""What a user's data function returns: put right and said where that is plain, refused in one sentence otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import refused
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from torchvision.transforms import functional as F
+
+from pq_sweep.inputs.own_data import accepted_data
+from pq_sweep.types import Data, Model, Preprocess, Split
+
+TEN = tuple("0123456789")
+GREY = Preprocess(size=8, resize=8, channels=1, mean=(0.25,), std=(0.5,))
+COLOUR = Preprocess(size=8, resize=10)
+
+
+class Pairs(Dataset[Any]):
+    def __init__(self, images: Any, labels: Any) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.images[index], self.labels[index]
+
+
+def grey_bytes(count: int = 30) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 8), dtype=np.uint8)
+
+
+def colour_bytes(count: int = 30) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 12, 16, 3), dtype=np.uint8)
+
+
+def floats(count: int = 30) -> Tensor:
+    return torch.from_numpy(grey_bytes(count)).unsqueeze(1) / 255
+
+
+LABELS = torch.arange(30) % 10
+
+
+def model_of(preprocess: Preprocess = GREY) -> Model:
+    return Model(nn.Linear(1, 10), 10, preprocess)
+
+
+def data_of(images: Any, labels: Any = LABELS, **options: Any) -> Data:
+    """Return data of (image, label) pairs of which the first 20 are for evaluation."""
+    parts = [Split.of_dataset(Pairs(images[a:b], labels[a:b])) for a, b in ((0, 20), (20, 25), (25, 30))]
+    return Data(*parts, **{"classes": TEN} | options)
+
+
+def accepted(data: Any, preprocess: Preprocess = GREY) -> Data:
+    return accepted_data(data, model_of(preprocess), "mine.make")
+
+
+def images_of(split: Split) -> Tensor:
+    return torch.cat([images for images, _ in split.batches(7)])
+
+
+def test_sound_data_are_left_as_they_are() -> None:
+    found = accepted(data_of(floats()))
+    assert found.notes == ()
+    assert torch.equal(images_of(found.evaluation), floats()[:20])
+    assert found.evaluation.labels.dtype == torch.int64
+    assert found.evaluation.labels.tolist() == LABELS[:20].tolist()
+
+
+def prepared(picture: Image.Image, preprocess: Preprocess) -> Tensor:
+    """What torchvision makes of a picture as the model's Preprocess says."""
+    image = F.center_crop(F.resize(picture, [preprocess.resize], antialias=True), [preprocess.size])
+    return F.normalize(F.to_tensor(image), list(preprocess.mean), list(preprocess.std))
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "preprocess", "make"),
+    [
+        (grey_bytes(), GREY, Image.fromarray),
+        (colour_bytes(), COLOUR, Image.fromarray),
+        (colour_bytes(), COLOUR, lambda array: array),
+        (colour_bytes(), COLOUR, lambda array: torch.from_numpy(array).permute(2, 0, 1)),
+        (grey_bytes(), GREY, lambda array: array),
+        (grey_bytes(), GREY, lambda array: torch.from_numpy(array)[None]),
+    ],
+    ids=["grey PIL", "PIL", "array", "tensor", "grey array", "grey tensor"],
+)
+def test_pictures_are_prepared_as_the_model_says(bytes_: np.ndarray, preprocess: Preprocess, make: Any) -> None:
+    found = accepted(data_of([make(array) for array in bytes_]), preprocess)
+    expected = torch.stack([prepared(Image.fromarray(array), preprocess) for array in bytes_[:20]])
+    assert torch.allclose(images_of(found.evaluation), expected, atol=1e-6)
+    assert len(found.notes) == 3
+    assert "were resized, cropped and normalised as the model's Preprocess says." in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda image: image.numpy(), lambda image: image.double(), lambda image: image.double().numpy()],
+    ids=["numpy", "double", "double numpy"],
+)
+def test_other_floats_become_float32_tensors(make: Any) -> None:
+    found = accepted(data_of([make(image) for image in floats()]))
+    assert torch.equal(images_of(found.evaluation), floats()[:20])
+    assert "float32" in found.notes[0]
+
+
+def test_half_images_become_float32() -> None:
+    found = accepted(Data(Split.of_tensors(floats().half(), LABELS), Split.of_tensors(floats(), LABELS), None, TEN))
+    assert torch.equal(images_of(found.evaluation), floats().half().float())
+    assert found.notes == ("The evaluation images came as float16 and were converted to float32.",)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.nn.functional.one_hot(LABELS, 10),
+        torch.nn.functional.one_hot(LABELS, 10).float().numpy(),
+        [row.tolist() for row in torch.nn.functional.one_hot(LABELS, 10)],
+    ],
+    ids=["tensor", "array", "lists"],
+)
+def test_one_hot_labels_are_read(labels: Any) -> None:
+    found = accepted(data_of(floats(), labels))
+    assert found.evaluation.labels.tolist() == LABELS[:20].tolist()
+    assert found.notes[0] == "The evaluation labels came one-hot."
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [LABELS.tolist(), LABELS.numpy(), LABELS.to(torch.uint8), LABELS.float(), list(LABELS), LABELS[:, None]],
+    ids=["list", "numpy", "uint8", "float", "tensors", "column"],
+)
+def test_class_numbers_of_any_type_are_read(labels: Any) -> None:
+    found = accepted(data_of(floats(), labels))
+    assert found.evaluation.labels.dtype == torch.int64
+    assert found.evaluation.labels.tolist() == LABELS[:20].tolist()
+
+
+def test_an_empty_training_part_is_none() -> None:
+    data = data_of(floats())
+    assert accepted(Data(data.evaluation, data.calibration, data.train.take(0), TEN)).train is None
+
+
+def spoilt(value: float, index: int) -> Tensor:
+    images = floats()
+    images[index, 0, 3, 3] = value
+    return images
+
+
+def one_larger() -> list[Tensor]:
+    return [*floats()[:3], torch.zeros(1, 9, 9), *floats()[4:]]
+
+
+REFUSED = {
+    "no Data": (lambda: Split.of_tensors(floats(), LABELS), "mine.make gives a pq_sweep.types.Split; return"),
+    "no Split": (lambda: Data(Pairs(floats(), LABELS), None, None, TEN), "evaluation of mine.make gives a"),
+    "from one": (lambda: data_of(floats(), LABELS + 1), "are numbers from 0 to 9, so take 1 from each"),
+    "minus": (lambda: data_of(floats(), torch.where(LABELS == 3, -1, LABELS)), "2 of 20 evaluation labels are none of"),
+    "too many": (lambda: data_of(floats(), LABELS * 2), "check them against the model's classes"),
+    "names": (lambda: data_of(floats(), [TEN[n] for n in LABELS]), "these are str, first '0'"),
+    "soft": (lambda: data_of(floats(), torch.full((30, 10), 0.1)), "labels come as a float32 tensor (20, 10)"),
+    "halves": (lambda: data_of(floats(), LABELS + 0.5), "labels come as a float32 tensor (20,)"),
+    "many hot": (lambda: data_of(floats(), torch.ones(30, 10)), "labels come as a float32 tensor (20, 10)"),
+    "empty": (lambda: Data(data_of(floats()).evaluation.take(0), data_of(floats()).calibration, None, TEN),
+              "mine.make gives no evaluation images"),
+    "wide": (lambda: data_of(nn.functional.pad(floats(), (0, 4))), "(1, 1, 8, 12) where float32 (1, 1, 8, 8)"),
+    "colour": (lambda: data_of(floats().expand(-1, 3, -1, -1)), "(1, 3, 8, 8) where float32 (1, 1, 8, 8)"),
+    "no channels": (lambda: data_of(floats()[:, 0]), "(1, 8, 8) where float32 (1, 1, 8, 8)"),
+    "integers": (lambda: data_of((floats() * 16).to(torch.int64)), "come as a int64 tensor (1, 1, 8, 8)"),
+    "paths": (lambda: data_of(["a.png"] * 30), "evaluation image 0 is 'a.png'"),
+    "other columns": (lambda: data_of(floats(), columns=torch.tensor([1, 2])), "one of the model's 10 logits for"),
+    "columns beyond": (lambda: data_of(floats(), columns=torch.arange(10) + 1), "one of the model's 10 logits for"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_anything_else_is_refused_in_one_sentence(make: Any, sentence: str) -> None:
+    assert sentence in refused(lambda: accepted(make()))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("index", "part"), [(0, "evaluation"), (13, "evaluation"), (27, "train")])
+def test_values_that_are_not_finite_are_named(value: float, index: int, part: str) -> None:
+    place = index - 25 if part == "train" else index
+    text = refused(lambda: images_of(getattr(accepted(data_of(spoilt(value, index))), part)))
+    assert text == f"{part} image {place} has values that are not finite; leave it out or mend it."
+
+
+def test_a_part_keeps_its_own_numbers() -> None:
+    data = accepted(data_of(spoilt(float("nan"), 13)))
+    assert "evaluation image 13 has" in refused(lambda: images_of(data.evaluation))
+    images_of(data.evaluation.subset([0, 1, 12, 14]))
+
+
+def test_images_of_several_sizes_are_named() -> None:
+    assert "evaluation image 3 is (1, 9, 9) and another beside it (1, 8, 8)" in refused(
+        lambda: images_of(accepted(data_of(one_larger())).evaluation)
+    )
