@@ -20,7 +20,7 @@ from pq_sweep.core.files import read_json
 from pq_sweep.core.fingerprint import file_hash
 from pq_sweep.core.result import Speed
 from pq_sweep.job.repeats import RepeatFailed, Tell
-from pq_sweep.job.stages import Stages
+from pq_sweep.job.stages import Stages, sentence
 from pq_sweep.types import Record
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def main() -> None:
     except Exception as error:
         traceback.print_exc()
         sys.stderr.flush()
-        tell({"error": " ".join(str(error).split()) or type(error).__name__})
+        tell({"error": sentence(error, "repeat")})
 
 
 def _end_with_job() -> None:

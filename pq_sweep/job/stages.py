@@ -190,15 +190,20 @@ class Stages:
 
 def told_of(error: BaseException, stage: str, started: float) -> Record:
     """Return what `error.json` says of an error."""
-    message = " ".join(str(ours(error) or error).split()) or type(error).__name__
-    if not ours(error):
-        message = f"{lead(error, stage)} ({type(error).__name__}: {message.rstrip('.')})."
+    message = sentence(error, stage)
     if isinstance(error, SystemExit):
         message = f"the job called sys.exit({error.code!r}) instead of raising an error."
     if type(error).__name__ == "UncompletedJobError":  # raised by submitit in the middle of whatever ran
         message = f"{message.rstrip('.')}; raise hydra.launcher.timeout_min or max_num_timeout."
     record = {"type": type(error).__name__, "message": message, "stage": stage, "started": started}
     return record | {"slurm": slurm(), "stderr": getattr(error, "__notes__", []), "traceback": traceback.format_exc()}
+
+
+def sentence(error: BaseException, stage: str) -> str:
+    """Return the sentence of an error, led by what to do if it is a library's."""
+    own = ours(error)
+    message = " ".join(str(own or error).split()) or type(error).__name__
+    return message if own else f"{lead(error, stage)} ({type(error).__name__}: {message.rstrip('.')})."
 
 
 def ours(error: BaseException | None) -> BaseException | None:

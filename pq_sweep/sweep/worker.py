@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from pq_sweep.core.fingerprint import fingerprint
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.imports import quick_imports
-from pq_sweep.job.stages import is_leaving
+from pq_sweep.job.stages import is_leaving, sentence
 from pq_sweep.results.standing import is_logged
 from pq_sweep.types import Stopped
 
@@ -46,7 +46,8 @@ def run_job(cfg: DictConfig) -> None:
     except (Exception, SystemExit) as error:
         if is_leaving(error):
             raise
-        log.error("job %s failed: %s", folder.name, error)
+        told = folder.read_error()
+        log.error("job %s failed: %s", folder.name, told["message"] if told else sentence(error, "start"))
         log.debug("traceback", exc_info=True)
     if not is_logged(folder):
         instantiate(cfg.tracking).log(folder.path)

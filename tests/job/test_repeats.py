@@ -279,11 +279,14 @@ def test_a_job_whose_code_changed_is_not_measured_on(tmp_path: Path) -> None:
 # --- failing ----------------------------------------------------------------------------------------------------------
 
 
+LED = "repeat 1/2: the stage repeat failed; see in job.log where (ValueError: no room for it)."
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("again", "message", "told"),
     [
-        ('raise ValueError("no room\\nfor it")', "repeat 1/2: no room for it", "ValueError: no room"),
+        ('raise ValueError("no room\\nfor it")', LED, "ValueError: no room"),
         ("os.kill(os.getpid(), 9)", "repeat 1/2 ended without a result, signal 9 (often: out of memory).", ""),
         ('os.write(2, b"goodbye"); os._exit(3)', "repeat 1/2 ended without a result, exit code 3.", "goodbye"),
     ],
