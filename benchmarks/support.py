@@ -16,15 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
+from benchmarks.timm_models import FAMILIES
+from pq_sweep.types import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
+TIMM = "timm."
 TECHNIQUES = ("zero-fill", "remove", "export", "fp16", "int8", "remove + int8")
 AMOUNT = 0.5
 IMAGES = 16
@@ -56,8 +61,16 @@ def main() -> None:
 
 
 def model_names() -> list[str]:
-    """Return every model of the catalogue."""
-    return sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml"))
+    """Return every model of the catalogue, and one network of each family of timm."""
+    return [*sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml")), *(TIMM + name for name in FAMILIES)]
+
+
+def chosen(name: str) -> list[str]:
+    """Return the overrides that choose a model; one of timm comes from a function as a user would write it."""
+    if name.startswith(TIMM):
+        own = "model._target_=benchmarks.timm_models.timm_model"
+        return ["~model.weights", own, f"+model.name={name.removeprefix(TIMM)}"]
+    return [f"model={name}"]
 
 
 def in_own_process(name: str, options: argparse.Namespace) -> Cell:
@@ -77,6 +90,7 @@ def try_model(name: str, weights: Path | None, images: Path | None) -> Cell:
     from hydra.utils import instantiate
 
     from pq_sweep.core.threads import use_threads
+    from pq_sweep.inputs.own_model import accepted_model
 
     use_threads(None)
     torch.manual_seed(0)
@@ -86,9 +100,9 @@ def try_model(name: str, weights: Path | None, images: Path | None) -> Cell:
     if images and not packaged:
         dataset = ["dataset=image_folder", f"dataset.root={images}", f"dataset.evaluation={IMAGES}"]
     dataset = ["dataset=digits"] if packaged else dataset
-    chosen = [] if packaged else [f"model.weights={trained or 'null'}"]
-    cfg = config(f"model={name}", *chosen, *dataset)
-    model = instantiate(cfg.model)
+    own = packaged or name.startswith(TIMM)
+    cfg = config(*chosen(name), *([] if own else [f"model.weights={trained or 'null'}"]), *dataset)
+    model = accepted_model(instantiate(cfg.model), name)
     if not (trained or packaged):
         randomise(model)
     data = instantiate(cfg.dataset, _partial_=True)(model)
@@ -128,6 +142,8 @@ def attempt(technique: str, model: Any, data: Any, folder: Path) -> Cell:
     """Run one cell; if that fails, the cell holds the error."""
     try:
         return run(technique, copy.deepcopy(model), data, folder)
+    except UserError as error:
+        return {"refused": " ".join(str(error).split())}
     except Exception as error:
         return {"error": " ".join(str(error).split())}
 
@@ -234,15 +250,25 @@ def file_size(model: Any) -> int:
 
 def table(records: dict[str, Cell]) -> str:
     """Draw the records as Markdown."""
-    rows = [["model", "weights", *TECHNIQUES], ["---"] * (2 + len(TECHNIQUES))]
+    ours = {name: record for name, record in records.items() if not name.startswith(TIMM)}
+    theirs = {name: record for name, record in records.items() if name.startswith(TIMM)}
+    head = HEADER.format(**versions(), amount=AMOUNT, images=IMAGES)
+    return head + "".join(lines(ours)) + TIMM_HEADER.format(timm=version("timm")) + "".join(lines(theirs))
+
+
+def lines(records: dict[str, Cell]) -> Iterator[str]:
+    """Yield the lines of a table."""
+    yield f"| {' | '.join(['model', 'weights', *TECHNIQUES])} |\n"
+    yield f"| {' | '.join(['---'] * (2 + len(TECHNIQUES)))} |\n"
     for name, record in records.items():
-        rows.append([name, record["weights"], *(text(record["cells"][technique]) for technique in TECHNIQUES)])
-    lines = [f"| {' | '.join(row)} |\n" for row in rows]
-    return HEADER.format(**versions(), amount=AMOUNT, images=IMAGES) + "".join(lines)
+        cells = (text(record["cells"][technique]) for technique in TECHNIQUES)
+        yield f"| {' | '.join([name, record['weights'], *cells])} |\n"
 
 
 def text(cell: Cell) -> str:
     """Draw one cell."""
+    if "refused" in cell:
+        return f"refused: {cell['refused']}".replace("|", "/")
     if "error" in cell:
         return f"**failed**: {cell['error']}".replace("|", "/")
     return f"ok {cell['seconds']:.1f} s, {cell['size']:.2f}, {cell['snr_db']:.0f} dB"
@@ -272,6 +298,14 @@ logits against the FP32 network's (200 dB: equal).
   `remove + int8` the ratio is against the FP32 network that was left after removal.
 - Weights are `trained` where they were at hand; `random` ones (BatchNorm measured on images) show that a technique
   works, not how well: for accuracy, run a sweep.
+
+"""
+
+TIMM_HEADER = """
+## Networks of timm
+
+One small network of each of twelve families, brought by the function of a few lines in
+[benchmarks/timm_models.py](../benchmarks/timm_models.py), as you would bring your own; timm {timm}.
 
 """
 
