@@ -23,17 +23,25 @@ def accepted_data(given: Any, model: Model, target: str) -> Data:
     data = require_type(given, Data, target, "Data(evaluation, calibration, train, classes)")
     classes = _competing(data, model, target)
     splits: dict[str, Any] = {}
-    notes = list(data.notes)
+    said: dict[str, list[str]] = {}
     for name in ("evaluation", "calibration", "train"):
         if (part := getattr(data, name)) is not None:
             part = require_type(part, Split, f"{name} of {target}", "Split")
-            splits[name], said = _accepted_split(part, name, model.preprocess, classes)
-            notes += said
+            splits[name], notes = _accepted_split(part, name, model.preprocess, classes)
+            for note in notes:
+                said.setdefault(note, []).append(name)
     if not len(splits["evaluation"]):
         raise UserError(f"{target} gives no evaluation images; give at least one.")
     if not len(splits.get("train", ())):
         splits["train"] = None
-    return replace(data, **splits, notes=tuple(notes))
+    return replace(
+        data, **splits, notes=(*data.notes, *(f"The {listed(parts)} {note}." for note, parts in said.items()))
+    )
+
+
+def listed(names: list[str]) -> str:
+    """Join names as a sentence does: "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _competing(data: Data, model: Model, target: str) -> int:
@@ -61,7 +69,7 @@ def _accepted_split(split: Split, name: str, preprocess: Preprocess, classes: in
     first = _fetched(split, [0], name)[0]
     prepare, how = preparing(first, preprocess)
     if how:
-        notes.append(f"The {name} images came as {how}.")
+        notes.append(f"images came as {how}")
     fetch = partial(_fetch, replace(split), name, preprocess, prepare)
     fetch([0])
     return replace(split, fetch=fetch, items=None), notes
@@ -116,7 +124,7 @@ def _class_numbers(labels: Any, name: str, classes: int) -> tuple[Tensor, list[s
         found = found[:, 0]
     if found.dim() == 2 and _one_hot(found):
         found = found.argmax(1)
-        notes.append(f"The {name} labels came one-hot.")
+        notes.append("labels came one-hot")
     if found.dim() != 1 or not bool((found == found.to(torch.int64)).all()):
         raise UserError(
             f"the {name} labels come as {described(found)}; give the number of the class of each image, as (N,) int64."
