@@ -141,7 +141,8 @@ class Split:
     def subset(self, indices: list[int]) -> Split:
         """Return the images at `indices`, in that order."""
         names = self.names and tuple(self.names[i] for i in indices)
-        marks, raw, items = (call and _at(indices, call) for call in (self.marks, self.raw, self.items))
+        marks, raw = self.marks and _at(indices, self.marks), self.raw and _at(indices, self.raw)
+        items = self.items and _at(indices, self.items)
         return Split(self.labels[indices], _at(indices, self.fetch), names, marks, raw, self.finish, items)
 
     def identity(self) -> str:

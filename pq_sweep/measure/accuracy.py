@@ -22,14 +22,14 @@ def accuracy(session: Session, data: Data, batch_size: int, advice: str = "") ->
     Logits that are not finite are a UserError, which ends in `advice`.
     """
     hits1 = hits5 = 0
-    predictions = []
+    predictions: list[np.ndarray] = []
     total = math.ceil(len(data.evaluation) / batch_size)
     batches = data.evaluation.batches(batch_size, session.device)
     bar = tqdm(batches, total=total, desc="accuracy", unit="batch", disable=None, leave=False)
     with nullcontext() if session.runtime == "torch" else one_thread():
         for images, labels in bar:
             logits = data.logits(session(images))
-            _require_finite(logits, session, data.evaluation, sum(map(len, predictions)), advice)
+            _require_finite(logits, session, data.evaluation, sum(len(part) for part in predictions), advice)
             places = rank(logits, labels)
             hits1 += int((places < 1).sum())
             hits5 += int((places < 5).sum())
