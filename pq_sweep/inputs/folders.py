@@ -96,7 +96,7 @@ def _chosen(root: Path, splits: list[Path], unsorted: list[Path]) -> Splits:
     unusable = [folder for folder in unsorted if not evaluation or _kind(folder) == TRAIN]
     if unusable:
         raise UserError(
-            f"{_names(unusable)} in {root} holds images that lie in no class folder; give it one sub-folder per class."
+            f"images in {_names(unusable)} of {root} lie in no class folder; put them into one sub-folder per class."
         )
     if train and not evaluation:
         raise UserError(
@@ -107,7 +107,7 @@ def _chosen(root: Path, splits: list[Path], unsorted: list[Path]) -> Splits:
         return Splits(root)
     taken = [evaluation[0], *train[:1]]
     unused = [folder for folder in splits + unsorted if folder not in taken]
-    notes = [f"{_names(unused)} in {root} is not used, as {evaluation[0].name}/ is evaluated."] if unused else []
+    notes = [f"not used: {_names(unused)} of {root}, as {evaluation[0].name}/ is evaluated."] if unused else []
     return Splits(evaluation[0], train[0] if train else None, tuple(notes))
 
 
