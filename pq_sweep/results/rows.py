@@ -32,8 +32,8 @@ def metrics(result: Result) -> dict[str, float]:
     flat |= {f"size_mb/{name}": size / 1e6 for name, size in result.size_bytes.formats.items()}
     flat |= {f"prep_time_s/{stage}": seconds for stage, seconds in prep.items()}
     flat |= _speeds(result.speed)
-    flat |= {"evaluation_images": images["evaluation"]}
-    flat |= {f"images_{name}": len(images.get(name, ())) for name in ("left_out", "suspicious")}
+    flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
+    flat["images_suspicious"] = len(images["suspicious"]) if "suspicious" in images else None
     flat["images_decoded"] = images.get("decoded")
     flat["load_of_others"] = max((timed.load_of_others for timed in result.speed.latency.values()), default=0.0)
     return {name: value for name, value in flat.items() if value is not None}
