@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import refused
-from image_folders import contents, draw, fill, load, model_of
+from commands import SHORT
+from conftest import Launch, refused, results
+from image_folders import black_png, contents, draw, fill, load, model_of
+from tiff_files import tiff
 
 from pq_sweep.inputs.datasets import imagenet, imagenet_sample, imagenette, imagewoof
 from pq_sweep.inputs.folders import EXTENSIONS, Splits, find_splits
@@ -162,6 +166,12 @@ class TestSplits:
             f"{tmp_path}/train and {tmp_path}/validation do not have the same class folders; only one has dog, owl."
         )
 
+    def test_different_classes_are_not_all_named_if_they_are_many(self, tmp_path: Path) -> None:
+        """As in Tiny ImageNet, where val/ has all its images in one folder."""
+        make(tmp_path, "train", counts={f"n{number}": 1 for number in range(9)})
+        make(tmp_path, "val", counts={"images": 9})
+        assert "only one has images, n0, n1, n2, n3 and 5 more." in refused(lambda: load(tmp_path, 9))
+
     def test_empty_split_is_none(self, tmp_path: Path) -> None:
         (make(tmp_path, "test") / "train" / "cat").mkdir(parents=True)
         assert find_splits(tmp_path) == Splits(tmp_path / "test")
@@ -180,6 +190,39 @@ class TestSplits:
         assert data.classes == ("n01440764", "n02102040")
         assert {name.split("/")[0] for name in data.evaluation.names or ()} == {"validation"}
         assert data.notes == (f"not used: test/ of {tmp_path}, as validation/ is evaluated.",)
+
+
+@pytest.mark.slow
+def test_a_job_says_what_it_did_with_the_folders(tmp_path: Path, launch: Launch) -> None:
+    """Digits as 32-bit TIFF in three splits, one of them a link: the right ones are measured, and the rest is said."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for index in range(300):
+        split = ("train", "Validation", "test")[index % 3]
+        folder = tmp_path / ("store" if split == "Validation" else f"root/{split}") / str(digits.target[index])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{index}.tif").write_bytes(tiff(np.round(digits.images[index] * 255 / 16).astype("<i4")))
+    (tmp_path / "root" / "Validation").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "0" / "black.png").write_bytes(black_png(8, 8))
+    done = launch(
+        *("dataset=image_folder", f"dataset.root={tmp_path / 'root'}", "dataset.calibration=10", "tracking=none"),
+        *(*SHORT, f"hydra.run.dir={tmp_path / 'sweep'}"),
+        env={"PQ_SWEEP_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = results(tmp_path / "sweep")
+    assert result["accuracy"]["samples"] == 101
+    assert result["accuracy"]["top1"] > 0.9
+    assert [len(result["notes"]), list(result["images"]["suspicious"])] == [
+        *(2, [str(tmp_path / "root" / "Validation" / "0" / "black.png")])
+    ]
+    for note in result["notes"]:
+        assert note[:20] in done.stdout
+    with (tmp_path / "sweep" / "results.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert row["images_suspicious"] == "1"
+    assert "not used: test/" in row["notes"]
 
 
 class TestClassesThatMayBeSplits:

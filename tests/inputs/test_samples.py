@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from image_folders import TINY, black_png, files, load, photo, upright
 from PIL import Image
-from tiff_files import EXTRA, MOST, PHOTOMETRIC, TYPED_MOST, packed, pgm, tiff, twelve_bit
+from tiff_files import EXTRA, LEAST, MOST, PHOTOMETRIC, TYPED_LEAST, TYPED_MOST, packed, pgm, tiff, twelve_bit
 
 from pq_sweep.inputs.image_cache import Decoded, ImageCache, decode
 from pq_sweep.types import Preprocess, UserError
@@ -88,6 +88,21 @@ class TestScaledByWhatTheFileSays:
         assert (shown(content) == highest * 255 // white).all()
         assert doubt(content) == ""
         assert decode(content, GREY).scale.white == white
+
+    @pytest.mark.parametrize(
+        ("values", "tags", "white"),
+        [
+            (RAMP12.astype(np.uint16), {LEAST: 0, MOST: 4095}, 4095),
+            (SHADES.astype(np.float32), {TYPED_LEAST: 0.0, TYPED_MOST: 255.0}, 255),
+            ((SHADES / 255).astype(np.float32), {TYPED_MOST: 1.0}, 1),
+            ((SHADES // 16 / 255).astype(np.float32), {TYPED_MOST: 1.0}, 1),
+        ],
+        ids=["12 bits", "floats to 255", "floats to 1", "dark floats"],
+    )
+    def test_tags_that_pillow_wrote(self, values: np.ndarray, tags: dict[int, float], white: int) -> None:
+        content = saved(Image.fromarray(values), "TIFF", tiffinfo=tags)
+        assert np.abs(shown(content) - values * (255 / white)).max() < 1
+        assert doubt(content) == ""
 
     @pytest.mark.parametrize("plain", [False, True])
     @pytest.mark.parametrize("most", [15, 255, 1000, 4095, 65535])
@@ -196,6 +211,7 @@ class TestScaledByValues:
         assert said in reason(tiff(values))
 
 
+@pytest.mark.filterwarnings("ignore:Palette images")
 class TestColours:
     def test_planes_of_16_bits_are_left_out_as_pillow_reads_them_wrongly(self) -> None:
         values = np.random.default_rng(0).integers(0, 65536, (SIZE, SIZE, 3)).astype("<u2")
@@ -329,6 +345,7 @@ class TestSuspicious:
         assert data.record()["left_out"] == {str(tmp_path / "cat" / "pipe.png"): "it is a pipe or a device and no file"}
 
 
+@pytest.mark.filterwarnings("ignore:Palette images")
 class TestEightBitsAreAsBefore:
     """Pixels are those of Pillow and torchvision alone, whatever the mode and the file."""
 
