@@ -31,6 +31,19 @@ def match_classes(model: Model, classes: tuple[str, ...]) -> Tensor | None:
     )
 
 
+def without_images(labels: Tensor, classes: tuple[str, ...]) -> str | None:
+    """Say which classes no image to evaluate belongs to, if there are any."""
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    names = [name for name, count in zip(classes, counts, strict=False) if not count]
+    return f"classes without an image to evaluate: {len(names)} of {len(classes)} ({some(names)})." if names else None
+
+
+def some(names: list[str], count: int = 5) -> str:
+    """Name the first few of many."""
+    more = len(names) - count
+    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
+
+
 def imagenet_wnids() -> tuple[str, ...]:
     """Return the WordNet ids of ImageNet's 1,000 classes in torchvision's order."""
     return tuple(files("pq_sweep.inputs").joinpath("imagenet_wnids.txt").read_text().split())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,10 +17,22 @@ import torch
 from torch import Tensor
 
 from pq_sweep.core.environment import cache_home
-from pq_sweep.inputs.classes import imagenet_wnids, match_classes, stratified_order
-from pq_sweep.inputs.image_cache import ImageCache, normalise
-from pq_sweep.inputs.images import Labelled, find_flat_images, find_images, first_readable, lazy_split_of, split_of
+from pq_sweep.inputs.classes import imagenet_wnids, match_classes, some, stratified_order, without_images
+from pq_sweep.inputs.folders import find_splits
+from pq_sweep.inputs.image_cache import ImageCache, normalise, printable
+from pq_sweep.inputs.images import (
+    Labelled,
+    find_flat_images,
+    find_images,
+    first_readable,
+    lazy_split_of,
+    remarks,
+    split_of,
+    suspect_contradictions,
+)
 from pq_sweep.types import Data, Model, Preprocess, Split, UserError, choose, hash_each
+
+log = logging.getLogger(__name__)
 
 Found = tuple[Labelled, tuple[str, ...]]
 
@@ -91,15 +104,20 @@ def image_folder(model: Model, *, root: str, calibration: int, evaluation: int |
     """Return the images of a folder of class folders; calibration images are never evaluation images.
 
     With `root/train` and `root/val`, calibration is a stratified, seeded part of train; a flat root (or `root/val`
-    alone) is split. Files of the same bytes count as one image: copies of evaluation images are left out of train, and
-    in a flat root copies of calibration images out of evaluation. `evaluation` takes that many images, stratified,
-    instead of all.
+    alone) is split. `find_splits` says which other names count as train and val. Files of the same bytes count as one
+    image: copies of evaluation images are left out of train, and in a flat root copies of calibration images out of
+    evaluation. `evaluation` takes that many images, stratified, instead of all.
     """
     folder, take = _folder(root), Take(calibration, evaluation, seed)
-    train, val = folder / "train", folder / "val"
-    if train.is_dir() and val.is_dir():
-        return _with_train(model, folder, find_images(train), find_images(val), take)
-    return _divided(model, folder, find_images(val if val.is_dir() else folder), take)
+    splits = find_splits(folder)
+    found = find_images(splits.evaluation)
+    if splits.train is None:
+        data = _divided(model, folder, found, take)
+    else:
+        pool = find_images(splits.train)
+        _require_same_classes(splits.train, pool, splits.evaluation, found)
+        data = _with_train(model, folder, pool[0], found, take)
+    return _told(data, [*splits.notes, *remarks(splits.evaluation, *found)])
 
 
 def imagenet(model: Model, *, root: str, calibration: int, evaluation: int | None, seed: int) -> Data:
@@ -141,18 +159,19 @@ def cifar10(model: Model, *, root: str | None, calibration: int, evaluation: int
 
     folder = _folder(root) if root else fetch_dataset(CIFAR10.url, "cifar10", f"md5:{CIFAR10.tgz_md5}")
     try:
-        parts = [CIFAR10(folder, train=train) for train in (True, False)]
+        loaded = [CIFAR10(folder, train=train) for train in (True, False)]
     except RuntimeError as error:
         raise UserError(
             f"{folder} does not hold CIFAR-10, whole and unchanged; expected {CIFAR10.base_folder} in it."
         ) from error
-    pool, test = (_pixels_split(torch.from_numpy(part.data), part.targets, model.preprocess) for part in parts)
+    pool, test = (_pixels_split(torch.from_numpy(part.data), part.targets, model.preprocess) for part in loaded)
     order = stratified_order(pool.labels.tolist(), seed=seed).tolist()
     _require_calibration(calibration, len(pool), folder)
     chosen = stratified_order(test.labels.tolist(), seed=seed)[:evaluation]
-    classes = tuple(parts[0].classes)
-    calibrating, training = pool.subset(order[:calibration]), pool.subset(order[calibration:])
-    return Data(test.subset(sorted(chosen.tolist())), calibrating, training, classes, match_classes(model, classes))
+    classes = tuple(loaded[0].classes)
+    parts = (test.subset(sorted(chosen.tolist())), pool.subset(order[:calibration]), pool.subset(order[calibration:]))
+    data = Data(*parts, classes, match_classes(model, classes))
+    return _told(data, [without_images(data.evaluation.labels, classes)])
 
 
 def fake(model: Model, *, images: int, calibration: int, seed: int) -> Data:
@@ -225,15 +244,19 @@ def _divided(model: Model, root: Path, found: Found, take: Take) -> Data:
             f"{root} has no usable image to evaluate beside the {len(chosen)} of dataset.calibration and their copies;"
             " see the warnings, add images or set aside fewer."
         )
-    return Data(split_of(cache, kept), split_of(cache, chosen), None, classes, columns, cache.record)
+    data = Data(split_of(cache, kept), split_of(cache, chosen), None, classes, columns, cache.record)
+    return _with_doubts(data, cache, kept + chosen)
 
 
-def _with_train(model: Model, root: Path, train: Found, val: Found, take: Take) -> Data:
-    """Return the data of a root with a training part, which the calibration images come from."""
-    (pool, classes), (images, evaluation_classes) = train, val
-    if classes != evaluation_classes:
-        different = ", ".join(sorted(set(classes) ^ set(evaluation_classes)))
-        raise UserError(f"{root}/train and {root}/val do not have the same class folders; only one has {different}.")
+def _require_same_classes(train: Path, pool: Found, evaluation: Path, found: Found) -> None:
+    if pool[1] != found[1]:
+        different = some(sorted(set(pool[1]) ^ set(found[1])))
+        raise UserError(f"{train} and {evaluation} do not have the same class folders; only one has {different}.")
+
+
+def _with_train(model: Model, root: Path, pool: Labelled, found: Found, take: Take) -> Data:
+    """Return the data of a root with a training part, `pool`, which the calibration images come from."""
+    images, classes = found
     columns = match_classes(model, classes)
     cache = ImageCache(root, model.preprocess)
     usable = _evaluated(cache, _order(images, take.seed), take)
@@ -243,8 +266,35 @@ def _with_train(model: Model, root: Path, train: Found, val: Found, take: Take) 
     order = _order(pool, take.seed)  # every part of this order shows every class
     chosen = first_readable(cache, order, take.calibration, known)
     _require_calibration(take.calibration, len(chosen), root)
-    train_split = lazy_split_of(cache, order, known)
-    return Data(split_of(cache, usable), split_of(cache, chosen), train_split, classes, columns, cache.record)
+    train = lazy_split_of(cache, order, known)
+    data = Data(split_of(cache, usable), split_of(cache, chosen), train, classes, columns, cache.record)
+    return _with_doubts(data, cache, usable + chosen)
+
+
+def _with_doubts(data: Data, cache: ImageCache, prepared: Labelled) -> Data:
+    """Return data with notes on what is doubtful about its image files, of which these are prepared."""
+    suspect_contradictions(cache, prepared, data.classes)
+    return _told(data, [without_images(data.evaluation.labels, data.classes), _suspicions(cache)])
+
+
+def _suspicions(cache: ImageCache) -> str | None:
+    """Say how many of the images that were decoded so far are suspicious, and why the first one is."""
+    found = cache.suspicious()
+    if not found:
+        return None
+    path, reason = next(iter(found.items()))
+    return (
+        f"suspicious images, which are used all the same: {len(found)}, first {printable(path)} ({reason}); result.json"
+        " names each (images, suspicious)."
+    )
+
+
+def _told(data: Data, notes: Iterable[str | None]) -> Data:
+    """Return data with further notes, each of which is logged as well."""
+    said = tuple(note for note in notes if note)
+    for note in said:
+        log.warning("%s", note)
+    return replace(data, notes=data.notes + said)
 
 
 def _order(images: Labelled, seed: int) -> Labelled:

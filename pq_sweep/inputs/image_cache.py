@@ -8,7 +8,9 @@ import io
 import json
 import logging
 import os
+import stat
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -24,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pq_sweep.core.environment import cache_home
+from pq_sweep.inputs.samples import Scale, eight_bit, samples_of
 from pq_sweep.types import Preprocess, UserError
 
 # Instead of this warning, an image that is too large is left out with a sentence that says so.
@@ -32,13 +35,16 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 log = logging.getLogger(__name__)
 
 # To be raised when the same file and transform give other pixels than before.
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the cache knows about a file: its state when decoded, and the row of its pixels or why it has none."""
+    """What the cache knows about a file: its state when decoded, and the row of its pixels or why it has none.
+
+    `kind`, `white` and `doubt` are those of the scale by which its samples became pixels.
+    """
 
     size: int
     mtime_ns: int
@@ -46,10 +52,21 @@ class Entry:
     digest: str
     row: int | None
     error: str | None = None
+    kind: str | None = None
+    white: int | None = None
+    doubt: str | None = None
 
-    def describes(self, stat: os.stat_result) -> bool:
+    def describes(self, state: os.stat_result) -> bool:
         """Say whether the file is untouched; a user can set a file's modification time, but not its change time."""
-        return (self.size, self.mtime_ns, self.ctime_ns) == (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        return (self.size, self.mtime_ns, self.ctime_ns) == (state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An image as (H, W, C) uint8, and how its samples were scaled."""
+
+    pixels: np.ndarray
+    scale: Scale
 
 
 @dataclass
@@ -66,6 +83,7 @@ class ImageCache:
     decoded: set[Path] = field(default_factory=set)
     used: set[Path] = field(default_factory=set)
     excluded: dict[Path, str] = field(default_factory=dict)
+    doubted: dict[Path, str] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     names: dict[Path, str] = field(default_factory=dict)
 
@@ -111,7 +129,7 @@ class ImageCache:
         reason = entry.error or ("a file of the same bytes is in the other split" if entry.digest in others else None)
         if reason and path not in self.excluded:
             self.excluded[path] = reason
-            log.warning("image %s is left out: %s", path, reason)
+            log.warning("image %s is left out: %s", printable(path), reason)
         return reason is None
 
     def digests(self, paths: Iterable[Path]) -> frozenset[str]:
@@ -134,16 +152,38 @@ class ImageCache:
         """Yield such hashes without reading the files: path below the root, size and times stand for the bytes."""
         about = _hash([self.transform, sorted(others)])
         for path in paths:
-            stat = _stat(path)
-            yield _hash([about, self._name(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+            state = _stat(path)
+            yield _hash([about, self._name(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns])
+
+    def same(self, paths: Iterable[Path]) -> list[list[Path]]:
+        """Return the groups of prepared images whose files are the same to the byte."""
+        groups: dict[str, list[Path]] = {}
+        for path in paths:
+            groups.setdefault(self.entries[self._name(path)].digest, []).append(path)
+        return [group for group in groups.values() if len(group) > 1]
+
+    def suspect(self, path: Path, reason: str) -> None:
+        """Count an image as suspicious; it is used all the same."""
+        self.doubted[path] = reason
+
+    def suspicious(self) -> dict[Path, str]:
+        """Return the images in use that probably do not show what they should, and why."""
+        entries = {path: self.entries[self._name(path)] for path in self.used - self.excluded.keys()}
+        usual = _usual_whites(entries.values())
+        found = {}
+        for path, entry in entries.items():
+            if reason := self.doubted.get(path) or entry.doubt or _unlike(entry, usual):
+                found[path] = reason
+        return dict(sorted(found.items()))
 
     def record(self) -> dict[str, Any]:
-        """Return how many images were decoded and how many came from the cache, and which were left out and why."""
+        """Return how many images were decoded or came from the cache, and which were left out or doubted, and why."""
         read = {path for path in self.used if self.entries[self._name(path)].digest}
         return {
             "decoded": len(self.decoded),
             "from_cache": len(read - self.decoded),
             "left_out": {str(path): reason for path, reason in sorted(self.excluded.items())},
+            "suspicious": {str(path): reason for path, reason in self.suspicious().items()},
             "cache": str(self.folder),
         }
 
@@ -210,17 +250,17 @@ class ImageCache:
 
     def _read(self, path: Path) -> tuple[Entry, np.ndarray | None]:
         """Read and decode one file; the state is taken first, so that a later change is noticed."""
-        stat = _stat(path)
-        digest, image, error = "", None, None
+        state = _stat(path)
+        entry = Entry(state.st_size, state.st_mtime_ns, state.st_ctime_ns, "", None)
         try:
-            content = path.read_bytes()
-            digest = hashlib.sha256(content).hexdigest()
+            content = _content(path, state)
+            entry = replace(entry, digest=hashlib.sha256(content).hexdigest())
             image = decode(content, self.preprocess)
         except UserError as problem:
-            error = str(problem)
+            return replace(entry, error=str(problem)), None
         except OSError as problem:
-            error = problem.strerror or str(problem)
-        return Entry(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, digest, None, error), image
+            return replace(entry, error=problem.strerror or str(problem)), None
+        return replace(entry, **vars(image.scale)), image.pixels
 
 
 def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
@@ -236,7 +276,7 @@ def normalise(pixels: Tensor, preprocess: Preprocess) -> Tensor:
     return images.div_(scale).sub_(mean).div_(std)
 
 
-def decode(content: bytes, preprocess: Preprocess) -> np.ndarray:
+def decode(content: bytes, preprocess: Preprocess) -> Decoded:
     """Decode, orient, resize and crop an image file to (H, W, C) uint8; a UserError says why that is impossible."""
     if not content:
         raise UserError("the file is empty")
@@ -245,22 +285,57 @@ def decode(content: bytes, preprocess: Preprocess) -> np.ndarray:
             _refuse_huge(*file.size, preprocess.resize)
             return fit(file, preprocess)
     except UnidentifiedImageError as error:
-        raise UserError("it is no image that Pillow can read") from error
+        raise UserError("it is no image that Pillow can read" + _advice(content)) from error
     except (UserError, MemoryError):
         raise
     except Exception as error:  # Pillow raises almost anything on a damaged file
         raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-def fit(picture: Image.Image, preprocess: Preprocess) -> np.ndarray:
-    """Orient, resize and crop a picture to (H, W, C) uint8."""
+def fit(picture: Image.Image, preprocess: Preprocess) -> Decoded:
+    """Scale to 8 bits, orient, resize and crop a picture to (H, W, C) uint8."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as F
 
-    image = _eight_bit(_upright(picture)).convert("RGB" if preprocess.channels == 3 else "L")
+    samples = samples_of(picture)
+    image, scale = eight_bit(_upright(picture), samples)
+    image = image.convert("RGB" if preprocess.channels == 3 else "L")
     image = F.resize(image, [preprocess.resize], InterpolationMode(preprocess.interpolation), antialias=True)
     pixels = np.asarray(F.center_crop(image, [preprocess.size]))
-    return pixels.reshape(preprocess.size, preprocess.size, preprocess.channels)
+    pixels = pixels.reshape(preprocess.size, preprocess.size, preprocess.channels)
+    if (pixels == pixels[0, 0]).all():
+        scale = replace(scale, doubt="all of its pixels have the same value")
+    return Decoded(pixels, scale)
+
+
+def printable(path: Path) -> str:
+    """Return a path as text that can be written anywhere, whatever bytes its name has."""
+    return str(path).encode(errors="backslashreplace").decode()
+
+
+def _usual_whites(entries: Iterable[Entry]) -> dict[str, int]:
+    """Return, for each kind of samples, the white by which most of the images of that kind were scaled."""
+    counts: dict[str, Counter[int]] = {}
+    for entry in entries:
+        if entry.kind and entry.white:
+            counts.setdefault(entry.kind, Counter())[entry.white] += 1
+    return {kind: max(of_kind, key=lambda white: (of_kind[white], white)) for kind, of_kind in counts.items()}
+
+
+def _unlike(entry: Entry, usual: dict[str, int]) -> str | None:
+    """Say whether an image was scaled otherwise than most of its kind, so that it is brighter or darker than they."""
+    if entry.kind is None or entry.white == usual[entry.kind]:
+        return None
+    return (
+        f"{entry.white} was taken as white of its {entry.kind} samples, and {usual[entry.kind]} of those of most others"
+    )
+
+
+def _advice(content: bytes) -> str:
+    """Say what would be right where a file is not even opened because of its samples."""
+    if content[:4] not in (b"II*\0", b"MM\0*"):
+        return ""
+    return ": a TIFF that is damaged, or has samples other than of 8, 16 or 32 bits; save it with 8 or 16 bits"
 
 
 def _hash(content: Any) -> str:
@@ -288,11 +363,11 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bit; Pillow's own conversion would cut it off at 255."""
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+def _content(path: Path, state: os.stat_result) -> bytes:
+    """Return the bytes of a file; reading a pipe would wait for ever for somebody who writes into it."""
+    if stat.S_ISFIFO(state.st_mode) or stat.S_ISCHR(state.st_mode):
+        raise OSError("it is a pipe or a device and no file")
+    return path.read_bytes()
 
 
 def _stat(path: Path) -> os.stat_result:

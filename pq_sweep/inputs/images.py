@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice, pairwise
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pq_sweep.inputs.image_cache import ImageCache, normalise
+from pq_sweep.inputs.classes import some
+from pq_sweep.inputs.folders import EVALUATION, EXTENSIONS, TRAIN, images_below, images_in, subfolders
+from pq_sweep.inputs.image_cache import ImageCache, normalise, printable
 from pq_sweep.types import Split, UserError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"})
 Labelled = list[tuple[Path, int]]
 
 
 def find_images(folder: Path) -> tuple[Labelled, tuple[str, ...]]:
     """Return all image files of a folder of class folders, and the class names, both sorted by name."""
-    entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    found = {entry.name: sorted(path for path in entry.rglob("*") if _is_image(path)) for entry in entries}
+    found = {entry.name: sorted(images_below(entry)) for entry in subfolders(folder)}
     if not any(found.values()):
         raise UserError(
             f"{folder} holds no images; expected one sub-folder per class with {', '.join(sorted(EXTENSIONS))}."
@@ -27,18 +29,52 @@ def find_images(folder: Path) -> tuple[Labelled, tuple[str, ...]]:
     empty = [name for name, images in found.items() if not images]
     if empty:
         raise UserError(f"{folder} has class folders without images: {', '.join(empty)}; fill or remove them.")
+    for name, images in found.items():
+        _require_class(folder / name, _below(folder / name, images))
     return [(path, label) for label, paths in enumerate(found.values()) for path in paths], tuple(found)
+
+
+def _require_class(folder: Path, below: set[str]) -> None:
+    """Refuse a class folder of which the name is no text, or that holds splits, of which one is not to evaluate."""
+    if printable(folder) != str(folder):
+        raise UserError(f"the name of the class folder {printable(folder)} is not UTF-8; rename it.")
+    splits = [[name for name in sorted(below) if name.lower() in names] for names in (TRAIN, EVALUATION)]
+    if all(splits):
+        raise UserError(
+            f"{folder} should be a class folder and holds {splits[0][0]}/ and {splits[1][0]}/; give it as dataset.root,"
+            " or put splits above their class folders."
+        )
+
+
+def _below(folder: Path, images: list[Path]) -> set[str]:
+    """Return the names of the folders in a class folder that have images; "" is the class folder itself."""
+    depth = len(folder.parts)
+    return {path.parts[depth] if len(path.parts) > depth + 1 else "" for path in images}
+
+
+def remarks(folder: Path, images: Labelled, classes: tuple[str, ...]) -> Iterator[str]:
+    """Yield a sentence for each thing by which a folder of class folders may be another than its user thinks."""
+    if strays := images_in(folder):
+        yield f"{folder} holds image files outside its class folders, which are not used: {len(strays)}."
+    for first, second in pairwise(sorted(classes, key=str.lower)):
+        if first.lower() == second.lower():
+            yield f"the classes {first} and {second} of {folder} differ in upper and lower case alone."
+    groups = groupby(images, key=itemgetter(1))
+    inner = [
+        _below(folder / name, [path for path, _ in group]) for name, (_, group) in zip(classes, groups, strict=True)
+    ]
+    if len(inner) > 1 < len(inner[0]) and "" not in inner[0] and all(names == inner[0] for names in inner):
+        yield (
+            f"all class folders of {folder} hold the same sub-folders ({some(sorted(inner[0]))}); if they are splits"
+            " and no classes, give one of them as dataset.root."
+        )
 
 
 def find_flat_images(folder: Path) -> tuple[Labelled, tuple[str, ...]]:
     """Return the image files that lie in a folder, classed by the word before the first `_`, as in n01440764_1.jpg."""
-    paths = sorted(path for path in folder.iterdir() if _is_image(path))
+    paths = images_in(folder)
     classes = tuple(sorted({path.name.partition("_")[0] for path in paths}))
     return [(path, classes.index(path.name.partition("_")[0])) for path in paths], classes
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
 
 
 def readable(cache: ImageCache, images: Labelled, others: frozenset[str] = frozenset()) -> Labelled:
@@ -56,6 +92,15 @@ def first_readable(cache: ImageCache, images: Labelled, count: int, others: froz
     return found
 
 
+def suspect_contradictions(cache: ImageCache, images: Labelled, classes: tuple[str, ...]) -> None:
+    """Count prepared images as suspicious whose file is in another class too: one of the labels has to be wrong."""
+    labels = dict(images)
+    for group in cache.same(labels):
+        for path in group:
+            if others := sorted({classes[labels[other]] for other in group} - {classes[labels[path]]}):
+                cache.suspect(path, f"a file of the same bytes is in the class {some(others)}")
+
+
 def split_of(cache: ImageCache, images: Labelled) -> Split:
     """Return a split of images that are prepared and can be used."""
     paths = [path for path, _ in images]
@@ -63,7 +108,7 @@ def split_of(cache: ImageCache, images: Labelled) -> Split:
         torch.tensor([label for _, label in images], dtype=torch.int64),
         lambda indices: cache.pixels([paths[i] for i in indices]),
         partial(normalise, preprocess=cache.preprocess),
-        names=tuple(str(path.relative_to(cache.root)) for path in paths),
+        names=tuple(printable(path.relative_to(cache.root)) for path in paths),
         marks=lambda indices: cache.marks(paths[i] for i in indices),
     )
 

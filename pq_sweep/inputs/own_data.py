@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pq_sweep.inputs.contract import described, require_type
-from pq_sweep.inputs.samples import Prepare, preparing
+from pq_sweep.inputs.pictures import Prepare, preparing
 from pq_sweep.types import Data, Model, Preprocess, Split, UserError
 
 

@@ -33,6 +33,7 @@ def metrics(result: Result) -> dict[str, float]:
     flat |= {f"prep_time_s/{stage}": seconds for stage, seconds in prep.items()}
     flat |= _speeds(result.speed)
     flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
+    flat["images_suspicious"] = len(images["suspicious"]) if "suspicious" in images else None
     flat["images_decoded"] = images.get("decoded")
     flat["load_of_others"] = max((timed.load_of_others for timed in result.speed.latency.values()), default=0.0)
     return {name: value for name, value in flat.items() if value is not None}

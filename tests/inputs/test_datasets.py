@@ -285,6 +285,49 @@ class TestImageFolder:
         assert "empty" in refused(lambda: load(root, 3))
 
 
+class TestClassesWithoutImages:
+    """A class that no image is left of to evaluate is said, whatever took the others."""
+
+    names = tuple(f"c{number:02}" for number in range(35))
+
+    def test_one_image_per_class(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        data = load(fill(tmp_path, dict.fromkeys(self.names, 1)), 35, calibration=10)
+        seen = set(data.evaluation.labels.tolist())
+        assert len(seen) == len(data.evaluation) == 25
+        absent = [name for label, name in enumerate(self.names) if label not in seen]
+        assert data.notes == (f"classes without an image to evaluate: 10 of 35 ({', '.join(absent[:5])} and 5 more).",)
+        assert caplog.messages == list(data.notes)
+
+    @each_layout
+    def test_fewer_images_than_classes(self, tmp_path: Path, layout: str) -> None:
+        data = load(make_root(tmp_path, layout, {"cat": 4, "dog": 4, "owl": 4}), 3, calibration=3, evaluation=2)
+        (absent,) = {0, 1, 2} - set(data.evaluation.labels.tolist())
+        assert data.notes == (f"classes without an image to evaluate: 1 of 3 ({data.classes[absent]}).",)
+
+    def test_class_of_which_nothing_can_be_read(self, tmp_path: Path) -> None:
+        root = make_root(tmp_path, "train_and_val", {"cat": 2, "dog": 2})
+        for path in (root / "val" / "dog").iterdir():
+            path.write_bytes(b"")
+        assert load(root).notes == ("classes without an image to evaluate: 1 of 2 (dog).",)
+
+    def test_copies_of_calibration_images(self, tmp_path: Path) -> None:
+        root = fill(tmp_path, {"cat": 1, "dog": 9})
+        shutil.copy(root / "cat" / "000.JPEG", root / "cat" / "copy.JPEG")
+        data = load(root, calibration=8)
+        assert 0 in data.calibration.labels.tolist()
+        assert data.notes == ("classes without an image to evaluate: 1 of 2 (cat).",)
+
+    def test_files_of_imagenet_of_which_each_is_a_class(self, tmp_path: Path) -> None:
+        for index, name in enumerate(IMAGENETTE):
+            draw(tmp_path / f"{name}_thing.JPEG", index)
+        data = imagenet_sample(model_of(1000), root=str(tmp_path), **OPTIONS)
+        assert data.notes[0].startswith("classes without an image to evaluate: 2 of 10 (n")
+
+    @each_layout
+    def test_nothing_is_said_if_all_are_there(self, tmp_path: Path, layout: str) -> None:
+        assert load(make_root(tmp_path, layout, {"cat": 3, "dog": 3}), calibration=2).notes == ()
+
+
 OPTIONS: dict[str, Any] = {"calibration": 2, "evaluation": None, "seed": 0}
 
 
@@ -498,6 +541,13 @@ class TestCifar10:
         assert contents(data.evaluation) + contents(data.calibration) != contents(other.evaluation) + contents(
             other.calibration
         )
+
+    def test_classes_without_an_image_to_evaluate_are_said(self, root: Path) -> None:
+        model = model_of(10, preprocess=SMALL)
+        few, whole = (cifar10(model, root=str(root), **(OPTIONS | {"evaluation": count})) for count in (4, None))
+        absent = [name for label, name in enumerate(CIFAR_CLASSES) if label not in few.evaluation.labels.tolist()]
+        assert few.notes == (f"classes without an image to evaluate: 6 of 10 ({', '.join(absent[:5])} and 1 more).",)
+        assert whole.notes == ()
 
     @pytest.mark.parametrize("calibration", [-1, 51])
     def test_calibration_out_of_range_is_refused(self, root: Path, calibration: int) -> None:

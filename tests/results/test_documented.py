@@ -24,7 +24,7 @@ from conftest import ROOT
 from gpu_stand_in import as_a100
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from image_folders import fill
+from image_folders import black_png, fill
 from independent import runtime, workspace
 from nvml_stand_in import stand_in
 from sweep_folders import announced, write_error, write_manifest, write_result, write_status
@@ -153,9 +153,10 @@ def compressed(folder: Path) -> Result:
 
 @pytest.fixture(scope="module")
 def photographs(folder: Path) -> Result:
-    """A job on image files, of which one is none, under SLURM, by torch."""
+    """A job on image files, of which one is none and one is black, under SLURM, by torch."""
     images = fill(folder / "images", {"0": 6, "1": 6})
     (images / "0" / "broken.png").write_bytes(b"no image")
+    (images / "0" / "black.png").write_bytes(black_png(8, 8))
     with pytest.MonkeyPatch.context() as slurm:
         for name in environment.SLURM:
             slurm.setenv(name, "7")

@@ -348,6 +348,16 @@ def test_swept_amounts_have_one_column(tmp_path: Path) -> None:
     assert read_sweep(sweep).options == ()
 
 
+def test_suspicious_images_are_counted(tmp_path: Path) -> None:
+    sweep = write_manifest(tmp_path / "sweep", announced("0"), announced("1"))
+    write_result(sweep, "0")
+    result = real_result()
+    result["images"] |= {"suspicious": {"a.png": "all of its pixels have the same value"}}
+    write_result(sweep, "1", result)
+
+    assert [row.get("images_suspicious") for row in read_sweep(sweep).rows] == [None, 1]
+
+
 def test_unusable_images_are_counted_under_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = write_manifest(tmp_path / "sweep", announced("0"), announced("1"))
     write_result(sweep, "0")
