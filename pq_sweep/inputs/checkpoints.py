@@ -10,6 +10,7 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +35,7 @@ BEGINNINGS = (
     (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd", "a compressed file", UNPACK),
     (rb"(?s).{257}ustar", "a tar archive", UNPACK),
 )
+PROTOCOL = 2  # of pickle, which torch.save writes by default
 SAFETENSORS = b"\0\0\0{"  # the end of the header's length, which is below a terabyte, and the header itself
 
 # Calls by which pickle makes again what is plain data where it comes from. A stand-in takes them as well: nothing of
@@ -44,21 +46,12 @@ DATA = re.compile(
     r"|builtins\.(frozenset|list|tuple|dict|range|slice|bytes|int|float|str|bool)|functools\.partial|torch\.dtype"
     r"|torch\.torch_version\.TorchVersion"
 )
-# Dictionaries and lists of other makes, which are read as Python's own.
-CONTAINERS: dict[str, Any] = {
-    "collections.defaultdict": lambda *_: {},
-    "collections.deque": lambda *_: [],
-    "pytorch_lightning.utilities.parsing.AttributeDict": OrderedDict,
-    "lightning.pytorch.utilities.parsing.AttributeDict": OrderedDict,
-    "lightning.fabric.utilities.data.AttributeDict": OrderedDict,
-    "easydict.EasyDict": OrderedDict,
-    "addict.addict.Dict": OrderedDict,
-    "yacs.config.CfgNode": OrderedDict,
-    "fvcore.common.config.CfgNode": OrderedDict,
-}
+ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+# Of these, it makes plain dictionaries and lists.
+CONTAINERS: dict[str, Any] = {"collections.defaultdict": lambda *_: {}, "collections.deque": lambda *_: []}
 # What torch itself pickles tensors and state_dicts with.
 TORCHS = re.compile(
-    r"collections\.(OrderedDict|Counter)|_codecs\.encode|torch\.(_utils|_tensor|storage|serialization)\..*"
+    r"collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)|torch\.(_utils|_tensor|storage|serialization)\..*"
     r"|torch\.(cuda\.)?\w+(Storage|Tensor)|torch\.(Size|device|b?float\w*|u?int\d+|bool|nn\.parameter\.Parameter)"
 )
 
@@ -78,6 +71,13 @@ class StandIn:
 
     def __setstate__(self, state: Any) -> None:
         pass
+
+
+class DictStandIn(StandIn):
+    """In place of an object of a dictionary's kind, such as a configuration: an ordered dictionary of its items."""
+
+    def __new__(cls, *_: Any, **__: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]  # torch fills no other kinds
+        return OrderedDict()
 
 
 class Uncalled(type):
@@ -110,8 +110,9 @@ def unreadable(path: Path, what: str, remedy: str = HOW_TO_SAVE) -> UserError:
 def holds(content: Any) -> str:
     """Say which pickled objects a file holds: "an object of models.yolo.Model at model", or nothing."""
     inside = content if isinstance(content, Mapping) else {"": content}
-    found = [(key, type(value).__name__) for key, value in inside.items() if isinstance(value, StandIn)]
-    return ", ".join(f"an object of {name}" + (f" at {key}" if key else "") for key, name in found[:3])
+    found = {type(value).__name__: str(key) for key, value in inside.items() if isinstance(value, StandIn)}
+    named = {"NumPy arrays" if name in ARRAYS else f"an object of {name}": key for name, key in found.items()}
+    return ", ".join(f"{name} at {key}" if key else name for name, key in list(named.items())[:3])
 
 
 def _head(path: Path) -> bytes:
@@ -165,11 +166,7 @@ def _read_safetensors(path: Path) -> Any:
 def _read_pickle(path: Path) -> Any:
     """Read what torch.save wrote; of other objects than tensors, those that are data are left out, others refused."""
     try:
-        try:
-            return _load(path)
-        except pickle.UnpicklingError:
-            with torch.serialization.safe_globals(_stand_ins(path)):
-                return _load(path)
+        return _read_around(path)
     except Called as call:
         raise unreadable(path, f"it would call {call}, and code in a file is never run") from None
     except pickle.UnpicklingError:  # its text says how to load the file without this protection
@@ -178,43 +175,65 @@ def _read_pickle(path: Path) -> Any:
         raise unreadable(path, _first_line(error), f"if it is damaged, {AGAIN}, else {HOW_TO_SAVE}") from None
 
 
+def _read_around(path: Path) -> Any:
+    """Read tensors and plain values; if there is more, with stand-ins for objects, and at last for dictionaries."""
+    with suppress(pickle.UnpicklingError):
+        return _load(path)
+    with suppress(pickle.UnpicklingError), torch.serialization.safe_globals(_stand_ins(path, StandIn)):
+        return _load(path)
+    with torch.serialization.safe_globals(_stand_ins(path, DictStandIn)):
+        return _load(path)
+
+
 def _load(path: Path) -> Any:
     with path.open("rb") as file:  # of a path, torch believes the name more than the content
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _first_line(error: Exception) -> str:
-    """Return what an error says, unless it is advice to load a file with the code in it."""
+    """Return what an error says, unless it is of Python's own or advice to load a file with the code in it."""
     text = (str(error).splitlines() or [""])[0].rstrip(". ")
-    return text if text and "weights_only" not in text else "it is of no kind that can be read safely"
+    told = text and "weights_only" not in text and not isinstance(error, LookupError | TypeError | AttributeError)
+    return text if told else "it is damaged or of another kind"
 
 
-def _stand_ins(path: Path) -> list[Any]:
+def _stand_ins(path: Path, kind: type[StandIn]) -> list[Any]:
     """Return a stand-in for each name in a file that is not torch's, as torch's list of safe names takes them."""
-    return [(CONTAINERS.get(name) or _stand_in(name), name) for name in _names(path)]
+    return [(CONTAINERS.get(name) or _stand_in(name, kind), name) for name in _names(path)]
 
 
-def _stand_in(name: str) -> type[StandIn]:
-    kind = type if DATA.fullmatch(name) else Uncalled
-    return kind(name, (StandIn,), {})
+def _stand_in(name: str, kind: type[StandIn]) -> type[StandIn]:
+    return type(name, (StandIn,), {}) if DATA.fullmatch(name) else Uncalled(name, (kind,), {})
 
 
 def _unsafe(path: Path) -> str:
     """Say what is in a file that cannot be loaded safely."""
-    names = _names(path)
-    if names:
+    if names := _names(path):
         return f"it holds objects of {', '.join(names[:3])}, which are never loaded as that can run code"
-    return "it is damaged, or no protocol of pickle that torch.save writes by default"
+    protocol = max((argument for name, argument in _operations(path) if name == "PROTO"), default=PROTOCOL)
+    if protocol != PROTOCOL:
+        return f"it is pickled by protocol {protocol}, of which torch reads only {PROTOCOL} safely"
+    return "it is damaged or of another kind"
 
 
 def _names(path: Path) -> list[str]:
     """List the classes and functions other than torch's that a file of torch.save names, in order."""
-    try:
-        with path.open("rb") as file:
-            found = [name for stream in _pickles(path, file) for name in _globals(stream)]
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile):
-        return []
-    return [name for name in dict.fromkeys(found) if not TORCHS.fullmatch(name)]
+    found = dict.fromkeys(_present_name(argument) for name, argument in _operations(path) if name == "GLOBAL")
+    return [name for name in found if not TORCHS.fullmatch(name)]
+
+
+def _present_name(argument: str) -> str:
+    """Return a name as Python 3 has it; torch pickles by a protocol that knows those of Python 2."""
+    module, _, name = argument.partition(" ")
+    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+    return f"{module}.{name}"
+
+
+def _operations(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the operations in the pickles of a file with their arguments, as far as it goes, without acting on them."""
+    with suppress(ValueError, EOFError, OSError, zipfile.BadZipFile), path.open("rb") as file:
+        for stream in _pickles(path, file):
+            yield from ((operation.name, argument) for operation, argument, _ in pickletools.genops(stream))
 
 
 def _pickles(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
@@ -224,12 +243,3 @@ def _pickles(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
             yield from (BytesIO(archive.read(name)) for name in archive.namelist() if name.endswith("data.pkl"))
     else:
         yield from [file] * 4  # magic number, protocol, machine, and then what was saved
-
-
-def _globals(stream: BinaryIO) -> Iterator[str]:
-    """Yield the names in a pickle, without acting on it, by the modules' present names."""
-    for operation, argument, _ in pickletools.genops(stream):
-        if operation.name == "GLOBAL":
-            module, _, name = str(argument).partition(" ")
-            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-            yield f"{module}.{name}"

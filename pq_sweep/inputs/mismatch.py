@@ -97,6 +97,8 @@ class Mismatch:
         if named and (classes := self._classes()):
             there, here = classes
             yield f"the file has {there} classes and the model {here}, so give model.num_classes={there}"
+        if self.missing and all(name.endswith(("running_mean", "running_var")) for name in self.missing):
+            yield "BatchNorm's statistics are missing, as if only parameters were saved; save model.state_dict()"
         if self._in_last_layer(self.missing) and not (self.surplus or self.reshaped):
             yield f"the file has no last layer, as a backbone without classifier; {GENERAL}"
         if named and self.reshaped == list(self.expected)[:1]:
