@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,25 +24,37 @@ PRESENT_DENSENET = re.compile(r"denselayer\d+\.norm[12]\.")
 class Entries:
     """The tensors of one dictionary in a checkpoint, by their names without wrappers; `place` is where it lies.
 
-    `masked` says how many were masked by torch's pruning.
+    `averaged` says that its weights are averaged ones whatever their place is called, `masked` how many were masked by
+    torch's pruning.
     """
 
     place: str
     tensors: State
     versions: dict[str, Any]
+    averaged: bool = False
     masked: int = 0
 
 
-def all_entries(content: Any, place: str = "") -> Iterator[Entries]:
-    """Yield the tensors of each dictionary in a checkpoint."""
+def all_entries(content: Any) -> Iterator[Entries]:
+    """Yield the tensors of each dictionary in a checkpoint.
+
+    Lightning's WeightAveraging puts the averaged weights where the plain ones usually are, and those elsewhere.
+    """
+    swapped = isinstance(content, Mapping) and {"averaging_state", "current_model_state"} <= content.keys()
+    for place, values in _dictionaries(content, ""):
+        tensors = {name: _strided(value) for name, value in values.items() if _is_entry(name, value)}
+        if tensors or not content:
+            versions = getattr(values, "_metadata", None) or {}
+            yield Entries(place, tensors, versions, averaged=swapped and place == "state_dict")
+
+
+def _dictionaries(content: Any, place: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     if not isinstance(content, Mapping) or place.count(".") > DEEPEST:
         return
-    tensors = {name: _strided(value) for name, value in content.items() if _is_entry(name, value)}
-    if tensors or not (content or place):
-        yield Entries(place, tensors, getattr(content, "_metadata", None) or {})
+    yield place, content
     for name, value in content.items():
         if isinstance(name, str):
-            yield from all_entries(value, joined(place, name))
+            yield from _dictionaries(value, joined(place, name))
 
 
 def _is_entry(name: Any, value: Any) -> bool:
@@ -68,9 +80,10 @@ def tidied(entries: Entries, expected: State) -> Entries:
     if any(PRESENT_DENSENET.search(name) for name in expected):
         renames |= {name: FORMER_DENSENET.sub(r"\1\2", plain) for name, plain in renames.items()}
     if len({renames[name] for name in tensors}) < len(tensors):  # a wrapped and a plain one of the same name
-        return Entries(entries.place, tensors, entries.versions, masked)
+        return replace(entries, tensors=tensors, masked=masked)
     renamed = {renames[name]: tensor for name, tensor in tensors.items()}
-    return Entries(entries.place, renamed, {renames[name]: it for name, it in entries.versions.items()}, masked)
+    versions = {renames[name]: version for name, version in entries.versions.items()}
+    return replace(entries, tensors=renamed, versions=versions, masked=masked)
 
 
 def _plain_name(name: str, wrappers: set[str]) -> str:
@@ -117,7 +130,7 @@ def _cut(entries: Entries, prefix: str, place: str) -> Entries:
     if not tensors:
         prefix = _plain_name(prefix, WRAPPERS)
         tensors = under(entries.tensors, prefix)
-    return Entries(place, tensors, under(entries.versions, prefix), entries.masked)
+    return replace(entries, place=place, tensors=tensors, versions=under(entries.versions, prefix))
 
 
 def under(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -69,10 +69,9 @@ def torchvision_model(
     choose("model.name", name, tuple(list_models(torchvision.models)))
     published = get_model_weights(name)
     chosen = published.__members__.get(weights or "")
-    if chosen is not None and num_classes != len(chosen.meta["categories"]):
-        raise UserError(
-            f"model.num_classes={num_classes} does not fit model.weights={weights}; give weights as a path, or null."
-        )
+    if chosen is not None:
+        _refuse_key(key, weights)
+        _require_classes(num_classes, chosen)
     with Undrawn() if weights else nullcontext():
         if chosen is None:
             module = get_model(name, weights=None, num_classes=num_classes, **(options or {}))
@@ -84,6 +83,14 @@ def torchvision_model(
     source = chosen or first
     licence = source.meta.get("license", TORCHVISION_LICENCE)
     return Model(module.eval(), num_classes, _preprocess(source.transforms()), names, licence, notes)
+
+
+def _require_classes(num_classes: int, weights: Any) -> None:
+    """Refuse another number of classes than published weights have."""
+    if num_classes != len(weights.meta["categories"]):
+        raise UserError(
+            f"model.num_classes={num_classes} does not fit model.weights={weights.name}; give weights as a path, or null."
+        )
 
 
 def auxiliary_model(*, name: str, weights: str | None, num_classes: int, key: str | None = None) -> Model:
@@ -149,11 +156,17 @@ def _load(module: nn.Module, weights: str | None, key: str | None) -> tuple[str,
     """Load the weights in a file, if there is one, and return what the row has to say about it."""
     if weights:
         return load_weights(module, Path(weights), key)
+    _refuse_key(key, weights)
+    return ()
+
+
+def _refuse_key(key: str | None, weights: str | None) -> None:
+    """Refuse a key where there is no file of the user's in which it could choose."""
     if key:
         raise UserError(
-            f"model.key={key} chooses among the weights in a file, and model.weights names none; give both or neither."
+            f"model.key={key} chooses among the weights in a file, and model.weights={weights or 'null'} is none;"
+            " give a path, or leave model.key out."
         )
-    return ()
 
 
 def fetch_weights(weights: str) -> Path:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,9 +120,9 @@ def load_weights(module: nn.Module, path: Path, key: str | None = None) -> tuple
         raise UserError(f"model.weights={path} holds no state_dict{inside and f' but {inside}'}; {HOW_TO_SAVE}.")
     sets = [tidied(entries, network.expected) for entries in sets]
     key = str(key) if key else None
-    candidates = list(_candidates(below(sets, key) if key else sets, network, content))
+    candidates = list(_candidates(below(sets, key) if key else sets, network))
     if not candidates:
-        raise _no_such_key(path, str(key), _candidates(sets, network, content), network.expected)
+        raise _no_such_key(path, str(key), _candidates(sets, network), network.expected)
     chosen = _choose(candidates, network.expected, path)
     infinite = network.infinite
     _put(network, chosen, path)
@@ -134,13 +133,13 @@ def load_weights(module: nn.Module, path: Path, key: str | None = None) -> tuple
     return notes
 
 
-def _candidates(sets: Iterable[Entries], network: Network, content: Any) -> Iterator[Found]:
+def _candidates(sets: Iterable[Entries], network: Network) -> Iterator[Found]:
     """Yield weights of the network: in each dictionary, under each prefix with as many of its names as any other."""
     for entries in sets:
         counts = _prefixes(entries.tensors, network.expected)
         most = max(counts.values(), default=0)
         prefixes = [prefix for prefix, count in counts.items() if count == most] or [""]
-        found = [_found(entries, prefix, network, content) for prefix in prefixes]
+        found = [_found(entries, prefix, network) for prefix in prefixes]
         yield from (_without_twins(one, found) for one in found)
 
 
@@ -153,7 +152,7 @@ def _prefixes(names: Iterable[str], expected: State) -> Counter[str]:
     return counts
 
 
-def _found(entries: Entries, prefix: str, network: Network, content: Any) -> Found:
+def _found(entries: Entries, prefix: str, network: Network) -> Found:
     inside = under(entries.tensors, prefix)
     spare = [
         name for name, tensor in inside.items() if name not in network.expected and _is_spare(name, tensor, network)
@@ -162,7 +161,7 @@ def _found(entries: Entries, prefix: str, network: Network, content: Any) -> Fou
     left = [name for name, tensor in beside.items() if _is_spare(name, tensor, network)]
     state = network.completed({name: tensor for name, tensor in inside.items() if name not in spare})
     others = {name: tensor for name, tensor in beside.items() if name not in left}
-    return Found(entries, prefix, state, others, (*left, *spare), _holds_averaged(entries, prefix, content))
+    return Found(entries, prefix, state, others, (*left, *spare), _holds_averaged(entries, prefix))
 
 
 def _without_twins(found: Found, candidates: list[Found]) -> Found:
@@ -172,15 +171,11 @@ def _without_twins(found: Found, candidates: list[Found]) -> Found:
     return replace(found, beside=beside)
 
 
-def _holds_averaged(entries: Entries, prefix: str, content: Any) -> bool:
-    """Say whether weights are averaged ones: by the names above them, or by what averages weights keeps beside them.
-
-    Lightning's WeightAveraging has the averaged weights under `state_dict`, and the plain ones elsewhere.
-    """
+def _holds_averaged(entries: Entries, prefix: str) -> bool:
+    """Say whether weights are averaged ones, by the names above them or by the count that AveragedModel keeps there."""
     above = [prefix.split(".")[:length] for length in range(prefix.count(".") + 2)]
     counted = any(joined(*parts, "n_averaged") in entries.tensors for parts in above)
-    swapped = isinstance(content, Mapping) and {"averaging_state", "current_model_state"} <= content.keys()
-    return _is_averaged(joined(entries.place, prefix)) or counted or (swapped and entries.place == "state_dict")
+    return entries.averaged or counted or _is_averaged(joined(entries.place, prefix))
 
 
 def _is_averaged(name: str) -> bool:
