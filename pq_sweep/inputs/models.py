@@ -71,7 +71,7 @@ def torchvision_model(
     chosen = published.__members__.get(weights or "")
     if chosen is not None:
         _refuse_key(key, weights)
-        _require_classes(num_classes, chosen)
+        _require_classes(num_classes, chosen, weights)
     with Undrawn() if weights else nullcontext():
         if chosen is None:
             module = get_model(name, weights=None, num_classes=num_classes, **(options or {}))
@@ -85,11 +85,11 @@ def torchvision_model(
     return Model(module.eval(), num_classes, _preprocess(source.transforms()), names, licence, notes)
 
 
-def _require_classes(num_classes: int, weights: Any) -> None:
+def _require_classes(num_classes: int, published: Any, weights: str | None) -> None:
     """Refuse another number of classes than published weights have."""
-    if num_classes != len(weights.meta["categories"]):
+    if num_classes != len(published.meta["categories"]):
         raise UserError(
-            f"model.num_classes={num_classes} does not fit model.weights={weights.name}; give weights as a path, or null."
+            f"model.num_classes={num_classes} does not fit model.weights={weights}; give weights as a path, or null."
         )
 
 

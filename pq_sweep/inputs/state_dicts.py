@@ -302,7 +302,7 @@ def _choice(chosen: Found, candidates: list[Found], expected: State, key: str | 
         why = "as model.key says" if key else "as there are no plain ones that fit"
         yield f"the {'averaged' if chosen.averaged else 'plain'} weights{where} were taken, {why}"
     elif others:
-        yield f"the plain weights{where} were taken; model.key={others[0]} takes the averaged ones"
+        yield f"the plain weights{where} were taken, and model.key={others[0]} takes the averaged ones"
     elif left:
         yield f"the plain weights{where} were taken, and the averaged ones, first {left[0]}, left out"
 

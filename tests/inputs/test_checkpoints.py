@@ -22,7 +22,9 @@ import onnx
 import pytest
 import torch
 from checkpoint_files import assert_same, load_digits, prefixed, trained
-from conftest import refused
+from commands import SHORT
+from conftest import ROOT, Launch, only_sweep, refused, results
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
@@ -30,6 +32,7 @@ from torch import nn
 from pq_sweep.inputs.checkpoints import read_checkpoint
 from pq_sweep.inputs.digits_cnn import DigitsCNN
 from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.job.check import problems
 
 FORMATS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "former format"])
 
@@ -291,3 +294,24 @@ def unreadable(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
 def test_file_that_may_not_be_read_is_named(unreadable: Path) -> None:
     assert "is no readable state_dict (Permission denied)" in refused(lambda: digits_cnn(weights=str(unreadable)))
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "pytorch_model.bin", "model_best.pth.tar", "net.th", "net.safetensors"])
+def test_missing_file_of_a_usual_name_is_refused_before_anything_is_loaded(name: str) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        (problem,) = problems(compose("config", overrides=[f"model.weights={name}"]))
+    assert problem == f"model.weights={name} is no file; give DEFAULT, null or the path of a state_dict."
+
+
+@pytest.mark.slow
+def test_rows_say_which_weights_were_taken(tmp_path: Path, launch: Launch) -> None:
+    packaged = digits_cnn().module.state_dict()
+    other = {key: -value for key, value in packaged.items()}
+    torch.save({"state_dict": packaged, "state_dict_ema": other}, tmp_path / "w.ckpt")
+    launch("-m", "model.weights=w.ckpt", "model.key=null,state_dict_ema", "runtime=torch", *SHORT)
+    plain, averaged = results(only_sweep(tmp_path))
+    assert [plain["notes"], averaged["notes"]] == [
+        ["w.ckpt: the plain weights in state_dict were taken, and model.key=state_dict_ema takes the averaged ones."],
+        ["w.ckpt: the averaged weights in state_dict_ema were taken, as model.key says."],
+    ]
+    assert plain["accuracy"]["top1"] > 0.9 > averaged["accuracy"]["top1"] == averaged["baseline"]["top1"]

@@ -16,6 +16,7 @@ import requests
 import torch
 from checkpoint_files import State, assert_same, prefixed, trained
 from conftest import ROOT, refused
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
@@ -287,6 +288,14 @@ def test_every_model_knows_what_it_takes_and_on_which_terms(path: Path) -> None:
     if model.num_classes == 1000:
         assert model.classes is not None
         assert (len(model.classes), model.classes[0]) == (1000, "tench")
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_model_takes_a_key(path: Path) -> None:
+    options = OmegaConf.merge(OmegaConf.load(path), {"weights": None, "key": "ema"})
+    with torch.device("meta"), pytest.raises(InstantiationException) as caught:
+        instantiate(options)
+    assert str(caught.value.__cause__).startswith("model.key=ema chooses among the weights in a file")
 
 
 def test_a_network_without_published_weights_takes_any_ten_classes() -> None:

@@ -158,7 +158,7 @@ def test_plain_weights_are_taken_and_averaged_ones_are_named(tmp_path: Path, con
     assert_same(model.module.state_dict(), PLAIN)
     (note,) = model.notes
     assert note.startswith("weights.pth: the plain weights in ")
-    assert note.endswith(f" were taken; model.key={key} takes the averaged ones.")
+    assert note.endswith(f" were taken, and model.key={key} takes the averaged ones.")
 
 
 @pytest.mark.parametrize(("content", "key"), AVERAGES.values(), ids=AVERAGES)
