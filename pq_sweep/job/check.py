@@ -25,7 +25,7 @@ CHOICES = {
     "pruner.importance": IMPORTANCES,
 }
 
-WEIGHT_FILES = (".pt", ".pth", ".safetensors")
+WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar", ".th", ".pkl")
 # Options of this package's components: the least and largest value, and whether it is a whole number.
 WHOLE_FROM_ONE = ("evaluation", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
                   "epochs", "round_to", "num_classes", "window", "p", "repeats")  # fmt: skip

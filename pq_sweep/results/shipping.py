@@ -83,5 +83,10 @@ def _write_options(config: dict[str, Any], target: Path) -> None:
     from omegaconf import OmegaConf
 
     OmegaConf.save(OmegaConf.create(config), target / "config.yaml")
-    network = config["model"] | ({"weights": None} if "weights" in config["model"] else {})
-    OmegaConf.save(OmegaConf.create(network), target / "model.yaml")
+    OmegaConf.save(OmegaConf.create(_unloaded(config["model"])), target / "model.yaml")
+
+
+def _unloaded(network: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's options so that it loads no file; `key` chooses in a file only in models of this package."""
+    names = ("weights", "key") if str(network.get("_target_")).startswith("pq_sweep.") else ("weights",)
+    return network | dict.fromkeys(set(names) & network.keys())

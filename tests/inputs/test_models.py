@@ -14,32 +14,17 @@ from typing import Any
 import pytest
 import requests
 import torch
+from checkpoint_files import State, assert_same, prefixed, trained
 from conftest import ROOT, refused
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from pq_sweep.inputs.digits_cnn import DigitsCNN
 from pq_sweep.inputs.models import cifar_resnet, digits_cnn, fetch_weights, simplenet, torchvision_model, vgg7
 from pq_sweep.types import Model
-
-State = dict[str, Tensor]
-
-
-def trained() -> State:
-    """Return weights that no freshly made network has."""
-    torch.manual_seed(42)
-    return {key: torch.randn_like(value.float()).to(value.dtype) for key, value in DigitsCNN().state_dict().items()}
-
-
-def prefixed(state: State) -> State:
-    return {f"module.{key}": value for key, value in state.items()}
-
-
-def assert_same(found: State, expected: State) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +135,16 @@ def test_published_weights_with_other_classes_are_refused(weights: str) -> None:
     text = refused(lambda: torchvision_model(name="resnet18", weights=weights, num_classes=10))
     assert "model.num_classes=10" in text
     assert f"model.weights={weights}" in text
+
+
+@pytest.mark.parametrize("weights", ["DEFAULT", None])
+def test_key_without_a_file_is_refused(weights: str | None) -> None:
+    text = refused(lambda: torchvision_model(name="resnet18", weights=weights, key="state_dict_ema"))
+    assert text.startswith("model.key=state_dict_ema chooses among the weights in a file")
+
+
+def test_packaged_weights_have_no_key() -> None:
+    assert "its weights lie under none, so leave it out" in refused(lambda: digits_cnn(key="ema"))
 
 
 def test_torchvision_weights_from_a_file(tmp_path: Path) -> None:
@@ -293,6 +288,14 @@ def test_every_model_knows_what_it_takes_and_on_which_terms(path: Path) -> None:
     if model.num_classes == 1000:
         assert model.classes is not None
         assert (len(model.classes), model.classes[0]) == (1000, "tench")
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_model_takes_a_key(path: Path) -> None:
+    options = OmegaConf.merge(OmegaConf.load(path), {"weights": None, "key": "ema"})
+    with torch.device("meta"), pytest.raises(InstantiationException) as caught:
+        instantiate(options)
+    assert str(caught.value.__cause__).startswith("model.key=ema chooses among the weights in a file")
 
 
 def test_a_network_without_published_weights_takes_any_ten_classes() -> None:

@@ -104,6 +104,21 @@ def test_the_card_says_what_it_is_and_how_it_came_to_be(tmp_path: Path, images: 
     assert again.stderr == "--export shipped is not empty; give a folder that is not there yet.\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "shipped"),
+    [
+        ({"_target_": "pq_sweep.inputs.models.vgg7", "weights": "w.pt", "key": "ema"}, {"weights": None, "key": None}),
+        ({"_target_": "pq_sweep.models.vgg7", "weights": "w.pt", "num_classes": 3}, {"weights": None}),
+        ({"_target_": "own.network", "weights": "w.pt", "key": 3}, {"weights": None}),
+        ({"_target_": "own.network", "key": 3}, {}),
+    ],
+)
+def test_a_shipped_network_loads_no_file(options: dict[str, Any], shipped: dict[str, Any]) -> None:
+    from pq_sweep.results.shipping import _unloaded
+
+    assert _unloaded(options) == options | shipped
+
+
 def test_a_model_without_labels_has_their_numbers(tmp_path: Path) -> None:
     from sweep_folders import real_result
 
