@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.files import tail
 from pq_sweep.core.result import Memory, Speed
+from pq_sweep.core.sources import search_path
 from pq_sweep.job.stages import Stages
 from pq_sweep.measure.timing import middle
 from pq_sweep.types import Record
@@ -104,7 +105,7 @@ def _measure(stage: Stages, wanted: Record, name: str) -> Record:
 @contextmanager
 def _fresh_process(errors: Any) -> Iterator[Any]:
     """Start a process that finds the same modules as this one, and kill it in the end, when it has answered."""
-    path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+    path = os.pathsep.join(str(Path(entry).absolute()) for entry in search_path())
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "pq_sweep.job.fresh"],
         stdin=subprocess.PIPE,

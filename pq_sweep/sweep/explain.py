@@ -12,6 +12,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pq_sweep.sweep.quoting import culprit, for_shell
 from pq_sweep.types import UserError
 
 
@@ -21,9 +22,7 @@ def explain(error: BaseException) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name} is not known; {_valid(name, error.options)}"
     if isinstance(error, OverrideParseException):
-        return (
-            f"the override {error.override!r} cannot be read; write key=value, and quote values with spaces or commas."
-        )
+        return _explain_word(str(error.override))
     cause = error.__cause__
     if isinstance(cause, UserError):  # Hydra wraps the error that a component raises
         return explain(cause)
@@ -39,6 +38,15 @@ def explain(error: BaseException) -> str:
         empty = " ".join(word for word in sys.argv if re.fullmatch(r"[\w/]+=(null)?", word))
         return f"{empty or 'an override'} chooses nothing; write group=name, and none where it is to do nothing."
     return "".join(traceback.format_exception(error))
+
+
+def _explain_word(word: str) -> str:
+    """Say what Hydra could not read in an override: a character of its value, or all of it."""
+    sign = culprit(word.partition("=")[2])
+    meaning = f", as {sign} means something unless it is in quotes, such as {for_shell(word)}" if sign else ""
+    return (
+        f"the override {word!r} cannot be read; write key=value{meaning or ', and quote values with spaces or commas'}."
+    )
 
 
 def _explain_key(error: OmegaConfBaseException) -> str:

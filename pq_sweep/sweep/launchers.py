@@ -24,6 +24,7 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmitit
 from omegaconf import open_dict
 
 from pq_sweep.core.folder import SweepFolder
+from pq_sweep.core.sources import fix_search_path
 from pq_sweep.job.stages import Stages
 from pq_sweep.results.slurm import max_array_size
 from pq_sweep.results.standing import Watch, record_loss, remember
@@ -58,6 +59,7 @@ class WatchedLauncher(BaseSubmititLauncher):
 
     def __call__(self, *args: Any) -> JobReturn:
         """Run one job on its node."""
+        fix_search_path()
         try:
             return super().__call__(*args)
         except Stopped as stopped:
