@@ -42,6 +42,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
 
 SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model")
 LISTS = ("exclude", "batch_sizes")
+TEXTS = ("uri", "experiment", "name")
 
 
 def check(cfg: DictConfig) -> None:
@@ -78,6 +79,8 @@ def _values(cfg: DictConfig) -> Iterator[str]:
         yield f"seed={cfg.seed} is out of range; give a whole number from 0 to 2^32 - 1."
     if not isinstance(cfg.resume, bool):
         yield f"resume={cfg.resume} is neither true nor false; give one of them."
+    if str(cfg.cache) not in ("on", "off"):
+        yield f"cache={cfg.cache} is not known; valid are: on, off."
     sizes = cfg.measure.batch_sizes
     if isinstance(sizes, ListConfig) and (
         not sizes or not all(_is_number(size, whole=True) and size > 0 for size in sizes)
@@ -108,7 +111,7 @@ def _ours(name: str, options: Any) -> Iterator[tuple[str, DictConfig]]:
 
 
 def _kinds(group: str, options: DictConfig) -> Iterator[str]:
-    """Check the options of our own components that are switches or lists."""
+    """Check the options of our own components that are switches, lists, texts or groups of values."""
     for name in SWITCHES:
         if not isinstance(value := options.get(name, False), bool):
             yield f"{group}.{name}={value} is neither true nor false; give one of them."
@@ -116,6 +119,11 @@ def _kinds(group: str, options: DictConfig) -> Iterator[str]:
         value = options.get(name)
         if value is not None and not isinstance(value, ListConfig):
             yield f"{group}.{name}={value} is not valid, as it is no list; give {group}.{name}=[{value}]."
+    for name in TEXTS:
+        if not isinstance(value := options.get(name, ""), str | None):
+            yield f"{group}.{name}={value} is no text; quote a number: '{group}.{name}=\"1\"'."
+    if not isinstance(value := options.get("options", OmegaConf.create()), DictConfig):
+        yield f"{group}.options={value} is no group of values; give +{group}.options.NAME=VALUE."
     layers = options.get("exclude")
     for value in layers if isinstance(layers, ListConfig) else ():
         if not isinstance(value, str):
@@ -179,7 +187,7 @@ def _files(cfg: DictConfig) -> Iterator[str]:
 
 def _combination(cfg: DictConfig) -> Iterator[str]:
     """Check that the runtime realises the quantizer's precision on the device; for device=auto, any device will do."""
-    if not DEVICE.fullmatch(str(cfg.device)):
+    if not DEVICE.fullmatch(str(cfg.device)) or any(True for _ in _kinds("runtime", cfg.runtime)):
         return
     try:
         precision = precision_of(get_method(cfg.quantizer._target_))

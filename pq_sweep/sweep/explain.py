@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from pq_sweep.sweep.quoting import culprit, for_shell
+from pq_sweep.sweep.quoting import culprit, for_shell, unclosed
 from pq_sweep.types import UserError
 
 
@@ -42,16 +42,21 @@ def explain(error: BaseException) -> str:
 
 def _explain_word(word: str) -> str:
     """Say what Hydra could not read in an override: a character of its value, or all of it."""
-    sign = culprit(word.partition("=")[2])
-    meaning = f", as {sign} means something unless it is in quotes, such as {for_shell(word)}" if sign else ""
-    return (
-        f"the override {word!r} cannot be read; write key=value{meaning or ', and quote values with spaces or commas'}."
-    )
+    value = word.partition("=")[2]
+    if pair := unclosed(value):
+        advice = f"close {pair[0]} by {pair[1]}"
+    elif sign := culprit(value):
+        advice = f"quote a value that has {sign}, as in {for_shell(word)}"
+    else:
+        advice = "quote values with spaces or commas"
+    return f"the override {word!r} cannot be read; write key=value, and {advice}."
 
 
 def _explain_key(error: OmegaConfBaseException) -> str:
     parent = error.parent_node
     key, full = str(error.key), str(error.full_key or error.key)
+    if not isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return f"{full} is given what it cannot hold: {str(error).splitlines()[0].rstrip('.')}."
     if parent is None or not OmegaConf.is_dict(parent):
         return f"{full}: {str(error).splitlines()[0]}"
     names = [str(name) for name in parent if not str(name).startswith("_")]

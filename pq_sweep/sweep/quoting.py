@@ -44,7 +44,17 @@ def _part(text: str) -> str:
 
 def culprit(value: str) -> str:
     """Return the first character that keeps Hydra from reading a value without quotes; "" if it is none by itself."""
-    return next((sign for sign in value if not is_read(f"x=a{sign}b")), "")
+    found = [sign for sign in value if not is_read(f"x=a{sign}b")]
+    return next((sign for sign in found if sign not in "[]{}()'\""), found[0] if found else "")
+
+
+def unclosed(value: str) -> tuple[str, str] | None:
+    """Return what begins in a value and what would end it, if it does not end: a list, a reference, quotes, ..."""
+    for begin, end in (("${", "}"), ("[", "]"), ("{", "}"), ("'", "'"), ('"', '"')):
+        at = value.find(begin) if begin == "${" else 0 if value.startswith(begin) else -1
+        if at >= 0 and end not in value[at + len(begin) :]:
+            return begin, end
+    return ("(", ")") if re.fullmatch(r"\w+\([^)]*", value) else None
 
 
 def for_shell(word: str) -> str:
