@@ -74,7 +74,7 @@ class Store:
     @property
     def file(self) -> Path | None:
         """Return the file of an SQLite store."""
-        path = self.uri.removeprefix("sqlite:///").partition("?")[0]
+        path = self.uri.removeprefix("sqlite:///").partition("?")[0].removeprefix("file:")
         return Path(path).absolute() if self.kind == "sqlite" and path else None
 
     @property
