@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +69,29 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items() if key not in WITHOUT_EFFECT}
 
 
+# What files of components from elsewhere looked like at first: a job may write some of them itself, as it goes.
+SEEN: dict[str, list[Any]] = {}
+
+
 def files_state(options: dict[str, Any]) -> list[Any]:
     """Return values by which one can tell whether the files that a job names are still the same.
 
     These are the files and folders in options, and those whose paths the code of components spells out.
     """
-    found = {name: state for name in _paths(options) if (state := state_of(name))}
-    for text, file in _sources(_own_modules(options)).paths:
-        found |= {name: state for name in named_in_code(text, file) if (state := state_of(name))}
-    return [[name, found[name]] for name in sorted(found)]
+    named, modules = sorted(set(_paths(options, ours=False))), _own_modules(options)
+    if (key := digest([named, modules])) not in SEEN:
+        texts = sorted(_sources(modules).paths)
+        SEEN[key] = _states([*named, *chain.from_iterable(named_in_code(*text) for text in texts)])
+    return _states(_paths(options, ours=True)) + SEEN[key]
+
+
+def _states(names: Iterable[str]) -> list[Any]:
+    return [[name, state] for name in sorted(set(names)) if (state := state_of(name))]
 
 
 def look_again() -> None:
     """Forget what files and folders looked like, but for the code that this process runs already."""
+    SEEN.clear()
     forget_folders()
     sources.look_again()
     _module_of.cache_clear()
@@ -102,13 +113,13 @@ def _texts(value: Any) -> Iterator[str]:
         yield from _texts(part)
 
 
-def _paths(options: dict[str, Any]) -> Iterator[str]:
-    """Yield the texts in options that may be paths; of those of this package, only two options are."""
+def _paths(options: dict[str, Any], *, ours: bool) -> Iterator[str]:
+    """Yield the texts in options that may be paths: two options of our own components, and all of those of others."""
     for group, values in options.items():
-        if isinstance(values, dict) and str(values.get("_target_", "")).startswith("pq_sweep."):
+        if not isinstance(values, dict) or not str(values.get("_target_", "")).startswith("pq_sweep."):
+            yield from () if ours else _texts(values)
+        elif ours:
             yield from (str(values[name]) for name in PATHS.get(group, ()) if values.get(name))
-        else:
-            yield from _texts(values)
 
 
 @cache

@@ -18,6 +18,7 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.files import tail
+from pq_sweep.core.fingerprint import SEEN
 from pq_sweep.core.result import Memory, Speed
 from pq_sweep.core.sources import search_path
 from pq_sweep.job.stages import Stages
@@ -64,7 +65,13 @@ def measure_apart(stage: Stages, config: Record, artifact: str, count: int) -> t
     samples: Samples = {}
     for number in range(1, count + 1):
         path = stage.files.kept(f"repeat-{number}")
-        wanted = {"config": config, "folder": str(stage.folder), "artifact": artifact, "samples": path.name}
+        wanted = {
+            "config": config,
+            "folder": str(stage.folder),
+            "artifact": artifact,
+            "samples": path.name,
+            "files": SEEN,
+        }
         apart = partial(_measure, stage, wanted, f"repeat {number}/{count}")
         found.append(Speed.of(stage.keep_in_job(f"repeat {number}", apart, path)))
         taken = torch.load(path, weights_only=True)

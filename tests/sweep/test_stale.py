@@ -134,3 +134,16 @@ def test_what_cannot_be_followed_is_said_once_and_never_old(mine: Path) -> None:
     assert after[0] == after[1] != before[0]
     sweep(mine, "second", *ONNX)
     assert accuracies(mine / "second") == after
+
+
+def test_repeats_find_the_same_modules_and_allow_for_files_that_the_job_writes(mine: Path) -> None:
+    """A folder that code adds to sys.path as it runs, and a file that an option names and each process rewrites."""
+    (mine / "far").mkdir()
+    (mine / "my_nets.py").rename(mine / "far" / "my_nets.py")
+    found = "import os, sys, time\nsys.path.append(os.environ.get('NETS', 'far'))\n"
+    written = "    open(checkpoint, 'w').write(str(time.time()))\n    checkpoint = None\n"
+    (mine / "my_models.py").write_text(
+        found + MODEL.replace("    torch.manual_seed", written + "    torch.manual_seed")
+    )
+    done = sweep(mine, "first", *ONNX, "+model.checkpoint=note.txt", "measure.repeats=2", "seed=0,1")
+    assert "adds a computed folder to sys.path" in done.stdout + done.stderr
