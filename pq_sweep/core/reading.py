@@ -29,11 +29,12 @@ LONGEST = 1000  # characters of a text that may be a path
 class Reading:
     """What a module needs: names that may be modules, paths that it spells out, files that it runs as code.
 
-    `search` are folders that it adds to `sys.path`; `blind` are a line's number and what that line does that cannot be
-    followed.
+    `packages` are those of which it imports modules by computed names, `search` folders that it adds to `sys.path`, and
+    `blind` a line's number and what that line does that cannot be followed.
     """
 
     names: list[str] = field(default_factory=list)
+    packages: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     scripts: list[str] = field(default_factory=list)
     search: list[str] = field(default_factory=list)
@@ -98,6 +99,10 @@ class Reader(ast.NodeVisitor):
             self._import(node)
         elif last in BY_FILE:
             self._run(node, _argument(node, BY_FILE[last], "location", "path", "path_name", "pathname"))
+        elif name == "torch.load" and any(
+            word.arg == "weights_only" and _is_false(word.value) for word in node.keywords
+        ):
+            self.found.blind.append((node.lineno, "unpickles objects, whose code may lie anywhere (torch.load)"))
         elif name.endswith("hub.load") and name.startswith("torch"):
             self._load_from_hub(node)
         elif name in ("exec", "builtins.exec"):
@@ -146,12 +151,21 @@ class Reader(ast.NodeVisitor):
                 self.found.search.append(folder)
 
     def _import(self, node: ast.Call) -> None:
-        name = self._text(_argument(node, 0, "name", "mod_name", "path"))
-        whole = None if name is None else self._absolute(name)
-        if whole is None:
-            self.found.blind.append((node.lineno, "imports a module by a computed name"))
-        else:
+        wanted = _argument(node, 0, "name", "mod_name", "path")
+        name = self._text(wanted)
+        package, dot, _ = (name or self._beginning(wanted)).rpartition(".")
+        if name is not None and (whole := self._absolute(name)):
             self.found.names.append(whole)
+        elif name is None and dot and (whole := self._absolute(package or ".")):
+            self.found.packages.append(whole)
+        else:
+            self.found.blind.append((node.lineno, "imports a module by a computed name"))
+
+    def _beginning(self, node: ast.expr | None) -> str:
+        """Return the text that a computed one begins with, such as "nets." of f"nets.{name}"."""
+        first = node.values[0] if isinstance(node, ast.JoinedStr) and node.values else None
+        first = node.left if isinstance(node, ast.BinOp) else first
+        return self._text(first) or ""
 
     def _run(self, node: ast.Call, path: ast.expr | None) -> None:
         script = self._text(path)
@@ -190,6 +204,10 @@ class Reader(ast.NodeVisitor):
         if isinstance(node, ast.Attribute):
             return f"{self._dotted(node.value)}.{node.attr}"
         return self.known.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+
+def _is_false(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and node.value is False
 
 
 def _argument(node: ast.Call, position: int, *names: str) -> ast.expr | None:

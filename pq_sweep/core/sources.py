@@ -6,14 +6,16 @@ import hashlib
 import sys
 import sysconfig
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import invalidate_caches
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from itertools import chain
 from pathlib import Path
+from pkgutil import iter_modules
 
 from pq_sweep.core.reading import Reading, read, shown
 
@@ -183,12 +185,21 @@ class Trail:
             return
         self.found.blind += shown(file, reading.blind)
         self.found.paths |= {(path, file) for path in reading.paths}
-        self.waiting += reading.names
+        self.waiting += [*reading.names, *reading.packages, *chain.from_iterable(map(self._below, reading.packages))]
         self.search += [folder for folder in map(_absolute, reading.search) if folder not in self.search]
         for script in map(Path, map(_absolute, reading.scripts)):
             if str(script) not in self.seen and script.is_file():
                 self.seen.add(str(script))
                 self._read(script, str(script))
+
+    def _below(self, package: str) -> Iterator[str]:
+        """Name all modules of a package and of the packages in it."""
+        module = find_module(package, self.search)
+        for found in iter_modules(module.folders if module else ()):
+            name = f"{package}.{found.name}"
+            yield name
+            if found.ispkg:
+                yield from self._below(name)
 
 
 def _absolute(path: str) -> str:

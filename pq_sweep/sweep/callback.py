@@ -61,6 +61,7 @@ class SweepCallback(Callback):
         folder = SweepFolder(claim_folder(config))
         earlier = folder.read_manifest()
         check_folder(config, grid, folder, earlier.get("jobs") or [])
+        CURRENT.unfollowed = bool(grid.unfollowed)
         for sentence in grid.unfollowed:
             log.warning("%s", sentence)
         tracker = instantiate(config.tracking)

@@ -155,7 +155,7 @@ class SlurmLauncher(WatchedLauncher):
     def _missing(self, folder: Path, planned: list[Planned]) -> Iterator[Planned]:
         """Yield the jobs that are neither finished nor in the queue."""
         assert self.config is not None
-        resume = self.config.get("resume")
+        resume = self.config.get("resume") and not (self.config.get("cache") == "off" and CURRENT.unfollowed)
         active = {
             row["job"] for row in Watch(folder, patient=False).look().rows if row["status"] in ("pending", "running")
         }

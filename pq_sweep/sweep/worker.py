@@ -35,9 +35,10 @@ def run_job(cfg: DictConfig) -> None:
     label = label_of(folder)
     look_again()  # files may have changed since the sweep was announced
     unknown = unfollowed(resolved(cfg))
-    if not cfg.resume and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+    anew = not cfg.resume or (cfg.cache == "off" and unknown)
+    if anew and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
         folder.progress.unlink(missing_ok=True)
-    elif folder.finished(fingerprint(cfg)) and not (cfg.cache == "off" and unknown):
+    elif folder.finished(fingerprint(cfg)):
         log.info("%s | reused: finished earlier", label)
         return
     for sentence in unknown:

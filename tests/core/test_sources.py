@@ -64,6 +64,11 @@ IMPORTS = {
     "import_module": ("import importlib\nm = importlib.import_module('helper')", ["helper.py"]),
     "import_module by name": ("from importlib import import_module as load\nm = load('helper')", ["helper.py"]),
     "import_module of a name": ("import importlib\nNAME = 'helper'\nm = importlib.import_module(NAME)", ["helper.py"]),
+    "all of a package by computed names": (
+        "import importlib\ndef make(name): return importlib.import_module(f'nets.{name}')",
+        ["nets/__init__.py", "nets/blocks.py", "nets/deep/net.py"],
+    ),
+    "all of a package by computed names beside it": ("import registry", ["registry/__init__.py", "registry/one.py"]),
     "__import__": ("m = __import__('helper')", ["helper.py"]),
     "Hydra's get_class": ("from hydra.utils import get_class\nC = get_class('helper.Net')", ["helper.py"]),
     "run_path": ("import runpy\nrunpy.run_path('scripts/net.py')", ["scripts/net.py", "helper.py"]),
@@ -99,6 +104,10 @@ def helpers(mine: Path) -> None:
     write("named/__init__.py", "__all__ = ['one']")
     write("named/one.py", "")
     write("loose/part.py", "")
+    write(
+        "registry/__init__.py", "import importlib\nfor n in 'one':\n    importlib.import_module('.' + n, __package__)"
+    )
+    write("registry/one.py", "")
     write("loose/inner/part.py", "")
     write("scripts/net.py", "import helper")
     write("elsewhere/far.py", "x = 1")
@@ -182,6 +191,7 @@ def test_an_installed_module_that_is_a_component_counts(mine: Path, monkeypatch:
         ("import sys, os\nsys.path.append(os.environ['NETS'])", "line 2, adds a computed folder to sys.path"),
         ("import torch\nnet = torch.hub.load('someone/nets', 'net')", "line 2, runs code of another place (torch.hub)"),
         ("def make(:", "line 1, cannot be parsed"),
+        ("import torch\nnet = torch.load('net.pt', weights_only=False)", "line 2, unpickles objects, whose code may"),
     ],
 )
 def test_what_cannot_be_followed_is_said(mine: Path, text: str, told: str) -> None:
