@@ -9,7 +9,7 @@ import yaml
 
 from pq_sweep.core.files import read_json
 from pq_sweep.core.folder import JobFolder
-from pq_sweep.core.groups import GROUPS
+from pq_sweep.core.groups import GROUPS, job_name
 from pq_sweep.core.sentences import without_password
 from pq_sweep.results.rows import Row
 
@@ -27,29 +27,33 @@ def known(folder: JobFolder, announced: Row | None) -> Row:
     if not choices:
         return announced or {}
     words = [without_password(str(word)) for word in overrides] if isinstance(overrides, list) else []
-    return {"folder": folder.name, "choices": choices, "overrides": words}
+    return {"folder": folder.name, "name": job_name(choices), "choices": choices, "overrides": words}
 
 
 def _is_of_sweep(folder: JobFolder, announced: Row) -> bool:
     """Say whether a job's result, if there is one, has the options that its sweep announced or may have."""
-    found = read_json(folder.result)
-    if not isinstance(found, dict) or found.get("fingerprint") == announced.get("fingerprint"):
+    found = _inside(read_json(folder.result), "fingerprint")
+    if not folder.result.exists() or (found and found == announced.get("fingerprint")):
         return True
     overrides = _read(folder.path / ".hydra" / "overrides.yaml")  # the same ones after a change of code
     return overrides is None or [without_password(str(word)) for word in overrides] == announced.get("overrides")
 
 
+def _inside(values: Any, *keys: str) -> Any:
+    """Return what lies below the keys, or None if it does not: a file that was cut short may end anywhere."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
 def _chosen(folder: JobFolder) -> dict[str, Any]:
     """Return the choices of a job as `sweep.json` would: by Hydra's record, else by what its result was made with."""
-    result = read_json(folder.result)
-    config = result.get("config") if isinstance(result, dict) else None
-    config = config or _read(folder.config)
+    config = _inside(read_json(folder.result), "config") or _read(folder.config)
     if not isinstance(config, dict):
         return {}
-    hydra = _read(folder.path / ".hydra" / "hydra.yaml")
-    recorded = (hydra or {}).get("hydra", {}).get("runtime", {}).get("choices", {})
-    choices: dict[str, Any] = {group: str(recorded.get(group) or _name(config.get(group))) for group in GROUPS}
-    choices |= {"amount": (config.get("pruner") or {}).get("amount"), "device": str(config.get("device"))}
+    recorded = _inside(_read(folder.path / ".hydra" / "hydra.yaml"), "hydra", "runtime", "choices")
+    choices: dict[str, Any] = {group: str(_inside(recorded, group) or _name(config.get(group))) for group in GROUPS}
+    choices |= {"amount": _inside(config, "pruner", "amount"), "device": str(config.get("device"))}
     return choices | {"seed": config.get("seed")} | ({"node_type": config["node"]} if config.get("node") else {})
 
 

@@ -121,7 +121,7 @@ def read_row(folder: JobFolder, announced: Row) -> Row:
         row |= _finished(result)
         return row | {"name": job_name(row) if "model" in row else row["name"]} | metrics(result)
     if folder.result.exists():
-        return row | {"status": "failed", "error": DAMAGED}
+        return row | {"status": "failed", "stage": "end", "error": DAMAGED}
     if error := folder.read_error():
         told = {"stage": error["stage"], "error": error["message"], "stderr": error.get("stderr", [])}
         return row | {"status": "failed"} | told | _where(error.get("slurm") or {})

@@ -111,6 +111,9 @@ def test_a_job_copied_from_another_sweep_shows_its_own_options(sweeps: tuple[Pat
     copy_of(theirs / "0", ours / name, "pruner=remove", "pruner.p=1", "seed=3")
     row = next(row for row in read_sweep(ours).rows if row["job"] == name)
     assert row["name"] == "mine remove 0.5 none torch"
+    cut(ours / name / "result.json", "half")
+    assert read_job(ours / name)["name"].startswith("mine remove 0.5 none ")
+    shutil.copy(theirs / "0" / "result.json", ours / name)
     assert (row["model"], row["dataset"], row["pruner"], row["quantizer"]) == ("mine", "digits", "remove", "none")
     assert (row["given"]["pruner.p"], row["given"]["seed"]) == ("1", "3")
     assert read_job(ours / name)["name"] == row["name"]
@@ -122,6 +125,15 @@ def test_a_job_of_which_only_the_result_was_copied_has_a_name(sweeps: tuple[Path
     (ours / "copied").mkdir()
     shutil.copy(theirs / "0" / "result.json", ours / "copied")
     assert read_sweep(ours).rows[1]["name"] == "digits_cnn l1_global 0.5 none torch"
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("file", ["hydra.yaml", "overrides.yaml", "config.yaml"])
+def test_what_hydra_wrote_may_be_cut_short_too(sweeps: tuple[Path, Path], file: str, share: float) -> None:
+    job = copy_of(sweeps[1] / "0", sweeps[0] / "7", "pruner=remove", "pruner.p=1")
+    path = job / ".hydra" / file
+    path.write_text(path.read_text()[: int(len(path.read_text()) * share)])
+    assert read_sweep(sweeps[0]).rows[1]["status"] == "finished"
 
 
 def test_a_job_that_ran_before_the_code_changed_is_the_announced_one(sweeps: tuple[Path, Path]) -> None:
