@@ -23,8 +23,9 @@ SHORT = (
 Done = subprocess.CompletedProcess[str]
 
 
-def launch_in(folder: Path, *overrides: str, timeout: float = 300) -> Done:
-    return python([LAUNCH, *overrides], folder, new_user(), timeout)
+def launch_in(folder: Path, *overrides: str, timeout: float = 300, home: Path | None = None) -> Done:
+    own = {"HOME": str(home)} if home else {}
+    return python([LAUNCH, *overrides], folder, new_user() | own, timeout)
 
 
 def imported(stderr: str) -> set[str]:

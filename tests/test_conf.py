@@ -12,6 +12,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from pq_sweep.job.check import LISTS, SWITCHES
+
 CONF = ROOT / "conf"
 
 # What a job hands to the components of each group; all other arguments come from the YAML.
@@ -79,3 +81,12 @@ def test_yaml_starts_with_a_comment_and_is_short(path: Path) -> None:
     assert len(lines[0]) > len("# ")
     content = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     assert path.parent.name == "measure" or len([line for line in content if not line.startswith("key:")]) <= 6
+
+
+@component
+def test_the_kinds_of_all_values_are_checked(path: Path) -> None:
+    """A word given for a switch would count as true, and one given for a list as its letters."""
+    _, options = signature_and_options(path)
+    kinds: dict[type, tuple[str, ...]] = {bool: SWITCHES, list: LISTS, dict: ("options",)}
+    values = {name: value for name, value in options.items() if not isinstance(value, dict) or "_target_" not in value}
+    assert [name for name, value in values.items() if name not in kinds.get(type(value), (name,))] == []

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.environment import cache_home, versions
 from pq_sweep.core.files import read_json, write_json
-from pq_sweep.core.fingerprint import code, digest, file_hash, resolved
+from pq_sweep.core.fingerprint import code, digest, file_hash, files_state, resolved, unfollowed
 from pq_sweep.types import UserError, choose
 
 if TYPE_CHECKING:
@@ -117,12 +117,19 @@ class Cache:
 
 
 def open_cache(cfg: DictConfig) -> Cache | None:
-    """Return the cache for a job, or None if it is off; all entries depend on the job's code, versions and model."""
+    """Return the cache for a job, or None if it is off, or if nobody can tell whether the job's code is the same.
+
+    All entries depend on the job's code and versions, and on the model with the files that its options name.
+    """
     if choose("cache", str(cfg.cache), ("on", "off")) == "off":
         return None
     options = resolved(cfg)
-    model = {name: value for name, value in options["model"].items() if name != "weights"}  # weights are hashed
-    return Cache({"code": code(options), "versions": versions(), "model": model})
+    if unfollowed(options):
+        return None
+    ours = str(options["model"]["_target_"]).startswith("pq_sweep.")  # weights of these are hashed
+    model = {name: value for name, value in options["model"].items() if not (ours and name == "weights")}
+    files = files_state({"model": model})
+    return Cache({"code": code(options), "versions": versions(), "model": model, "files": files})
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file, or None if there is none or it is damaged."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
 
 

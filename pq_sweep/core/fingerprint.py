@@ -4,35 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from functools import cache
-from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from pq_sweep.core import sources
 from pq_sweep.core.environment import versions
+from pq_sweep.core.places import forget_folders, named_in_code, state_of
+from pq_sweep.core.sources import Sources, follow, module_of
 
 # Groups that decide where results go and whether earlier ones count, but not what the results are.
 WITHOUT_EFFECT = ("tracking", "resume", "search", "cache")
+# The options of this package's components that are paths.
+PATHS = {"model": ("weights",), "dataset": ("root",)}
+DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 # The rooms around jobs, which start and watch jobs and show what they found, and the doors to these rooms.
 AROUND_JOBS = ("sweep", "tracking", "results", "doctor", "cache.py", "gpu_check.py", "recommend.py", "report.py")
 
 
 def fingerprint(cfg: DictConfig) -> str:
-    """Return a hash of a job's options, of the code and versions that it runs with, and of the files it names.
+    """Return a hash of a job's options, of the code and versions that it runs with, and of the files it names."""
+    return fingerprint_of(resolved(cfg))
 
-    A file in `model.weights` counts by its size and time, a `dataset.root` by its folders with their times, which
-    change when images come or go, but not when an image is overwritten in place.
-    """
-    options = resolved(cfg)
-    return digest([options, code(options), versions(), *_files(options)])
+
+def fingerprint_of(options: dict[str, Any]) -> str:
+    """Return the fingerprint of a job whose options are resolved."""
+    return digest([options, code(options), versions(), *files_state(options)])
 
 
 def code(options: dict[str, Any]) -> str:
-    """Return a hash of the source that a job with these options runs, components from elsewhere included."""
-    return _code(tuple(sorted(_own_modules(options))))
+    """Return a hash of the source that a job with these options runs, components from elsewhere included.
+
+    Of these count their modules and all that they import, directly or not; installed packages count by version.
+    """
+    return _code(_own_modules(options))
+
+
+def unfollowed(options: dict[str, Any]) -> list[str]:
+    """Say in a sentence each which code of a job's components may change without being noticed."""
+    return _sources(_own_modules(options)).blind
 
 
 def digest(content: Any) -> str:
@@ -54,43 +69,78 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items() if key not in WITHOUT_EFFECT}
 
 
+# What files of components from elsewhere looked like at first: a job may write some of them itself, as it goes.
+SEEN: dict[str, list[Any]] = {}
+
+
 def files_state(options: dict[str, Any]) -> list[Any]:
-    """Return values by which one can tell whether the files that a model or dataset names are still the same."""
-    return list(_files(options))
+    """Return values by which one can tell whether the files that a job names are still the same.
+
+    These are the files and folders in options, and those whose paths the code of components spells out.
+    """
+    named, modules = sorted(set(_paths(options, ours=False))), _own_modules(options)
+    if (key := digest([named, modules])) not in SEEN:
+        texts = sorted(_sources(modules).paths)
+        SEEN[key] = _states([*named, *chain.from_iterable(named_in_code(*text) for text in texts)])
+    return _states(_paths(options, ours=True)) + SEEN[key]
 
 
-def _own_modules(options: dict[str, Any]) -> Iterator[str]:
-    """Name the modules outside this package that components come from."""
-    for group in options.values():
-        target = str(group.get("_target_", "")) if isinstance(group, dict) else ""
-        if target and not target.startswith("pq_sweep."):
-            yield target.rpartition(".")[0]
+def _states(names: Iterable[str]) -> list[Any]:
+    return [[name, state] for name in sorted(set(names)) if (state := state_of(name))]
+
+
+def look_again() -> None:
+    """Forget what files and folders looked like, but for the code that this process runs already."""
+    SEEN.clear()
+    forget_folders()
+    sources.look_again()
+    _module_of.cache_clear()
+    _sources.cache_clear()
+    _code.cache_clear()
+
+
+def _own_modules(options: Any) -> tuple[str, ...]:
+    """Name the modules outside this package that components come from, or that options name for them."""
+    names = {text for text in _texts(options) if DOTTED.fullmatch(text) and not text.startswith("pq_sweep.")}
+    return tuple(sorted({module for name in names if (module := _module_of(name))}))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in plain values, however deep."""
+    if isinstance(value, str):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _texts(part)
+
+
+def _paths(options: dict[str, Any], *, ours: bool) -> Iterator[str]:
+    """Yield the texts in options that may be paths: two options of our own components, and all of those of others."""
+    for group, values in options.items():
+        if not isinstance(values, dict) or not str(values.get("_target_", "")).startswith("pq_sweep."):
+            yield from () if ours else _texts(values)
+        elif ours:
+            yield from (str(values[name]) for name in PATHS.get(group, ()) if values.get(name))
+
+
+@cache
+def _module_of(name: str) -> str | None:
+    return module_of(name)
+
+
+@cache
+def _sources(modules: tuple[str, ...]) -> Sources:
+    return follow(modules)
 
 
 @cache
 def _code(modules: tuple[str, ...]) -> str:
-    """Return a hash of the source of this package and of further modules."""
+    """Return a hash of the source of this package and of what further modules run."""
     package = Path(__file__).parents[1]
-    sources = sorted(path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in AROUND_JOBS)
-    specs = (find_spec(module) for module in modules)
-    sources += [Path(spec.origin) for spec in specs if spec and spec.origin and Path(spec.origin).is_file()]
-    whole = hashlib.sha256()
-    for source in sources:
-        whole.update(source.read_bytes())
+    own = sorted(path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in AROUND_JOBS)
+    found, whole = _sources(modules), hashlib.sha256()
+    for path in own:
+        whole.update(path.read_bytes())
+    for name, content in sorted(found.files.items()):
+        whole.update(name.encode() + content)
+    whole.update(json.dumps(found.versions, sort_keys=True).encode())
     return whole.hexdigest()
-
-
-def _files(options: dict[str, Any]) -> Iterator[Any]:
-    weights, root = (options.get(group, {}).get(key) for group, key in (("model", "weights"), ("dataset", "root")))
-    if weights and Path(str(weights)).expanduser().is_file():
-        stat = Path(str(weights)).expanduser().stat()
-        yield [stat.st_size, stat.st_mtime_ns]
-    if root and Path(str(root)).expanduser().is_dir():
-        yield _folders(Path(str(root)).expanduser())
-
-
-@cache
-def _folders(root: Path) -> list[tuple[str, int]]:
-    """Return the folders down to two levels below `root` and when something was last added to or taken from each."""
-    below = [path for pattern in ("*", "*/*") for path in root.glob(pattern) if path.is_dir()]
-    return [(str(path.relative_to(root)), path.stat().st_mtime_ns) for path in sorted([root, *below])]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,13 @@ class SweepFolder:
         return JobFolder(self.path / name)
 
     def read_manifest(self) -> dict[str, Any]:
-        """Return what was announced of the sweep; it is empty if there is no `sweep.json`."""
-        return read_json(self.manifest) or {}
+        """Return what was announced of the sweep; it is empty if there is no `sweep.json`, or a damaged one."""
+        found = read_json(self.manifest)
+        if isinstance(found, dict):
+            return found
+        if self.manifest.exists():
+            _warn_of_damage(self.manifest)
+        return {}
 
     def announced(self) -> list[dict[str, Any]]:
         """Return what was announced of each job."""
@@ -141,6 +147,14 @@ class SweepFolder:
         """Return the names of the jobs that have a result or an error in their folders."""
         found = (path for sign in OVER for path in self.path.glob(f"*/{sign}"))
         return {path.parent.name for path in found}
+
+
+@cache
+def _warn_of_damage(manifest: Path) -> None:
+    """Say once that a `sweep.json` is damaged."""
+    log.warning(
+        "%s is damaged, so jobs without a result are not known; repeat the sweep's command in its folder.", manifest
+    )
 
 
 def is_job(folder: Path) -> bool:

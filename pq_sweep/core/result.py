@@ -275,5 +275,7 @@ class Result(Part):
     @classmethod
     def read(cls, path: Path) -> Self | None:
         """Return what a `result.json` holds, or None if there is none or it is damaged."""
-        plain = read_json(path)
-        return plain and cls.of(plain)
+        try:
+            return cls.of(read_json(path))
+        except (KeyError, TypeError, AttributeError):
+            return None

@@ -12,5 +12,6 @@ def without_password(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """Return the first words of an error, on one line and without a password."""
-    return without_password(" ".join(str(error).split()) or type(error).__name__)[:200]
+    """Return the first words of an error, on one line and without a password or the statement that a database took."""
+    words = " ".join(re.sub(r"\[SQL: .*", "", str(error), flags=re.DOTALL).split())
+    return without_password(re.sub(r"\(\w+\.\w+Error\) ", "", words) or type(error).__name__)[:200]

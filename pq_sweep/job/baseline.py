@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from pq_sweep.core.environment import device_name, versions
 from pq_sweep.core.files import read_json, write_json
-from pq_sweep.core.fingerprint import digest, files_state, resolved
+from pq_sweep.core.fingerprint import code, digest, files_state, resolved, unfollowed
 from pq_sweep.core.folder import BaselineFolder, JobFolder
 from pq_sweep.core.result import Accuracy, Compared, Reference
 from pq_sweep.core.weights import network_state
@@ -59,14 +59,29 @@ def load_baseline(cfg: DictConfig, model: Model, data: Data, work: Workspace, pr
     options = resolved(cfg)
     parts = {name: options[name] for name in ("model", "dataset", "seed")}
     where = [options.get("node"), device_name(work.device)]
-    whole = digest([parts, where, files_state(options), versions()])
-    files = BaselineFolder(JobFolder(work.folder).sweep.baselines / whole)
+    sweep = JobFolder(work.folder).sweep
+    # Code that cannot be followed may be another each time that the sweep is started.
+    start = sweep.read_manifest().get("started") if unfollowed(parts) else None
+    whole = digest([parts, where, code(parts), files_state(parts), versions(), start])
+    files = BaselineFolder(sweep.baselines / whole)
     files.path.mkdir(parents=True, exist_ok=True)
     with FileLock(files.lock):
-        if not files.figures.exists():
+        if not _is_whole(files):
             _take_or_measure(model, data, work, protocol, files, {"options": parts, "device": where[1]})
     figures, layers = read_json(files.figures), read_json(files.layers)
     return Baseline(Reference.of(figures), np.load(files.predictions), layers)
+
+
+def _is_whole(files: BaselineFolder) -> bool:
+    """Say whether the reference is there, and no file of it was cut short."""
+    try:
+        return (
+            bool(read_json(files.figures))
+            and read_json(files.layers) is not None
+            and np.load(files.predictions).ndim == 1
+        )
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def _take_or_measure(

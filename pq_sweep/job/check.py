@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pq_sweep.compress.choices import CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS
+from pq_sweep.core.sources import find_module, module_of
 from pq_sweep.runtimes import precision_of
 from pq_sweep.types import RuntimeChoice, UserError
 
@@ -39,6 +39,10 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "dim": (0, 1, True),
     "percentile": (50, 100, False),
 }
+
+SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model")
+LISTS = ("exclude", "batch_sizes")
+TEXTS = ("uri", "experiment", "name")
 
 
 def check(cfg: DictConfig) -> None:
@@ -73,11 +77,13 @@ def _values(cfg: DictConfig) -> Iterator[str]:
         yield f"device={cfg.device} is not known; valid are: auto, cpu, cuda, cuda:N."
     if not (_is_number(cfg.seed, whole=True) and 0 <= cfg.seed < 2**32):
         yield f"seed={cfg.seed} is out of range; give a whole number from 0 to 2^32 - 1."
+    if not isinstance(cfg.resume, bool):
+        yield f"resume={cfg.resume} is neither true nor false; give one of them."
+    if str(cfg.cache) not in ("on", "off"):
+        yield f"cache={cfg.cache} is not known; valid are: on, off."
     sizes = cfg.measure.batch_sizes
-    if (
-        not isinstance(sizes, ListConfig)
-        or not sizes
-        or not all(_is_number(size, whole=True) and size > 0 for size in sizes)
+    if isinstance(sizes, ListConfig) and (
+        not sizes or not all(_is_number(size, whole=True) and size > 0 for size in sizes)
     ):
         yield f"measure.batch_sizes={sizes} is not valid; give whole numbers from 1 on, such as [1,8]."
     for key, valid in CHOICES.items():
@@ -88,14 +94,44 @@ def _values(cfg: DictConfig) -> Iterator[str]:
     if _is_number(images) and _is_number(available) and images > available:
         yield f"quantizer.images={images} is more than dataset.calibration={available}; lower it or raise that."
     for group in COMPONENTS:
-        yield from _numbers(group, cfg[group])
+        for name, part in _ours(group, cfg[group]):
+            yield from _numbers(name, part)
+            yield from _kinds(name, part)
     yield from _pattern(cfg.pruner)
+
+
+def _ours(name: str, options: Any) -> Iterator[tuple[str, DictConfig]]:
+    """Yield our own components with their names: that of a group, and those among its options."""
+    if not isinstance(options, DictConfig):
+        return
+    if _is_ours(options):
+        yield name, options
+    for key, value in options.items():
+        yield from _ours(f"{name}.{key!s}", value)
+
+
+def _kinds(group: str, options: DictConfig) -> Iterator[str]:
+    """Check the options of our own components that are switches, lists, texts or groups of values."""
+    for name in SWITCHES:
+        if not isinstance(value := options.get(name, False), bool):
+            yield f"{group}.{name}={value} is neither true nor false; give one of them."
+    for name in LISTS:
+        value = options.get(name)
+        if value is not None and not isinstance(value, ListConfig):
+            yield f"{group}.{name}={value} is not valid, as it is no list; give {group}.{name}=[{value}]."
+    for name in TEXTS:
+        if not isinstance(value := options.get(name, ""), str | None):
+            yield f"{group}.{name}={value} is no text; quote a number: '{group}.{name}=\"1\"'."
+    if not isinstance(value := options.get("options", OmegaConf.create()), DictConfig):
+        yield f"{group}.options={value} is no group of values; give +{group}.options.NAME=VALUE."
+    layers = options.get("exclude")
+    for value in layers if isinstance(layers, ListConfig) else ():
+        if not isinstance(value, str):
+            yield f"{group}.exclude={layers} has {value}, no text; quote layer names: '{group}.exclude=[\"1\"]'."
 
 
 def _numbers(group: str, options: DictConfig) -> Iterator[str]:
     """Check the options of our own components by name; null is left to the component."""
-    if not _is_ours(options):
-        return
     for name, (least, most, whole) in RANGES.items():
         value = options.get(name)
         if value is None or f"{group}.{name}" in CHOICES or (name == "n" and "m" in options):
@@ -121,29 +157,37 @@ def _targets(cfg: DictConfig) -> Iterator[str]:
     """Check that the modules of all components are there, without importing them."""
     for group in COMPONENTS:
         target = str(cfg[group].get("_target_"))
-        try:
-            found = find_spec(target.rpartition(".")[0])
-        except (ImportError, ValueError):
-            found = None
-        if found is None:
+        if not _is_there(target):
             yield f"{group}._target_={target} cannot be found; give module.function of a module on the Python path."
 
 
+def _is_there(target: str) -> bool:
+    """Say whether the module of module.function is there, or that of module.Class.function."""
+    name = target.rpartition(".")[0]
+    if not name or find_module(name):
+        return bool(name)
+    module = module_of(name)
+    # That a package makes a class by itself, as in its __init__.py, only shows when it is imported.
+    return bool(module) and name.rpartition(".")[0] == module and name.rpartition(".")[2][:1].isupper()
+
+
 def _files(cfg: DictConfig) -> Iterator[str]:
-    """Check that files and folders are there."""
-    root = cfg.dataset.get("root")
-    if root is not None and not Path(root).expanduser().is_dir():
-        yield f"dataset.root={root} is not a folder; give a folder with one sub-folder of images per class."
-    weights = cfg.model.get("weights")
-    if weights == "" or (
-        weights is not None and _looks_like_path(str(weights)) and not Path(weights).expanduser().is_file()
-    ):
-        yield f"model.weights={weights} is no file; give DEFAULT, null or the path of a state_dict."
+    """Check the paths that our own components are given."""
+    for group, name in (("dataset", "root"), ("model", "weights")):
+        value = cfg[group].get(name)
+        if value is None or not _is_ours(cfg[group]):
+            continue
+        if not isinstance(value, str):
+            yield f"{group}.{name}={value} is no text; give one path, and quote a number: '{group}.{name}=\"1\"'."
+        elif name == "root" and not (value and Path(value).expanduser().is_dir()):
+            yield f"dataset.root={value} is not a folder; give a folder with one sub-folder of images per class."
+        elif name == "weights" and not (value and (not _looks_like_path(value) or Path(value).expanduser().is_file())):
+            yield f"model.weights={value} is no file; give DEFAULT, null or the path of a state_dict."
 
 
 def _combination(cfg: DictConfig) -> Iterator[str]:
     """Check that the runtime realises the quantizer's precision on the device; for device=auto, any device will do."""
-    if not DEVICE.fullmatch(str(cfg.device)):
+    if not DEVICE.fullmatch(str(cfg.device)) or any(True for _ in _kinds("runtime", cfg.runtime)):
         return
     try:
         precision = precision_of(get_method(cfg.quantizer._target_))
@@ -188,7 +232,7 @@ def _name(runtime: type[Any]) -> str:
 
 def _is_ours(options: DictConfig) -> bool:
     """Say whether a component is this package's; options of the same names may mean anything in others."""
-    return str(options._target_).startswith("pq_sweep.")
+    return str(options.get("_target_")).startswith("pq_sweep.")
 
 
 def _is_number(value: Any, *, whole: bool = False) -> bool:

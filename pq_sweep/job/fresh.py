@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from pq_sweep.core.files import read_json
-from pq_sweep.core.fingerprint import file_hash
+from pq_sweep.core.fingerprint import SEEN, file_hash
 from pq_sweep.core.result import Speed
+from pq_sweep.core.sources import fix_search_path
 from pq_sweep.job.repeats import RepeatFailed, Tell
 from pq_sweep.job.stages import Stages, sentence
 from pq_sweep.types import Record
@@ -72,6 +73,8 @@ def main() -> None:
     output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get into the answer
     wanted = json.loads(sys.stdin.readline())
+    fix_search_path()
+    SEEN.update(wanted["files"])
     threading.Thread(target=_end_with_job, daemon=True).start()
 
     def tell(what: dict[str, Any]) -> None:

@@ -18,7 +18,9 @@ from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.files import tail
+from pq_sweep.core.fingerprint import SEEN
 from pq_sweep.core.result import Memory, Speed
+from pq_sweep.core.sources import search_path
 from pq_sweep.job.stages import Stages
 from pq_sweep.measure.timing import middle
 from pq_sweep.types import Record
@@ -63,7 +65,13 @@ def measure_apart(stage: Stages, config: Record, artifact: str, count: int) -> t
     samples: Samples = {}
     for number in range(1, count + 1):
         path = stage.files.kept(f"repeat-{number}")
-        wanted = {"config": config, "folder": str(stage.folder), "artifact": artifact, "samples": path.name}
+        wanted = {
+            "config": config,
+            "folder": str(stage.folder),
+            "artifact": artifact,
+            "samples": path.name,
+            "files": SEEN,
+        }
         apart = partial(_measure, stage, wanted, f"repeat {number}/{count}")
         found.append(Speed.of(stage.keep_in_job(f"repeat {number}", apart, path)))
         taken = torch.load(path, weights_only=True)
@@ -104,7 +112,7 @@ def _measure(stage: Stages, wanted: Record, name: str) -> Record:
 @contextmanager
 def _fresh_process(errors: Any) -> Iterator[Any]:
     """Start a process that finds the same modules as this one, and kill it in the end, when it has answered."""
-    path = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
+    path = os.pathsep.join(str(Path(entry).absolute()) for entry in search_path())
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "pq_sweep.job.fresh"],
         stdin=subprocess.PIPE,

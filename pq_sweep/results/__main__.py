@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.results.commands import start_again
 from pq_sweep.results.conclude import conclude, tell
 from pq_sweep.results.standing import Watch
@@ -20,7 +21,11 @@ def show_sweep(folder: Path, *, watching: bool) -> bool:
     if watching:
         tracker = tracker_of(folder)
         return conclude(watch(folder, log=tracker.log if tracker.begin(folder) else None), tracker.finish)
-    tell(Watch(folder, patient=False).look())
+    sweep = Watch(folder, patient=False).look()
+    try:
+        tell(sweep)
+    except OSError as error:  # a folder of somebody else: it can be read
+        print(f"CSV: {SweepFolder(folder).table} cannot be written ({error.strerror or error}).")
     return True
 
 

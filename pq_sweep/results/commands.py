@@ -12,6 +12,7 @@ from pathlib import Path
 from pq_sweep.core.folder import JobFolder, SweepFolder
 from pq_sweep.core.groups import COMPRESSING, FOLDER_OPTIONS, group_of, option_of
 from pq_sweep.results.comparison import unreferenced
+from pq_sweep.results.origin import known
 from pq_sweep.results.rows import Row
 from pq_sweep.results.sweeps import Sweep
 from pq_sweep.types import UserError
@@ -40,8 +41,9 @@ def _sweep_folder(row: Row) -> SweepFolder:
 
 
 def _overrides(manifest: Row, row: Row) -> list[str]:
-    jobs = manifest.get("jobs") or ()
-    return next((job["overrides"] for job in jobs if job["folder"] == Path(row["folder"]).name), [])
+    folder = JobFolder(Path(row["folder"]))
+    announced = next((job for job in manifest.get("jobs") or () if job["folder"] == folder.name), None)
+    return list(known(folder, announced).get("overrides", ()))
 
 
 def _command(manifest: Row, overrides: list[str]) -> str:
@@ -52,7 +54,7 @@ def _command(manifest: Row, overrides: list[str]) -> str:
 def _config_folders(arguments: list[str]) -> Iterator[str]:
     """Yield the options that say where further components are."""
     for number, argument in enumerate(arguments):
-        if argument.startswith("--config-dir"):
+        if argument.startswith(("--config-dir", "-cd")):
             yield argument
             if "=" not in argument:
                 yield arguments[number + 1]
@@ -67,6 +69,11 @@ def start_again(folder: Path) -> int:
         raise UserError(
             f"{folder} cannot be started again from here: its command is not known, or held a password; repeat the"
             f" command with hydra.sweep.dir={folder}."
+        )
+    if not Path(manifest["working_folder"]).is_dir():
+        raise UserError(
+            f"{folder} cannot be started again from here: {manifest['working_folder']}, where its command was given, is"
+            f" no longer there; repeat the command elsewhere with hydra.sweep.dir={folder.absolute()}."
         )
     # Overrides have to stand together, with options only before or after them.
     place = next((number for number, word in enumerate(arguments[1:], 1) if "=" in word.lstrip("-")), len(arguments))

@@ -104,6 +104,9 @@ def _latencies(timed: Latency) -> Figures:
     }
 
 
+DAMAGED = "result.json is damaged, such as cut short; start the sweep again, which runs this job anew."
+
+
 def read_row(folder: JobFolder, announced: Row) -> Row:
     """Return a job as one flat row, whatever state it is in."""
     row = {
@@ -118,6 +121,8 @@ def read_row(folder: JobFolder, announced: Row) -> Row:
     if result := Result.read(folder.result):
         row |= _finished(result)
         return row | {"name": job_name(row) if "model" in row else row["name"]} | metrics(result)
+    if folder.result.exists():
+        return row | {"status": "failed", "stage": "end", "error": DAMAGED}
     if error := folder.read_error():
         told = {"stage": error["stage"], "error": error["message"], "stderr": error.get("stderr", [])}
         return row | {"status": "failed"} | told | _where(error.get("slurm") or {})

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pq_sweep.core.folder import JobFolder, SweepFolder, is_job
 from pq_sweep.core.groups import option_of
+from pq_sweep.results.origin import known
 from pq_sweep.results.rows import Row, read_row
 from pq_sweep.types import UserError
 
@@ -57,7 +58,7 @@ def read_sweep(folder: Path, states: dict[str, Row] | None = None) -> Sweep:
     rows = [
         _since(manifest, read_row(files.job(name), job)) | {"given": _options(job)}
         for name in [*announced, *extra]
-        for job in [announced.get(name, {})]
+        for job in [known(files.job(name), announced.get(name))]
     ]
     rows = [row if row["status"] == "finished" else row | (states or {}).get(row["job"], {}) for row in rows]
     return gather(folder, rows)
@@ -91,7 +92,8 @@ def _options(job: Row) -> dict[str, str]:
 def read_job(folder: Path) -> Row:
     """Read one job of a sweep, without the others."""
     files = JobFolder(folder)
-    return read_row(files, next((job for job in files.sweep.announced() if job["folder"] == files.name), {}))
+    announced = next((job for job in files.sweep.announced() if job["folder"] == files.name), None)
+    return read_row(files, known(files, announced))
 
 
 def find_sweeps(folders: list[Path]) -> list[Sweep]:

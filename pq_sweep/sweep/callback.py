@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import uuid
@@ -24,9 +25,12 @@ from pq_sweep.core.sentences import without_password
 from pq_sweep.sweep.current import CURRENT, check_folder
 from pq_sweep.sweep.explain import explain
 from pq_sweep.sweep.grid import Grid, compose_grid, read_grid
+from pq_sweep.sweep.quoting import in_quotes
 from pq_sweep.sweep.search import check_search
 from pq_sweep.tracking.tracker import Tracker
 from pq_sweep.types import UserError
+
+log = logging.getLogger(__name__)
 
 
 class SweepCallback(Callback):
@@ -53,10 +57,13 @@ class SweepCallback(Callback):
             if config.hydra.mode == RunMode.RUN:
                 raise UserError("search chooses the jobs of a sweep; leave out hydra.mode=RUN.")
             check_search(config.search, grid.announced)
-            grid = Grid()
+            grid = Grid(unfollowed=grid.unfollowed)
         folder = SweepFolder(claim_folder(config))
         earlier = folder.read_manifest()
         check_folder(config, grid, folder, earlier.get("jobs") or [])
+        CURRENT.unfollowed = bool(grid.unfollowed)
+        for sentence in grid.unfollowed:
+            log.warning("%s", sentence)
         tracker = instantiate(config.tracking)
         write_json(folder.manifest, manifest_of(config, grid, tracker, earlier))
         CURRENT.begin(folder.path, tracker, grid.announced)
@@ -100,7 +107,9 @@ def claim_folder(config: DictConfig) -> Path:
     """
     take_run_folder(config)
     named = any(option_of(word) == "hydra.sweep.dir" for word in config.hydra.overrides.hydra)
-    wanted = Path(config.hydra.sweep.dir)
+    if not config.hydra.sweep.dir:
+        raise UserError("hydra.sweep.dir is empty; give the folder that the sweep is to write.")
+    wanted = Path(config.hydra.sweep.dir).expanduser()
     folder, number = wanted, 1
     try:
         wanted.parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +128,16 @@ def claim_folder(config: DictConfig) -> Path:
         raise UserError(
             f"the output folder {folder} cannot be written ({error.strerror}); set hydra.sweep.dir to one that can."
         ) from error
-    if folder != wanted:
-        config.hydra.overrides.hydra.append(f"hydra.sweep.dir={folder}")  # what the jobs are composed from
-        config.hydra.sweep.dir = str(folder)
+    if str(folder) != config.hydra.sweep.dir:
+        _name_folder(config, str(folder))
     return folder
+
+
+def _name_folder(config: DictConfig, folder: str) -> None:
+    """Make a folder that of the sweep, also in what its jobs are composed from."""
+    kept = [word for word in config.hydra.overrides.hydra if option_of(word) not in FOLDER_OPTIONS]
+    config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir={in_quotes(folder)}"]
+    config.hydra.sweep.dir = folder
 
 
 def take_run_folder(config: DictConfig) -> None:
@@ -139,11 +154,8 @@ def take_run_folder(config: DictConfig) -> None:
         raise UserError(
             f"hydra.run.dir={run} and hydra.sweep.dir={sweep} both name the sweep's folder; leave out one of them."
         )
-    config.hydra.sweep.dir = run
     config.hydra.run.dir = "${hydra.sweep.dir}/${hydra.sweep.subdir}"  # as it is in conf/config.yaml
-    kept = [word for word in config.hydra.overrides.hydra if option_of(word) not in FOLDER_OPTIONS]
-    quoted = run.replace("'", r"\'")
-    config.hydra.overrides.hydra = [*kept, f"hydra.sweep.dir='{quoted}'"]  # what the jobs are composed from
+    _name_folder(config, run)
 
 
 def _or_exit(begin: Callable[[], None]) -> None:

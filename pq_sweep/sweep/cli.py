@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from pq_sweep.core.sources import fix_search_path
 from pq_sweep.sweep.current import CURRENT
 from pq_sweep.sweep.explain import explain
+from pq_sweep.sweep.quoting import quoted
 from pq_sweep.types import Stopped
 
 EXAMPLES = """\
@@ -29,9 +31,11 @@ def main(launch: Callable[[], None], conf: Path) -> None:
     if {"-h", "--help"} & set(sys.argv):
         print(help_text([*_config_dirs(sys.argv), conf]))
         return
+    sys.argv[1:] = [quoted(word) for word in sys.argv[1:]]
     codes = list[int]()
     atexit.register(_leave, codes)  # what registers first is called last
     sys.path.append(str(Path.cwd()))  # where a user's own components are
+    fix_search_path()
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors through to here
     code = 0

@@ -23,7 +23,7 @@ class Current:
     """One sweep, from its announcement to its end; without a folder, no sweep has begun.
 
     `log` logs a job, if the store can be used. `announced` are the jobs that are known so far; `found` has a sentence
-    for each result of a search.
+    for each result of a search; `unfollowed` says whether code of theirs may change without being noticed.
     """
 
     folder: Path | None = None
@@ -31,6 +31,7 @@ class Current:
     log: Callable[[Path], bool] | None = None
     announced: list[dict[str, Any]] = field(default_factory=list)
     found: list[str] = field(default_factory=list)
+    unfollowed: bool = False
 
     def begin(self, folder: Path, tracker: Tracker, announced: list[dict[str, Any]]) -> None:
         """Take up a sweep whose `sweep.json` is written."""

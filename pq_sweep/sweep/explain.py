@@ -10,8 +10,9 @@ from collections.abc import Iterable
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from pq_sweep.sweep.quoting import culprit, for_shell, unclosed
 from pq_sweep.types import UserError
 
 
@@ -21,9 +22,7 @@ def explain(error: BaseException) -> str:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"{group}={name} is not known; {_valid(name, error.options)}"
     if isinstance(error, OverrideParseException):
-        return (
-            f"the override {error.override!r} cannot be read; write key=value, and quote values with spaces or commas."
-        )
+        return _explain_word(str(error.override))
     cause = error.__cause__
     if isinstance(cause, UserError):  # Hydra wraps the error that a component raises
         return explain(cause)
@@ -41,9 +40,23 @@ def explain(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
+def _explain_word(word: str) -> str:
+    """Say what Hydra could not read in an override: a character of its value, or all of it."""
+    value = word.partition("=")[2]
+    if pair := unclosed(value):
+        advice = f"close {pair[0]} by {pair[1]}"
+    elif sign := culprit(value):
+        advice = f"quote a value that has {sign}, as in {for_shell(word)}"
+    else:
+        advice = "quote values with spaces or commas"
+    return f"the override {word!r} cannot be read; write key=value, and {advice}."
+
+
 def _explain_key(error: OmegaConfBaseException) -> str:
     parent = error.parent_node
     key, full = str(error.key), str(error.full_key or error.key)
+    if not isinstance(error, ConfigAttributeError | ConfigKeyError):
+        return f"{full} is given what it cannot hold: {str(error).splitlines()[0].rstrip('.')}."
     if parent is None or not OmegaConf.is_dict(parent):
         return f"{full}: {str(error).splitlines()[0]}"
     names = [str(name) for name in parent if not str(name).startswith("_")]

@@ -14,11 +14,12 @@ from hydra.core.override_parser.types import Override
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from pq_sweep.core.fingerprint import WITHOUT_EFFECT, digest, fingerprint
+from pq_sweep.core.fingerprint import WITHOUT_EFFECT, digest, fingerprint_of, resolved, unfollowed
 from pq_sweep.core.folder import SweepFolder
 from pq_sweep.core.groups import GROUPS, group_of, job_name
 from pq_sweep.core.sentences import without_password
 from pq_sweep.job.check import problems
+from pq_sweep.sweep.quoting import quoted
 from pq_sweep.types import UserError
 
 # Groups of options in the order of the stages that they first matter to; users' own options come before all of them.
@@ -28,10 +29,14 @@ STAGES = ("node", "device", "seed", "model", "dataset", "pruner", "recovery", "q
 
 @dataclass
 class Grid:
-    """What is known of the jobs before they run, and one job for each pair of model and dataset that they load."""
+    """What is known of the jobs before they run, and one job for each pair of model and dataset that they load.
+
+    `unfollowed` says, a sentence each, which code of theirs may change without being noticed.
+    """
 
     announced: list[dict[str, Any]] = field(default_factory=list)
     loads: dict[str, DictConfig] = field(default_factory=dict)
+    unfollowed: dict[str, None] = field(default_factory=dict)
 
     def refuse_other(self, folder: SweepFolder, earlier: list[dict[str, Any]]) -> None:
         """Raise a UserError if a finished job would be replaced by another one, not by itself after a change."""
@@ -59,8 +64,10 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
         bare = without_hydra(job)
         wrong.append([*problems(bare), *launcher_problems(job)])
         if not wrong[-1]:
-            grid.announced.append(announce(job))
+            options = resolved(bare)
+            grid.announced.append(announce(job, options))
             grid.loads.setdefault(grid.announced[-1]["loads"], bare)
+            grid.unfollowed |= dict.fromkeys(unfollowed(options))
     refuse_all(Counter(chain.from_iterable(wrong)), len(wrong))
     refuse_shared_folders([job["folder"] for job in grid.announced])
     return grid
@@ -73,7 +80,7 @@ def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
     if split is None:  # not asked by class: Hydra loads its plugins twice, as different classes
         return
     loader = GlobalHydra.instance().config_loader()
-    params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    params = [quoted(f"{key}={value}") for key, value in (sweeper.params or {}).items()]
     overrides = OverridesParser.create(config_loader=loader).parse_overrides([*params, *as_given(config)])
     if any(override.key_or_group == "experiment" and override.is_sweep_override() for override in overrides):
         raise UserError(
@@ -148,8 +155,8 @@ def refuse_shared_folders(folders: list[str]) -> None:
         raise UserError(f"hydra.sweep.subdir={twice} is the folder of several jobs; use ${{hydra.job.num}} in it.")
 
 
-def announce(job: DictConfig) -> dict[str, Any]:
-    """Return what is known of a job before it runs."""
+def announce(job: DictConfig, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known of a job before it runs; `options` are its resolved ones."""
     chosen, folder = job.hydra.runtime.choices, str(job.hydra.sweep.subdir)
     if "/" in folder:
         raise UserError(
@@ -162,7 +169,7 @@ def announce(job: DictConfig) -> dict[str, Any]:
         "folder": folder,
         "name": job_name(choices),
         "choices": choices,
-        "fingerprint": fingerprint(job),
+        "fingerprint": fingerprint_of(options),
         "loads": digest([OmegaConf.to_container(group) for group in (job.model, job.dataset)]),
         "overrides": [without_password(override) for override in as_given(job)],
     }

@@ -24,6 +24,7 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmitit
 from omegaconf import open_dict
 
 from pq_sweep.core.folder import SweepFolder
+from pq_sweep.core.sources import fix_search_path
 from pq_sweep.job.stages import Stages
 from pq_sweep.results.slurm import max_array_size
 from pq_sweep.results.standing import Watch, record_loss, remember
@@ -58,6 +59,7 @@ class WatchedLauncher(BaseSubmititLauncher):
 
     def __call__(self, *args: Any) -> JobReturn:
         """Run one job on its node."""
+        fix_search_path()
         try:
             return super().__call__(*args)
         except Stopped as stopped:
@@ -153,7 +155,7 @@ class SlurmLauncher(WatchedLauncher):
     def _missing(self, folder: Path, planned: list[Planned]) -> Iterator[Planned]:
         """Yield the jobs that are neither finished nor in the queue."""
         assert self.config is not None
-        resume = self.config.get("resume")
+        resume = self.config.get("resume") and not (self.config.get("cache") == "off" and CURRENT.unfollowed)
         active = {
             row["job"] for row in Watch(folder, patient=False).look().rows if row["status"] in ("pending", "running")
         }

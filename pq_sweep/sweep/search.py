@@ -40,6 +40,9 @@ class LargestAmount:
     step: float
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"search.{name}={value} is no number; give one such as 0.5.")
         if not 0 <= self.low < self.high < 1:
             raise UserError(f"search.low={self.low} and search.high={self.high} do not fit; 0 <= low < high < 1 does.")
         if not 0 < self.step <= self.high - self.low:

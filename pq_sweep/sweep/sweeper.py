@@ -8,6 +8,7 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 from pq_sweep.sweep.grid import by_stage
+from pq_sweep.sweep.quoting import quoted
 from pq_sweep.sweep.search import Rounds
 
 
@@ -25,6 +26,10 @@ class CheckedSweeper(BasicSweeper):
         given = [override.get_key_element() for override in overrides]
         batches = BasicSweeper.split_arguments(by_stage(overrides), max_batch_size)
         return [[sorted(job, key=lambda word: given.index(word.partition("=")[0])) for job in jobs] for jobs in batches]
+
+    def _parse_config(self) -> list[str]:
+        """Return the grid of an experiment's file as overrides that can be read."""
+        return [quoted(word) for word in super()._parse_config()]
 
     def is_done(self) -> bool:
         """Say whether no job is left."""

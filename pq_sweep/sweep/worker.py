@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from pq_sweep.core.fingerprint import fingerprint
+from pq_sweep.core.fingerprint import fingerprint, look_again, resolved, unfollowed
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.imports import quick_imports
 from pq_sweep.job.stages import is_leaving, sentence
@@ -33,11 +33,16 @@ def run_job(cfg: DictConfig) -> None:
     """
     folder = JobFolder(Path(HydraConfig.get().runtime.output_dir))
     label = label_of(folder)
-    if not cfg.resume and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+    look_again()  # files may have changed since the sweep was announced
+    unknown = unfollowed(resolved(cfg))
+    anew = not cfg.resume or (cfg.cache == "off" and unknown)
+    if anew and int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
         folder.progress.unlink(missing_ok=True)
     elif folder.finished(fingerprint(cfg)):
         log.info("%s | reused: finished earlier", label)
         return
+    for sentence in unknown:
+        log.debug("%s", sentence)  # the launcher has shown it
     try:
         with quick_imports("torch"):
             from pq_sweep.job.run import run

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pq_sweep.core.imports import quick_imports
 from pq_sweep.core.limits import bounded
+from pq_sweep.core.sentences import without_password
 from pq_sweep.tracking.sqlite import copy_tables, empty_tables
 from pq_sweep.types import UserError
 
@@ -73,7 +74,7 @@ class Store:
     @property
     def file(self) -> Path | None:
         """Return the file of an SQLite store."""
-        path = self.uri.removeprefix("sqlite:///").partition("?")[0]
+        path = self.uri.removeprefix("sqlite:///").partition("?")[0].removeprefix("file:")
         return Path(path).absolute() if self.kind == "sqlite" and path else None
 
     @property
@@ -98,8 +99,16 @@ class Store:
             requests.get(f"{self.uri.rstrip('/')}/health", timeout=REACH_S).raise_for_status()
         elif self.kind in ("postgresql", "mysql", "mssql"):
             self._connect().close()
-        elif self.file and not os.access(self.file.parent, os.W_OK):
-            raise OSError(f"{self.file.parent} cannot be written")
+        elif self.file:
+            self._touch_file(self.file)
+
+    def _touch_file(self, file: Path) -> None:
+        """Raise if SQLite could not write: it needs the file and, for its journal, the folder."""
+        if file.is_dir():
+            raise OSError(f"{file} is a folder")
+        for path in (file.parent, file):
+            if not os.access(path, os.W_OK) and (path != file or file.exists()):
+                raise OSError(f"{path} cannot be written")
 
     def open(self, experiment: str) -> tuple[MlflowClient, str]:
         """Return a client and the experiment's id; what is missing is made by one process at a time."""
@@ -120,7 +129,7 @@ class Store:
     def _experiment(self, client: MlflowClient, name: str) -> str:
         from mlflow.exceptions import MlflowException
 
-        found = client.get_experiment_by_name(name)
+        found = client.get_experiment_by_name(name)  # one that was deleted too
         if found is None:
             try:
                 return str(client.create_experiment(name, artifact_location=self.artifacts))
@@ -128,6 +137,12 @@ class Store:
                 found = client.get_experiment_by_name(name)
                 if found is None:
                     raise
+        if found.lifecycle_stage == "deleted":
+            restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+            raise UserError(
+                f"the MLflow experiment {name!r} was deleted: bring it back by MLFLOW_TRACKING_URI="
+                f"{without_password(self.uri)} {restore}, or give tracking.experiment=another_name."
+            )
         return str(found.experiment_id)
 
     def _has(self, experiment: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -27,6 +28,7 @@ from pq_sweep.results.standing import Watch
 from pq_sweep.tracking import table
 from pq_sweep.tracking.store import SETTINGS, Store, import_mlflow, persistent
 from pq_sweep.tracking.view import View, sight
+from pq_sweep.types import UserError
 
 __all__ = ["SETTINGS", "Mlflow", "NoTracking", "Tracker"]
 
@@ -120,8 +122,9 @@ class Mlflow:
 
     @property
     def store(self) -> str:
-        """Return the URI of the store."""
-        return self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT_STORE).absolute()}"
+        """Return the URI of the store; `~` in the path of an SQLite file is the user's folder."""
+        given = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(DEFAULT_STORE).absolute()}"
+        return re.sub(r"^sqlite:///(~[^/]*)", lambda home: f"sqlite:///{Path(home[1]).expanduser()}", given)
 
     def _attempt(self, sweep: Path, steps: Callable[[], T]) -> T | None:
         """Return what steps in the store come to; None if it is down or lost on the way, which is not an error."""
@@ -142,9 +145,20 @@ class Mlflow:
     def _give_up(self, sweep: Path, error: Exception) -> None:
         if self.store not in self.down:
             later = f"results stay on disk, log them later by: python -m pq_sweep.tracking sync {sweep}"
+            why = self._refused() if "deleted" in str(error) else None
             shown = without_password(self.store)
-            log.warning("MLflow store %s cannot be used (%s); %s", shown, reason(error).rstrip("."), later)
+            log.warning("%s; %s", why or f"MLflow store {shown} cannot be used ({reason(error).rstrip('.')})", later)
         self.down[self.store] = time.monotonic()
+
+    def _refused(self) -> str | None:
+        """Return the sentence in which the store refuses the experiment, such as one that was deleted."""
+        try:
+            bounded(lambda: Store(self.store).open(self.experiment), SHORT_PATIENCE_S)
+        except UserError as error:
+            return str(error).rstrip(".")
+        except Exception:
+            return None
+        return None
 
     def _view(self, sweep: Path) -> View:
         return View(Store(self.store), self.experiment, sweep, self.log_model)

@@ -21,6 +21,7 @@ import yaml
 from pq_sweep.core.folder import JobFolder, SweepFolder
 from pq_sweep.core.groups import GROUPS
 from pq_sweep.core.result import Result
+from pq_sweep.results.origin import known
 from pq_sweep.results.rows import SLURM_COLUMNS, Row, batch_sizes, metrics, read_row
 from pq_sweep.results.sweeps import Sweep
 from pq_sweep.tracking import table
@@ -81,7 +82,7 @@ class View:
             run = None if self._is_new(job) else self._only(self._find({"pq_sweep.job": job.name}), started)
             if run is not None and _state(run) == (status, started):
                 return False
-            row = read_row(job, self.announced.get(job.name, {}))
+            row = read_row(job, known(job, self.announced.get(job.name)))
             tags = self._tags(job, row, result, started)
             if run is None:
                 run = self.client.create_run(self.experiment, int(begun * 1000), tags, row["name"])

@@ -225,7 +225,7 @@ def test_a_component_of_ones_own_is_part_of_the_code(monkeypatch: pytest.MonkeyP
     options = {"model": {"_target_": "own_model.own"}}
     before = fingerprint.code(options)
     module.write_text("def own():\n    return 1\n")
-    fingerprint._code.cache_clear()
+    fingerprint.look_again()
 
     assert fingerprint.code(options) != before
 

@@ -51,19 +51,17 @@ Change = Callable[[Path], object]
 @pytest.fixture(autouse=True)
 def fresh_eyes() -> None:
     """A process looks at code and folders once; these tests change them meanwhile."""
-    module._code.cache_clear()
-    module._folders.cache_clear()
+    module.look_again()
 
 
 def of(*overrides: str, hydra: bool = False) -> str:
-    module._code.cache_clear()
-    module._folders.cache_clear()
+    module.look_again()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return fingerprint(compose("config", overrides=list(overrides), return_hydra_config=hydra))
 
 
 def in_another_process(folder: Path, *overrides: str) -> str:
-    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONHASHSEED": "7"}
+    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "PYTHONHASHSEED": "7"}
     done = python(["-c", PRINT, str(ROOT / "conf"), *overrides], folder, env)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -221,10 +219,10 @@ def test_a_change_in_any_module_that_a_job_imports_counts(tmp_path: Path, monkey
     for path in used:
         source = (copy / path).read_bytes()
         (copy / path).write_bytes(source + b"# changed")
-        module._code.cache_clear()
+        module.look_again()
         assert module.code({}) != before, f"{path} runs in jobs and does not count"
         (copy / path).write_bytes(source)
-    module._code.cache_clear()
+    module.look_again()
     assert module.code({}) == before
 
 

@@ -26,6 +26,7 @@ from hydra import compose, initialize_config_dir
 from pq_sweep.compress.pruners import l1_global
 from pq_sweep.compress.recovery import finetune
 from pq_sweep.compress.removal import remove
+from pq_sweep.core.fingerprint import resolved
 from pq_sweep.core.folder import SweepFolder
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job import run as job
@@ -338,7 +339,8 @@ def test_another_grid_does_not_replace_what_is_finished(stories: dict[str, Story
 def announced(*overrides: str) -> dict[str, Any]:
     """Return a job as a grid announces it."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return announce(compose("config", overrides=["hydra.job.num=0", *overrides], return_hydra_config=True))
+        job = compose("config", overrides=["hydra.job.num=0", *overrides], return_hydra_config=True)
+        return announce(job, resolved(job))
 
 
 @pytest.mark.parametrize(

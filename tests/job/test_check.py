@@ -1,0 +1,61 @@
+"""What is refused before anything is loaded or run: targets that are not there, and paths of components."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+
+from pq_sweep.job.check import problems
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package and a module on the Python path that raise if they are run."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_package" / "inner").mkdir(parents=True)
+    for name in ("my_package/__init__.py", "my_package/nets.py", "my_package/inner/deep.py", "my_module.py"):
+        (tmp_path / name).write_text("raise SystemExit('this was run')\n")
+    return tmp_path
+
+
+def told(*overrides: str) -> list[str]:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return problems(compose("config", overrides=list(overrides)))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "my_module.make",
+        "my_module.Net.make",
+        "my_package.make",
+        "my_package.Net.make",
+        "my_package.nets.make",
+        "my_package.nets.Net.make",
+        "my_package.inner.deep.make",
+    ],
+)
+def test_a_component_that_is_there_is_not_run_to_be_found(target: str) -> None:
+    assert told(f"model._target_={target}") == []
+
+
+@pytest.mark.parametrize(
+    "target", ["nowhere.make", "make", "my_package.other.make", "my_modul.make", "pq_sweep.inputs.modles.digits_cnn"]
+)
+def test_a_component_that_is_not_there_is_named(target: str) -> None:
+    (sentence,) = told(f"model._target_={target}")
+    assert sentence == f"model._target_={target} cannot be found; give module.function of a module on the Python path."
+
+
+@pytest.mark.parametrize(
+    ("group", "option"),
+    [("model", "weights=timm/resnet18.a1_in1k"), ("model", "weights=[a.pth,b.pth]"), ("model", "weights=5"),
+     ("dataset", "+dataset.root=net.npz"), ("dataset", "+dataset.root=[a,b]")],
+)  # fmt: skip
+def test_options_of_others_may_be_anything(group: str, option: str) -> None:
+    """A function of one's own may take the name of a model on a hub, or a file as its root."""
+    assert told(f"{group}._target_=my_module.make", option if option[0] == "+" else f"{group}.{option}") == []
