@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from pq_sweep.core.sentences import reason
 from pq_sweep.core.weights import parameters_once, prunable
-from pq_sweep.types import Data, Model, Record, Split, UserError
+from pq_sweep.types import Data, Model, Record, UserError
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def bn_reestimate(model: Model, data: Data, *, images: int, batch_size: int) -> 
     layers = [part for part in norms.values() if part.running_mean is not None]
     if not layers:
         raise UserError("recovery=bn_reestimate needs BatchNorm layers and this model has none; use none or finetune.")
-    source = _some(data.train or data.calibrating(), "bn_reestimate").take(images)
+    source = (data.train or data.calibrating()).take(images)
     size = min(batch_size, len(source))
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
@@ -64,7 +64,9 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
 
     Weights that do not require gradients are left as they are, which a note says.
     """
-    split = _some(data.training(), "finetune")
+    split = data.training()
+    if not len(split):
+        raise UserError("recovery=finetune needs training images and the data has none; give some, or recovery=none.")
     module = model.module
     parameters = _trainable(module)
     pruned = [getattr(part, name) for part, name in prunable(module, every_weight=True)]
@@ -95,12 +97,6 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
     for note in notes:
         log.warning(note)
     return {"notes": notes}
-
-
-def _some(split: Split, name: str) -> Split:
-    if not len(split):
-        raise UserError(f"recovery={name} needs images and the data has none to train on; give more, or recovery=none.")
-    return split
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
