@@ -76,7 +76,11 @@ def _unlike_asked(pruner: Pruner, importance: str, removed: bool) -> list[str]:
     if removed:
         return notes
     if not pruner.channels:
-        why = f"{names} share parameters or run more than once" if names else "no layer but the classifier has any"
+        why = (
+            f"{names} share parameters or run more than once"
+            if names
+            else "no convolution or linear layer comes before the classifier"
+        )
         raise UserError(
             f"pruner=remove finds no channels that may leave ({why}); use a pruner that sets zeros, such as"
             " pruner=l1_global."
@@ -111,6 +115,8 @@ def classifier(model: Model) -> nn.Module:
             ran.append(layer)
 
     layers = [layer for layer in model.module.modules() if isinstance(layer, LAYERS)]
+    if not layers:
+        raise UserError("the network has no convolution or linear layer that could lose channels; use pruner=none.")
     hooks = [layer.register_forward_hook(note) for layer in layers]
     with torch.no_grad():
         model.module(model.sample())

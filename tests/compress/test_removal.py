@@ -220,7 +220,7 @@ def test_an_amount_that_is_reached_has_no_notes(data: Data) -> None:
 
 def test_a_classifier_alone_has_no_channels_to_remove(data: Data) -> None:
     model = Model(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), 10, SMALL)
-    assert "finds no channels that may leave (no layer but the classifier has any)" in refused(
+    assert "finds no channels that may leave (no convolution or linear layer comes before the classifier)" in refused(
         lambda: remove(model, data)
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,15 @@ import pytest
 import torch
 from conftest import refused
 from independent import onnx_logits, relative_error, tensors, torch_logits
-from random_networks import fresh, small_vit, state_of
-from shared_networks import CASES, shared_network
+from random_networks import fresh, randomise, small_vit, state_of
+from shared_networks import CASES, DIGITS, shared_network
 from torch import nn
 from torchvision.models import swin_t
 
 from pq_sweep.compress import pruners, quantizers, recovery, removal
 from pq_sweep.compress.shared import shared_layers
 from pq_sweep.core.weights import network_state, network_structure, prunable, prunable_by_name
+from pq_sweep.job.stages import Stages
 from pq_sweep.measure import network
 from pq_sweep.measure.layers import compressed_layers, dense_layers
 from pq_sweep.measure.sizes import storage_sizes
@@ -167,22 +167,6 @@ def test_fine_tuning_keeps_zeros_of_a_shared_weight(data: Data) -> None:
     assert not model.module.a.weight.detach()[zero].any()  # type: ignore[index, union-attr]
 
 
-class Here:
-    """A stage without a cache, in a folder."""
-
-    cache = None
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @contextmanager
-    def __call__(self, name: str, *, alone: bool = False) -> Any:
-        yield
-
-    def keep_in_cache(self, kind: str, about: Any, make: Any, *files: Path) -> Any:
-        return make()
-
-
 @pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8_dynamic"])
@@ -198,7 +182,7 @@ def test_graphs_of_every_precision_hold_a_shared_weight_once(
     if precision == "int8":
         options |= {"calibration": "minmax", "images": 24, "percentile": 99.9}
     make = quantizers.none if precision == "fp32" else getattr(quantizers, precision)
-    make(source, target, data, form="cpu", stage=Here(tmp_path), **options)
+    make(source, target, data, form="cpu", stage=Stages(tmp_path, ""), **options)
 
     expected = torch_logits(model.module, images)
     assert relative_error(expected, onnx_logits(target, images)) < (1e-5 if precision == "fp32" else 0.2)
@@ -242,3 +226,67 @@ def test_pruning_leaves_the_names_of_the_state(data: Data) -> None:
     before = state_of(model).keys()
     pruners.random(model, data, amount=0.5)
     assert state_of(model).keys() == before
+
+
+# --- 8 bit where a weight is shared ----------------------------------------------------------------------------------
+
+
+class Square(nn.Module):
+    """Two linear layers with one square weight, which nothing but its answers would tell from its transpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(x.flatten(1)).relu()).relu())
+
+
+@pytest.fixture(scope="module")
+def square(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
+    torch.manual_seed(0)
+    module = Square().eval()
+    randomise(module)
+    model = Model(module, 10, DIGITS)
+    path = tmp_path_factory.mktemp("square") / "export.onnx"
+    export_onnx(model, path)
+    return model, path
+
+
+def test_the_dynamic_quantizer_transposes_a_shared_weight_for_each_layer(
+    square: tuple[Model, Path], data: Data, tmp_path: Path
+) -> None:
+    """ONNX Runtime's own transposes the one weight twice, and leaves it as it was."""
+    (model, source), images = square, torch.randn(8, 1, 8, 8)
+    quantizers.int8_dynamic(source, tmp_path / "model.onnx", data, form="cpu", stage=Stages(tmp_path, ""), exclude=[])
+    assert relative_error(torch_logits(model.module, images), onnx_logits(tmp_path / "model.onnx", images)) < 0.1
+
+
+def test_layers_that_share_a_weight_are_left_out_together(
+    square: tuple[Model, Path], data: Data, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"calibration": "minmax", "images": 24, "percentile": 99.9, "exclude": ["first"]}
+    record = quantizers.int8(
+        square[1], tmp_path / "model.onnx", data, form="cpu", stage=Stages(tmp_path, ""), **options
+    )
+    stored = tensors(onnx.load(tmp_path / "model.onnx"))
+    assert len(record["excluded_nodes"]) == 2
+    assert np.array_equal(stored["first.weight"], square[0].module.first.weight.detach().numpy())  # type: ignore[union-attr]
+    assert not {name for name in stored if name.startswith(("first.weight_", "second"))} - {"second.bias"}
+
+
+def test_mixed_precision_takes_layers_that_share_a_weight_as_one(
+    square: tuple[Model, Path], data: Data, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"calibration": "minmax", "images": 24, "percentile": 99.9, "max_drop": 0}
+    record = quantizers.mixed(
+        square[1],
+        tmp_path / "model.onnx",
+        data,
+        form="cpu",
+        stage=Stages(tmp_path, ""),
+        keep="fp16",
+        **options,  # type: ignore[arg-type]
+    )
+    assert [layer["name"] for layer in record["layers"]] == ["first.weight", "head.weight"]

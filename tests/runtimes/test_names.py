@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from independent import onnx_logits, relative_error, torch_logits
 from torch import Tensor, nn
 
 from pq_sweep.compress import quantizers
+from pq_sweep.job.stages import Stages
 from pq_sweep.runtimes.export import check_export, export_onnx, fill, trace
 from pq_sweep.types import Data, Model, Preprocess, Split
 
@@ -103,22 +103,6 @@ def test_the_graph_answers_as_the_network(case: tuple[Add, str], tmp_path: Path)
     assert not graph.metadata_props
 
 
-class Here:
-    """A stage without a cache, in a folder."""
-
-    cache = None
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @contextmanager
-    def __call__(self, name: str, *, alone: bool = False) -> Iterator[None]:
-        yield
-
-    def keep_in_cache(self, kind: str, about: Any, make: Any, *files: Path) -> Any:
-        return make()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY, ids=named)
 def test_graphs_of_every_precision_answer_as_the_network(case: tuple[Add, str], tmp_path: Path) -> None:
@@ -135,7 +119,7 @@ def test_graphs_of_every_precision_answer_as_the_network(case: tuple[Add, str], 
         ("cpu", quantizers.int8_dynamic, {}),
     ):
         target = tmp_path / "model.onnx"
-        precision(source, target, data, form=form, stage=Here(tmp_path), exclude=[], **options)  # type: ignore[operator]
+        precision(source, target, data, form=form, stage=Stages(tmp_path, ""), exclude=[], **options)  # type: ignore[operator]
         assert relative_error(expected, onnx_logits(target, images)) < 0.15
 
 
