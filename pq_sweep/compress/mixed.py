@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pq_sweep.compress.qdq import MATRIX_OPERATORS, Calibrated, layer_weights
+from pq_sweep.compress.qdq import MATRIX_OPERATORS, Calibrated, layer_weights, sharing
 from pq_sweep.types import Data
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class Plan:
         import onnx
 
         nodes = [node.name for node in self.graph.model.graph.node]
-        kept = [layer.node for layer in self.kept]
-        everything = len(kept) == len(self.layers)
+        kept = sharing(self.graph.model, [layer.node for layer in self.kept])
+        everything = len(self.kept) == len(self.layers)
         model = self.graph.quantized(exclude=nodes if everything else kept)
         if self.keep == "fp16" and kept:
             from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -115,7 +115,10 @@ def plan_precisions(graph: Calibrated, data: Data, *, max_drop: float, keep: str
 
 
 def rank_layers(graph: Calibrated, data: Data) -> list[Layer]:
-    """Measure for each layer how much noise it adds to the logits when it alone is in 8 bit."""
+    """Measure for each layer how much noise it adds to the logits when it alone is in 8 bit.
+
+    Nodes that share their weight are one layer.
+    """
     from tqdm import tqdm
 
     images = data.calibrating().take(SENSITIVITY_IMAGES)
@@ -123,8 +126,11 @@ def rank_layers(graph: Calibrated, data: Data) -> list[Layer]:
     reference = data.logits(_session(graph.model)(inputs))
     layers = []
     operators = {node.name: node.op_type for node in graph.model.graph.node}
-    weights = {node: names for node, names in layer_weights(graph.model).items() if operators[node] in MATRIX_OPERATORS}
-    for node, names in tqdm(weights.items(), desc="sensitivity", unit="layer", disable=None, leave=False):
+    weights: dict[tuple[str, ...], str] = {}
+    for node, found in layer_weights(graph.model).items():
+        if operators[node] in MATRIX_OPERATORS:
+            weights.setdefault(tuple(found), node)
+    for names, node in tqdm(weights.items(), desc="sensitivity", unit="layer", disable=None, leave=False):
         logits = data.logits(_session(graph.quantized(only=[node]))(inputs))
         layers.append(Layer(node, names[0], snr_db(reference, logits)))
     return layers

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from pq_sweep.core.weights import LAYERS as LAYERS  # users' own pruners import both from here
-from pq_sweep.core.weights import Target, prunable
-from pq_sweep.types import Data, Model, UserError
+from pq_sweep.core.weights import Target, memory, prunable, prunable_by_name, untouched
+from pq_sweep.types import Data, Model, Record, UserError
 
 # NVIDIA's sparse tensor cores, which came with Ampere, compute faster with zeros in this pattern.
 SPARSE_TENSOR_CORES = {"pattern": "2:4", "min_compute_capability": "8.0"}
@@ -24,42 +24,48 @@ def none(model: Model, data: Data, *, amount: float = 0.0) -> None:
     """Leave the network as it is; `amount` is ignored, so that one grid can hold the baseline too."""
 
 
-def random(model: Model, data: Data, *, amount: float, every_weight: bool = False) -> None:
+def random(model: Model, data: Data, *, amount: float, every_weight: bool = False) -> Record:
     """Zero a random `amount` of each layer's weights."""
-    _each(model, partial(torch_prune.random_unstructured, amount=float(amount)), every_weight)
+    targets = _targets(model, every_weight)
+    return _each(model, targets, partial(torch_prune.random_unstructured, amount=float(amount)))
 
 
-def l1(model: Model, data: Data, *, amount: float, every_weight: bool = False) -> None:
+def l1(model: Model, data: Data, *, amount: float, every_weight: bool = False) -> Record:
     """Zero the `amount` smallest |w| of each layer (Han et al. 2015)."""
-    _each(model, partial(torch_prune.l1_unstructured, amount=float(amount)), every_weight)
+    targets = _targets(model, every_weight)
+    return _each(model, targets, partial(torch_prune.l1_unstructured, amount=float(amount)))
 
 
-def l1_global(model: Model, data: Data, *, amount: float, every_weight: bool = False) -> None:
+def l1_global(model: Model, data: Data, *, amount: float, every_weight: bool = False) -> Record:
     """Zero the `amount` smallest |w| over all layers of the network together."""
-    targets = prunable(model.module, every_weight)
+    targets, notes = _targets(model, every_weight), untouched(model.module)
     torch_prune.global_unstructured(targets, pruning_method=torch_prune.L1Unstructured, amount=float(amount))
     _make_permanent(targets)
+    return told(float(amount), {"weights": _zeros(targets) / _size(targets)}, notes)
 
 
-def ln_structured(model: Model, data: Data, *, amount: float, n: float, dim: int, every_weight: bool = False) -> None:
+def ln_structured(model: Model, data: Data, *, amount: float, n: float, dim: int, every_weight: bool = False) -> Record:
     """Zero the `amount` slices with the smallest Ln norm of each layer: dim 0 neurons, dim 1 their inputs."""
-    _each(model, partial(torch_prune.ln_structured, amount=float(amount), n=n, dim=dim), every_weight)
+    targets = _sliced(_targets(model, every_weight), dim)
+    return _each(model, targets, partial(torch_prune.ln_structured, amount=float(amount), n=n, dim=dim))
 
 
-def random_structured(model: Model, data: Data, *, amount: float, dim: int, every_weight: bool = False) -> None:
+def random_structured(model: Model, data: Data, *, amount: float, dim: int, every_weight: bool = False) -> Record:
     """Zero a random `amount` of each layer's slices: dim 0 neurons, dim 1 their inputs."""
-    _each(model, partial(torch_prune.random_structured, amount=float(amount), dim=dim), every_weight)
+    targets = _sliced(_targets(model, every_weight), dim)
+    return _each(model, targets, partial(torch_prune.random_structured, amount=float(amount), dim=dim))
 
 
-def nm_sparsity(model: Model, data: Data, *, n: int, m: int) -> dict[str, Any]:
+def nm_sparsity(model: Model, data: Data, *, n: int, m: int) -> Record:
     """Keep the `n` largest |w| of every `m` consecutive input channels of each layer, at each place of its kernel.
 
     n=2, m=4 is the pattern of NVIDIA's sparse tensor cores (Mishra et al. 2021, arXiv 2104.08378). Layers whose input
     channels, within a group of a grouped convolution, are no multiple of `m` cannot have it and stay dense, as do
     transposed convolutions. Returns how much became sparse, and what stayed dense and why.
     """
-    names = {parameter: name for name, parameter in model.module.named_parameters()}
-    weights: dict[Target, nn.Parameter] = {(part, name): getattr(part, name) for part, name in prunable(model.module)}
+    names = {memory(weight): name for name, weight in prunable_by_name(model.module).items()}
+    targets, notes = _targets(model), untouched(model.module)
+    weights: dict[Target, nn.Parameter] = {(part, name): getattr(part, name) for part, name in targets}
     why_dense = {(part, name): why for (part, name), weight in weights.items() if (why := _why_dense(part, weight, m))}
     sparse = [target for target in weights if target not in why_dense]
     if not sparse:
@@ -68,30 +74,91 @@ def nm_sparsity(model: Model, data: Data, *, n: int, m: int) -> dict[str, Any]:
     for part, name in sparse:
         torch_prune.custom_from_mask(part, name, _largest(weights[part, name], n, m))
     _make_permanent(sparse)
+    dense = [target for target in targets if target in why_dense]
     return {
         "pattern": f"{n}:{m}",
-        "sparse": {"layers": len(sparse), "weights": sum(weights[target].numel() for target in sparse)},
-        "dense": {"layers": len(why_dense), "weights": sum(weights[target].numel() for target in why_dense)},
-        "why_dense": {names[weights[target]]: why for target, why in why_dense.items()},
+        "sparse": {"layers": len(sparse), "weights": _size(sparse)},
+        "dense": {"layers": len(dense), "weights": _size(dense)},
+        "why_dense": {names[memory(weights[target])]: why for target, why in why_dense.items()},
         "sparse_tensor_cores": SPARSE_TENSOR_CORES,
+        "asked": {"weights": 1 - n / m},
+        "reached": {"weights": _zeros(targets) / _size(targets)},
+        "notes": notes,
     }
 
 
-def _each(model: Model, method: Any, every_weight: bool) -> None:
-    """Prune each target by itself; a slice-wise method leaves out tensors with fewer dimensions than it needs."""
+def _targets(model: Model, every_weight: bool = False) -> list[Target]:
+    """Return what is pruned, laid out as torch's pruning needs it, or refuse a network that has nothing of the kind."""
     targets = prunable(model.module, every_weight)
-    dim = method.keywords.get("dim")
-    if dim is not None:
-        targets = [(part, name) for part, name in targets if getattr(part, name).dim() > max(dim, 1)]
+    names = {part: name for name, part in model.module.named_modules()}
+    for part, name in targets:
+        weight = getattr(part, name)
+        if not isinstance(weight, nn.Parameter):
+            raise UserError(
+                f"the {name} of {names[part] or 'the network'} is no Parameter but computed by a hook or by code, so no"
+                " pruner can set it to zero; give the layer a Parameter of that name, or use pruner=none."
+            )
+        weight.data = weight.data.contiguous()  # which a channels_last weight is not
+    if not targets:
+        raise UserError(
+            "the network has no weights that can be set to zero (convolutions, linear layers, attention projections);"
+            " use pruner=none."
+        )
+    return targets
+
+
+def _sliced(targets: list[Target], dim: int) -> list[Target]:
+    """Leave out tensors with fewer dimensions than slices along `dim` need."""
+    kept = [(part, name) for part, name in targets if getattr(part, name).dim() > max(dim, 1)]
+    if not kept:
+        raise UserError(f"no weight of the network has slices along pruner.dim={dim}; use pruner=l1 or pruner=none.")
+    return kept
+
+
+def _each(model: Model, targets: list[Target], method: partial[Any]) -> Record:
+    """Prune each target by itself, and return what was asked beside what was reached."""
+    notes = untouched(model.module)
     for part, name in targets:
         method(part, name)
     _make_permanent(targets)
+    dim = method.keywords.get("dim")
+    slices = {} if dim is None else {"slices": _zero_slices(targets, dim)}
+    return told(method.keywords["amount"], slices | {"weights": _zeros(targets) / _size(targets)}, notes)
+
+
+def told(amount: float, reached: dict[str, float], notes: list[str], why: str = "taken in whole numbers") -> Record:
+    """Return what was asked for beside what was reached, with a note where they are more than a point apart.
+
+    `reached` are shares, first of what `amount` counts.
+    """
+    unit, share = next(iter(reached.items()))
+    apart = f"pruner.amount={amount:g} asked for {amount:.3%} of the {unit}, and {share:.3%} went ({why})."
+    notes = [*notes, *([apart] if abs(share - amount) > 0.01 else [])]
+    return {"asked": {unit: amount}, "reached": reached, "notes": notes}
+
+
+def _zero_slices(targets: list[Target], dim: int) -> float:
+    """Return the share of slices that are all zero."""
+    slices = [getattr(part, name).detach().movedim(dim, 0).flatten(1) for part, name in targets]
+    return sum(int(tensor.eq(0).all(1).sum()) for tensor in slices) / sum(len(tensor) for tensor in slices)
+
+
+def _size(targets: list[Target]) -> int:
+    return sum(getattr(part, name).numel() for part, name in targets)
+
+
+def _zeros(targets: list[Target]) -> int:
+    return _size(targets) - sum(int(getattr(part, name).count_nonzero()) for part, name in targets)
 
 
 def _make_permanent(targets: list[Target]) -> None:
+    """Drop the masks; the values change in place, for layers that hold the same memory in Parameters of their own."""
     for part, name in targets:
+        values = getattr(part, f"{name}_orig").data
         torch_prune.remove(part, name)
-        getattr(part, name).data.add_(0.0)  # the mask left zeros of both signs, which compress worse
+        weight = getattr(part, name)
+        # The mask left zeros of both signs, which compress worse.
+        weight.data = values.copy_(weight.data).add_(0.0)
 
 
 def _why_dense(part: nn.Module, weight: Tensor, m: int) -> str | None:

@@ -38,13 +38,17 @@ class Calibrated:
     images: int
 
     def quantized(self, *, exclude: list[str] | None = None, only: list[str] | None = None) -> onnx.ModelProto:
-        """Return the graph in 8 bit (Q/DQ): all nodes except those in `exclude`, or just those in `only`."""
+        """Return the graph in 8 bit (Q/DQ): all nodes except those in `exclude`, or just those in `only`.
+
+        Nodes that share a weight are in 8 bit together: the graph holds the weight once.
+        """
         import onnx
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)  # the quantizer changes what it is given
-        chosen = {"nodes_to_quantize": only or [], "nodes_to_exclude": exclude or []}
+        left_out = [*sharing(self.model, exclude or []), *_shared_tables(self.model)]
+        chosen = {"nodes_to_quantize": sharing(self.model, only or []), "nodes_to_exclude": left_out}
         writer = QDQQuantizer(model, tensors_range=self.ranges, per_channel=True, **chosen, **self.options)
         writer.quantize_model()
         return writer.model.model
@@ -104,6 +108,34 @@ def layer_weights(graph: onnx.ModelProto) -> dict[str, list[str]]:
     weights = {item.name for item in graph.graph.initializer if len(item.dims) > 1}
     layers = {node.name: [name for name in node.input if name in weights] for node in graph.graph.node}
     return {node: names for node, names in layers.items() if names}
+
+
+def sharing(graph: onnx.ModelProto, nodes: list[str]) -> list[str]:
+    """Return nodes, and after them those that share a weight with one of them."""
+    layers = layer_weights(graph)
+    weights = {name for node in nodes for name in layers.get(node, ())}
+    return list(dict.fromkeys([*nodes, *(node for node, names in layers.items() if weights & set(names))]))
+
+
+def _shared_tables(graph: onnx.ModelProto) -> list[str]:
+    """Name the look-ups in a table that is a layer's weight too, whose scales per channel do not fit what is found."""
+    layers, operators = layer_weights(graph), {node.name: node.op_type for node in graph.graph.node}
+    matrices = {name for node, names in layers.items() if operators[node] in MATRIX_OPERATORS for name in names}
+    return [node for node, names in layers.items() if operators[node] == "Gather" and matrices & set(names)]
+
+
+def give_each_its_own(graph: onnx.ModelProto) -> None:
+    """Copy weights that several nodes share: the dynamic quantizer transposes them in place, once for each."""
+    users: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.graph.node:
+        for name in dict.fromkeys(node.input):
+            users.setdefault(name, []).append(node)
+    for item in [item for item in graph.graph.initializer if len(item.dims) > 1]:
+        for number, node in enumerate(users.get(item.name, [])[1:], 2):
+            copy = graph.graph.initializer.add()
+            copy.CopyFrom(item)
+            copy.name = f"{item.name}.{number}"
+            node.input[:] = [copy.name if name == item.name else name for name in node.input]
 
 
 def _form_options(form: str, graph: onnx.ModelProto) -> Record:

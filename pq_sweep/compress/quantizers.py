@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pq_sweep.compress.choices import KEPT_PRECISIONS
 from pq_sweep.compress.mixed import plan_precisions
-from pq_sweep.compress.qdq import calibrate, layer_weights, prepare
+from pq_sweep.compress.qdq import calibrate, give_each_its_own, layer_weights, prepare, sharing
 from pq_sweep.types import Data, Record, Stage, UserError, choose
 
 if TYPE_CHECKING:
@@ -121,11 +121,15 @@ def mixed(
 @quantizer("int8_dynamic")
 def int8_dynamic(source: Path, target: Path, data: Data, *, form: str, stage: Stage, exclude: list[str]) -> Record:
     """Quantize weights to 8 bit; activations get their range while the model runs, so nothing is calibrated."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     prepared = target.with_suffix(".prepared.onnx")
     with stage("quantize"):
-        excluded = match_layers(prepare(source, prepared), exclude)
+        graph = prepare(source, prepared)
+        excluded = match_layers(graph, exclude)
+        give_each_its_own(graph)
+        onnx.save(graph, prepared)
         # A Gemm becomes a MatMul of this name before it is quantized.
         names = [*excluded, *(f"{node}_MatMul" for node in excluded)]
         # The CPU kernel of ConvInteger takes unsigned weights only.
@@ -135,7 +139,10 @@ def int8_dynamic(source: Path, target: Path, data: Data, *, form: str, stage: St
 
 
 def match_layers(graph: onnx.ModelProto, patterns: list[str]) -> list[str]:
-    """Return the names of the matching nodes with weights; `first` and `last` stand for the ends of the network."""
+    """Return the names of the matching nodes with weights, and of those that share these.
+
+    `first` and `last` stand for the ends of the network.
+    """
     layers = layer_weights(graph)
     order = list(layers)
     found: list[str] = []
@@ -152,4 +159,4 @@ def match_layers(graph: onnx.ModelProto, patterns: list[str]) -> list[str]:
             known = ", ".join(names[0] for names in layers.values())
             raise UserError(f"quantizer.exclude={pattern} matches no layer; layers are first, last, {known}.")
         found += matches
-    return list(dict.fromkeys(found))
+    return sharing(graph, found)

@@ -6,6 +6,7 @@ blocks that it does not know.
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -20,9 +21,11 @@ from tqdm import tqdm
 
 from pq_sweep.compress.blocks import Score, refresh, rounding, shrinkers, stays, traceable
 from pq_sweep.compress.choices import IMPORTANCES
+from pq_sweep.compress.pruners import told
+from pq_sweep.compress.shared import shared_layers
 from pq_sweep.core.environment import device_name
-from pq_sweep.core.weights import LAYERS, network_state
-from pq_sweep.types import About, Data, Model, Stage, UserError, choose
+from pq_sweep.core.weights import LAYERS, network_state, parameters_once, untouched
+from pq_sweep.types import About, Data, Model, Record, Stage, UserError, choose
 
 
 def remove(
@@ -35,15 +38,16 @@ def remove(
     global_ranking: bool,
     round_to: int | None,
     stage: Stage | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """Take the `amount` least important channels out of the network, with all that depends on them.
 
-    The classifier keeps its classes. `p` is the norm of `importance=magnitude`; taylor and sensitivity take gradients
-    on the calibration images, which jobs share by their `stage`. `round_to` keeps channel counts multiples of it.
-    Returns the history from which `replay` repeats the removal.
+    Of each layer leaves the nearest number of channels. The classifier keeps its classes, and layers that share a
+    parameter keep all channels. `p` is the norm of `importance=magnitude`; taylor and sensitivity take gradients on the
+    calibration images, which jobs share by their `stage`. `round_to` keeps channel counts multiples of it. Returns the
+    history from which `replay` repeats the removal, and what was asked beside what was reached.
     """
     module = model.module
-    before = _parameters(module)
+    before, notes = _parameters(module), untouched(module)
     multiple = rounding(module, round_to)
     with _trainable(module):
         score = _importance(model, data, importance, p, stage)
@@ -55,19 +59,50 @@ def remove(
     refresh(module)
     with _explained(model), torch.no_grad():
         module(model.sample())
-    if amount > 0 and _parameters(module) == before:
-        raise UserError(
-            f"pruner=remove with importance={importance} removed nothing at amount={amount} and round_to={multiple};"
-            " try a larger amount or a smaller round_to."
+    reached = {"channels": pruner.removed(), "parameters": 1 - _parameters(module) / before}
+    if amount > 0:
+        notes += _unlike_asked(pruner, importance, reached["parameters"] > 0)
+    record = told(amount, reached, notes, f"channels are whole and kept in multiples of {multiple}")
+    return {"history": pruner.pruning_history(), "round_to": multiple, **record}
+
+
+def _unlike_asked(pruner: Pruner, importance: str, removed: bool) -> list[str]:
+    """Say which layers kept their channels and that nothing left, or refuse a removal that cannot happen."""
+    whole = [name for part, name in pruner.shared.items() if not part._modules or name in pruner.kept]
+    names = ", ".join(whole) if pruner.kept else ""
+    notes = (
+        [f"pruner=remove kept the channels of {names}, which share parameters or run more than once."] if names else []
+    )
+    if removed:
+        return notes
+    if not pruner.channels:
+        why = (
+            f"{names} share parameters or run more than once"
+            if names
+            else "no convolution or linear layer comes before the classifier"
         )
-    return {"history": pruner.pruning_history(), "round_to": multiple}
+        raise UserError(
+            f"pruner=remove finds no channels that may leave ({why}); use a pruner that sets zeros, such as"
+            " pruner=l1_global."
+        )
+    if pruner.nearest.wanted:
+        raise UserError(
+            f"pruner=remove with importance={importance} removed nothing at amount={pruner.pruning_ratio} and"
+            f" round_to={pruner.round_to}; try a larger amount or a smaller round_to."
+        )
+    return [*notes, f"pruner=remove took nothing: pruner.amount={pruner.pruning_ratio} is less than half a channel."]
 
 
-def replay(model: Model, record: dict[str, Any]) -> None:
+def replay(model: Model, record: Record) -> None:
     """Repeat a removal on a freshly made network, so that the removed network's state_dict fits it."""
     module = model.module
+    layers = dict(module.named_modules())  # the library's own replay splits names at their dots
     with _trainable(module):
-        _graph(module, model.sample()).load_pruning_history(record["history"])
+        graph = _graph(module, model.sample())
+        for name, outputs, channels in record["history"]:
+            functions = graph.get_pruner_of_module(layers[name])
+            function = functions.prune_out_channels if outputs else functions.prune_in_channels
+            graph.get_pruning_group(layers[name], function, channels).prune(record_history=False)
     refresh(module)
 
 
@@ -80,6 +115,8 @@ def classifier(model: Model) -> nn.Module:
             ran.append(layer)
 
     layers = [layer for layer in model.module.modules() if isinstance(layer, LAYERS)]
+    if not layers:
+        raise UserError("the network has no convolution or linear layer that could lose channels; use pruner=none.")
     hooks = [layer.register_forward_hook(note) for layer in layers]
     with torch.no_grad():
         model.module(model.sample())
@@ -90,8 +127,42 @@ def classifier(model: Model) -> nn.Module:
     return ran[-1]
 
 
+class Nearest(dict[str, float]):
+    """The channels of each scope of ranking, changed so that the library keeps the number nearest to the share.
+
+    It multiplies them by the share and drops the decimals, so that any amount would take a channel of every layer.
+    """
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+        self.wanted = 0
+
+    def __setitem__(self, scope: str, channels: float) -> None:
+        kept = math.ceil(channels * self.share - 0.5)  # half a channel leaves
+        self.wanted += int(channels) - kept
+        super().__setitem__(scope, (kept + 0.25) / self.share if self.share else 0.0)
+
+
 class Pruner(tp.pruner.BasePruner):
     """torch-pruning's pruner with a rounding that never gives up and importances that are numbers."""
+
+    def __init__(self, *arguments: Any, shared: dict[nn.Module, str], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.shared, self.kept = shared, dict[str, None]()
+        self.channels: dict[nn.Module, int] = {}
+        self.nearest = self._scope_initial_channels = Nearest(1 - self.pruning_ratio)
+
+    def removed(self) -> float:
+        """Return which share has left of the channels that might have."""
+        left = sum(self.DG.get_out_channels(layer) for layer in self.channels)
+        return 1 - left / max(1, sum(self.channels.values()))
+
+    def _check_pruning_ratio(self, group: Any) -> bool:
+        """Leave out channels that a shared layer reads or writes: they would leave at one of its places alone."""
+        shared = {self.shared[part]: None for dep, _ in group if (part := dep.target.module) in self.shared}
+        self.kept |= shared
+        return not shared and super()._check_pruning_ratio(group)
 
     def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
         """Round what is kept down to a multiple, at least one.
@@ -115,6 +186,8 @@ class Pruner(tp.pruner.BasePruner):
                 f"pruner.importance cannot rank the channels of {name}, whose weights or gradients are all zero or not"
                 " finite; use trained weights or importance=magnitude."
             )
+        if scores is not None:
+            self.channels[group[0].dep.target.module] = self.DG.get_out_channels(group[0].dep.target.module)
         return scores
 
 
@@ -126,6 +199,7 @@ def _pruner(model: Model, score: Score, **options: Any) -> Pruner:
             model.sample(),
             importance=score,
             ignored_layers=[classifier(model)],
+            shared=shared_layers(model),
             customized_pruners=shrinkers(model.module, score),
             # The library's defaults are dictionaries shared by all pruners of the process.
             in_channel_groups={},
@@ -274,7 +348,7 @@ def _traces(model: Model, part: nn.Module) -> bool:
 
 
 def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(parameter.numel() for parameter in parameters_once(module))
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from torch.nn import Module
 from pq_sweep.core.fingerprint import digest
 from pq_sweep.types import Model
 
+T = TypeVar("T", bound=Tensor)
 Target = tuple[nn.Module, str]
+Memory = tuple[int, int]
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear)
 
@@ -22,20 +25,75 @@ def prunable(module: nn.Module, every_weight: bool = False) -> list[Target]:
     """List what is pruned: weights of convolutions and linear layers, and the input projections of attention.
 
     MultiheadAttention holds its input projections as bare parameters. `every_weight` takes every module with a
-    `weight` instead (BatchNorm and LayerNorm too), as PQ Bench did.
+    `weight` instead (BatchNorm and LayerNorm too), as PQ Bench did. A weight that several layers share is listed once,
+    by the first of them.
     """
-    found: list[Target] = []
+    found: dict[Memory, Target] = {}
     for part in module.modules():
-        if isinstance(part, nn.MultiheadAttention):
-            names = (
-                ["in_proj_weight"]
-                if part.in_proj_weight is not None
-                else ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-            )
-            found += [(part, name) for name in names]
-        elif isinstance(part, LAYERS) or (every_weight and isinstance(getattr(part, "weight", None), nn.Parameter)):
-            found.append((part, "weight"))
-    return found
+        for name in _weights_of(part, every_weight):
+            found.setdefault(memory(getattr(part, name)), (part, name))
+    return list(found.values())
+
+
+def _weights_of(part: nn.Module, every_weight: bool) -> list[str]:
+    """Name the weights of one layer that are pruned."""
+    if isinstance(part, nn.MultiheadAttention):
+        separate = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+        return separate if part.in_proj_weight is None else ["in_proj_weight"]
+    weight = getattr(part, "weight", None)
+    whole = isinstance(part, LAYERS) and isinstance(weight, Tensor)
+    return ["weight"] if whole or (every_weight and isinstance(weight, nn.Parameter)) else []
+
+
+def prunable_by_name(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what is pruned by the first name that it has in the network."""
+    wanted = {memory(getattr(part, name)) for part, name in prunable(module)}
+    return {name: parameter for name, parameter in each_once(module.named_parameters()) if memory(parameter) in wanted}
+
+
+def memory(tensor: Tensor) -> Memory:
+    """Tell a tensor by its place in memory: layers share a weight as one Parameter, or as two that hold one memory."""
+    return (tensor.data_ptr(), tensor.numel()) if tensor.data_ptr() else (id(tensor), 0)
+
+
+def each_once(named: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
+    """Keep of tensors that share their memory the first."""
+    first: dict[Memory, tuple[str, T]] = {}
+    for name, tensor in named:
+        first.setdefault(memory(tensor), (name, tensor))
+    return list(first.values())
+
+
+def parameters_once(module: nn.Module) -> list[nn.Parameter]:
+    """Return every parameter, those that layers share once."""
+    return [parameter for _, parameter in each_once(module.named_parameters())]
+
+
+def untouched(module: nn.Module) -> list[str]:
+    """Say, if it is over half, which share of the parameters no pruner sets to zero, and in which kinds of layers."""
+    seen = {memory(getattr(part, name)) for part, name in prunable(module)}
+    kinds: Counter[str] = Counter()
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and memory(parameter) not in seen:
+                seen.add(memory(parameter))
+                kinds[_kind(part, name)] += parameter.numel()
+    total = sum(parameter.numel() for parameter in parameters_once(module))
+    if 2 * kinds.total() <= total:
+        return []
+    most = ", ".join(f"{kind} {count / total:.0%}" for kind, count in kinds.most_common(3))
+    return [
+        f"{kinds.total() / total:.0%} of the parameters are of kinds that no pruner sets to zero ({most}): amount and"
+        " sparsity speak of the others."
+    ]
+
+
+def _kind(part: nn.Module, name: str) -> str:
+    """Say what kind of parameter a layer holds by this name."""
+    kind = type(part).__name__
+    if isinstance(part, LAYERS):
+        return f"{name} of {kind}"
+    return kind if type(part).__module__.startswith("torch.nn") else f"own parameters of {kind}"
 
 
 def structure(model: Model) -> str:
@@ -61,8 +119,16 @@ def network_structure(model: Model) -> dict[str, Any]:
         options[name] = {key: value for key, value in vars(part).items() if isinstance(value, PLAIN)}
         constants |= {f"{name}.{key}".lstrip("."): value for key, value in _tensors(part)}
     rest = {name: tensor for name, tensor in constants.items() if name not in state}
-    layers = digest([repr(model.module), shapes, options])
+    layers = digest([repr(model.module), shapes, options, shared_names(state)])
     return {"layers": layers, "constants": _values(rest), "preprocess": repr(model.preprocess)}
+
+
+def shared_names(state: Mapping[str, Tensor]) -> list[list[str]]:
+    """List the names of each tensor that has several: the graph of such a network holds it once."""
+    names: dict[Memory, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(memory(tensor), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
 
 
 def _tensors(part: Module) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pq_sweep.core.weights import prunable
+from pq_sweep.core.weights import prunable_by_name
 from pq_sweep.types import Model
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ Layers = dict[str, dict[str, Any]]
 
 def dense_layers(model: Model) -> Layers:
     """Describe every prunable weight of an uncompressed network, by name."""
-    weights = {id(getattr(part, name)) for part, name in prunable(model.module)}
-    found = {name: weight for name, weight in model.module.named_parameters() if id(weight) in weights}
+    found = prunable_by_name(model.module)
     return {name: _describe(weight, float(weight.detach().abs().max())) for name, weight in found.items()}
 
 

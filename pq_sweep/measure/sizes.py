@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import zstandard
 
-from pq_sweep.core.weights import prunable
+from pq_sweep.core.weights import each_once, prunable_by_name
 from pq_sweep.types import Model
 
 # zstd's own default; higher levels gain little on weights and cost much time.
@@ -21,16 +21,16 @@ def storage_sizes(model: Model, folder: Path) -> dict[str, int]:
     """Return the bytes that each format of the network takes, by the name of the format.
 
     `state_dict` is torch.save's file, written to `folder` for a while, and `zstd` that file compressed. The others
-    store every prunable weight sparsely, whatever its sparsity, and all other tensors densely; they count values and
-    indices, not the few bytes of headers.
+    store every prunable weight sparsely, whatever its sparsity, and all other tensors densely, what layers share once;
+    they count values and indices, not the few bytes of headers.
     """
     state = model.module.state_dict()
     file = folder / "model.pt"
     torch.save(state, file)
     sizes = {"state_dict": file.stat().st_size, "zstd": compressed_size(file)}
     file.unlink()
-    names = _prunable_names(model)
-    dense = sum(tensor.nbytes for name, tensor in state.items() if name not in names)
+    names = prunable_by_name(model.module)
+    dense = sum(tensor.nbytes for name, tensor in each_once(state.items()) if name not in names)
     weights = [(state[name].shape, int(state[name].count_nonzero())) for name in names]
     return sizes | {name: dense + sum(size(*weight) for weight in weights) for name, size in SPARSE_FORMATS.items()}
 
@@ -74,8 +74,3 @@ SPARSE_FORMATS: dict[str, Callable[[torch.Size, int], int]] = {
     "csr_int32": _csr_int32,
     "bitmask": _bitmask,
 }
-
-
-def _prunable_names(model: Model) -> list[str]:
-    weights = {id(getattr(part, name)) for part, name in prunable(model.module)}
-    return [name for name, parameter in model.module.named_parameters() if id(parameter) in weights]

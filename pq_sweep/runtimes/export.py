@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -14,12 +15,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pq_sweep.types import Model
+from pq_sweep.core.sentences import reason
+from pq_sweep.core.weights import shared_names
+from pq_sweep.runtimes.names import keywords_as_names, name_first, set_apart
+from pq_sweep.types import Model, UserError
 
 if TYPE_CHECKING:
     import onnx
 
 TOLERANCE = 1e-4
+# Under this key a traced graph keeps the names in the network of the weights that had to be renamed.
+RENAMED = "pq_sweep.renamed"
 
 
 class ExportError(RuntimeError):
@@ -42,7 +48,7 @@ def trace(model: Model, path: Path) -> None:
     import onnx
 
     module = model.module.cpu().eval()
-    with _quiet():
+    with _quiet(), _explained(), keywords_as_names():
         program = torch.onnx.export(
             module,
             (model.sample(2),),
@@ -53,9 +59,12 @@ def trace(model: Model, path: Path) -> None:
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     assert program is not None  # only the former exporter returns nothing
+    name_first(program.model.graph, shared_names(module.state_dict()))
+    if renamed := set_apart(program.model.graph):
+        program.model.metadata_props[RENAMED] = json.dumps(renamed)
     graph, weights = program.model_proto, module.state_dict()
     for item in graph.graph.initializer:
-        if item.name in weights:
+        if renamed.get(item.name, item.name) in weights:
             item.ClearField("raw_data")
     onnx.save(graph, path)
 
@@ -67,8 +76,10 @@ def fill(model: Model, traced: Path, path: Path) -> None:
 
     program = torch.onnx.ONNXProgram(ir.load(traced), None)
     weights = model.module.cpu().state_dict()
+    renamed = json.loads(program.model.metadata_props.pop(RENAMED, "{}"))
+    names = {name: renamed.get(name, name) for name in program.model.graph.initializers}
     with _quiet():
-        program.apply_weights({name: weights[name] for name in program.model.graph.initializers if name in weights})
+        program.apply_weights({name: weights[own] for name, own in names.items() if own in weights})
         program.optimize()
     onnx.save(_tidy(program.model_proto), path)
 
@@ -114,23 +125,44 @@ def check_export(model: Model, path: Path) -> float:
     images = model.sample(3)
     with torch.inference_mode():
         expected = model.module(images).numpy()
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    actual = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
-    error = float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-12))
-    if not error <= TOLERANCE:
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        actual = session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    except Exception as error:
         raise ExportError(
-            f"the exported graph differs from the network by {error:.1e} relative; at most {TOLERANCE:.0e} is accepted."
+            f"ONNX Runtime cannot run the exported graph ({reason(error)}); use runtime=torch."
+        ) from error
+    apart = float(np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-12))
+    if not apart <= TOLERANCE:
+        raise ExportError(
+            f"the exported graph differs from the network by {apart:.1e} relative; at most {TOLERANCE:.0e} is accepted."
         )
-    return error
+    return apart
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn an error of the exporter into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter's own message is a page of advice
+            cause = cause.__cause__
+        raise UserError(
+            f"the network cannot be exported to ONNX ({type(cause).__name__}: {reason(cause)}); use runtime=torch, or"
+            " write that step of its forward in another way."
+        ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress out of the terminal; its errors are raised."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    """Keep the progress of the exporter, and what torch logs before it raises, out of the terminal."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("torch.")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", *names)]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

@@ -193,6 +193,18 @@ def test_every_weight_reaches_the_amount_in_batchnorm(name: str, data: Data) -> 
     assert [zeros(weight) for weight in norms] == [len(weight) // 4 for weight in norms]
 
 
+@pytest.mark.parametrize("path", [path for path in YAMLS if path.stem != "remove"], ids=lambda path: path.stem)
+def test_weights_in_another_layout_lose_the_same(path: Path, data: Data) -> None:
+    """Networks may come as channels_last, which torch's pruning does not take."""
+    plain, other = fresh(), fresh()
+    other.module.to(memory_format=torch.channels_last)
+    prune: Prune = instantiate(OmegaConf.load(path), _partial_=True, _convert_="all")
+    for model in (plain, other):
+        torch.manual_seed(0)
+        prune(model, data)
+    assert same(state_of(plain), state_of(other))
+
+
 @every_zero_fill
 @pytest.mark.parametrize("every_weight", [False, True])
 def test_zeros_are_permanent(name: str, every_weight: bool, data: Data) -> None:
@@ -336,6 +348,9 @@ def test_the_record_says_what_was_left_dense_and_why(data: Data) -> None:
             "head.weight": "input channels: 12, no multiple of 8",
         },
         "sparse_tensor_cores": {"pattern": "2:4", "min_compute_capability": "8.0"},
+        "asked": {"weights": 0.5},
+        "reached": {"weights": 1600 / (3200 + 1424)},
+        "notes": [],
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import refused
 from PIL import Image
 from torch import Tensor, nn
 
@@ -280,3 +281,144 @@ def test_finetuning_restores_a_halved_network(data: Data) -> None:
     finetune(model, data, images=None, epochs=2)
     assert top1(model, data) > pruned + 20
     assert top1(model, data) >= baseline - 2
+
+
+# --- networks and images that cannot be trained ----------------------------------------------------------------------
+
+
+def headed(*head: nn.Module) -> Model:
+    """Return a network for `noise` whose head follows a flat layer of 16."""
+    torch.manual_seed(0)
+    return Model(nn.Sequential(nn.Flatten(), nn.Linear(48, 16), *head, nn.Linear(16, 2)).eval(), 2, PIXEL)
+
+
+def tune(model: Model, train: Split, **options: Any) -> list[str]:
+    torch.manual_seed(0)
+    record = recovery.finetune(model, toy_data(train), **({"epochs": 1, "lr": 0.001, "batch_size": 4} | options))
+    notes: list[str] = record["notes"]
+    return notes
+
+
+class Pooled(nn.Module):
+    """A BatchNorm2d that sees a single pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x[:, :, None, None])[:, :, 0, 0]
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(8, 1), (1, 64)], ids=["batches of one", "one image"])
+@pytest.mark.parametrize(("head", "name"), [(nn.BatchNorm1d(16), "2"), (Pooled(), "2.norm")], ids=["1d", "2d"])
+@pytest.mark.parametrize("name_of_recovery", ["finetune", "bn_reestimate"])
+def test_a_batchnorm_that_sees_one_value_per_channel_is_named(
+    images: int, batch_size: int, head: nn.Module, name: str, name_of_recovery: str
+) -> None:
+    model, train = headed(head), noise(images, seed=1)
+    calls: dict[str, Callable[[], Any]] = {
+        "finetune": lambda: tune(model, train, batch_size=batch_size),
+        "bn_reestimate": lambda: reestimate(model, toy_data(train), batch_size=batch_size),
+    }
+    assert refused(calls[name_of_recovery]) == (
+        f"recovery={name_of_recovery} gives the BatchNorm {name} one value per channel with batches of 1; give"
+        " recovery.batch_size=2 or more and as many training images, or recovery=none."
+    )
+    assert not any(part._forward_pre_hooks for part in model.module.modules())
+
+
+def test_a_batchnorm_over_pixels_trains_on_single_images() -> None:
+    assert tune(normed(), noise(4, seed=1), batch_size=1) == []
+
+
+def test_what_else_cannot_train_is_led_by_a_sentence() -> None:
+    """InstanceNorm over a single value fails with any batch size."""
+    model = headed(nn.Unflatten(1, (16, 1)), nn.InstanceNorm1d(16, track_running_stats=True), nn.Flatten())
+    text = refused(lambda: tune(model, noise(8, seed=1)))
+    assert text.startswith(
+        "recovery=finetune cannot run this network in training mode (ValueError: Expected more than 1"
+    )
+    assert text.endswith("); use another recovery.batch_size, or recovery=none.")
+
+
+def test_no_training_images_are_refused() -> None:
+    text = refused(lambda: tune(headed(), noise(0, seed=1)))
+    assert text == "recovery=finetune needs training images and the data has none; give some, or recovery=none."
+
+
+def test_a_frozen_network_is_refused() -> None:
+    model = headed()
+    model.module.requires_grad_(False)
+    text = refused(lambda: tune(model, noise(8, seed=1)))
+    assert "as all have requires_grad=False; call requires_grad_(True) on the network, or use recovery=none." in text
+
+
+class Detached(nn.Sequential):
+    """A network of which code cuts off the gradients behind `parts` of its layers."""
+
+    def __init__(self, parts: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 2))
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self):
+            x = layer(x).detach() if number < self.parts else layer(x)
+        return x
+
+
+def test_a_network_that_hides_its_gradients_is_refused() -> None:
+    text = refused(lambda: tune(Model(Detached(4).eval(), 2, PIXEL), noise(8, seed=1)))
+    assert "whose logits have no gradient" in text
+
+
+@pytest.mark.parametrize(
+    ("model", "frozen", "unused"), [(headed(), 48 * 16 + 16, 0), (Model(Detached(2).eval(), 2, PIXEL), 0, 48 * 16 + 16)]
+)
+def test_what_was_not_trained_is_said(model: Model, frozen: int, unused: int) -> None:
+    model.module[1].requires_grad_(not frozen)  # type: ignore[index]
+    before = state_of(model)
+    whole = 48 * 16 + 16 + 16 * 2 + 2
+    assert tune(model, noise(8, seed=1)) == [
+        f"recovery=finetune trained {16 * 2 + 2} of {whole} parameters: {frozen} are frozen (requires_grad=False) and"
+        f" {unused} get no gradient."
+    ]
+    after = state_of(model)
+    assert {key for key in before if torch.equal(before[key], after[key])} == {"1.weight", "1.bias"}
+
+
+def test_a_network_that_trains_as_a_whole_has_no_notes(data: Data) -> None:
+    assert tune(headed(nn.BatchNorm1d(16)), noise(8, seed=1)) == []
+
+
+# --- training that leaves the numbers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_training_that_diverges_stops_at_the_end_of_its_epoch(epochs: int) -> None:
+    text = refused(lambda: tune(headed(nn.ReLU()), noise(8, seed=1), epochs=epochs, lr=1e30))
+    assert text == (
+        f"fine-tuning diverged in epoch 1 of {epochs} (loss or weights are not finite); lower recovery.lr=1e+30."
+    )
+
+
+class Bursts(nn.Module):
+    """A step whose answers are infinite from its fifth training call on."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += self.training
+        return x * (float("inf") if self.calls > 4 else 1)
+
+
+def test_the_epoch_of_a_late_divergence_is_named() -> None:
+    text = refused(lambda: tune(headed(Bursts()), noise(8, seed=1), epochs=4))
+    assert text.startswith("fine-tuning diverged in epoch 3 of 4")
+
+
+def test_statistics_that_are_not_finite_are_refused() -> None:
+    model = normed()
+    images = torch.randn(8, 3, 4, 4) * 1e30
+    text = refused(lambda: reestimate(model, toy_data(Split.of_tensors(images, torch.arange(8) % 2))))
+    assert "found statistics that are not finite in 0;" in text

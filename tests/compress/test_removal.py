@@ -169,6 +169,76 @@ def test_a_layer_keeps_at_least_one_channel(data: Data) -> None:
     assert [len(model.module[index].weight) for index in (0, 2)] == [1, 1]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("global_ranking", [False, True])
+@pytest.mark.parametrize("amount", [1e-9, 0.001])
+def test_less_than_half_a_channel_removes_nothing_and_says_so(amount: float, global_ranking: bool, data: Data) -> None:
+    model = fresh()
+    before = state_of(model)
+    record = remove(model, data, amount=amount, global_ranking=global_ranking)
+    assert same(state_of(model), before)
+    assert record["history"] == []
+    assert record["asked"] == {"channels": amount}
+    assert record["reached"] == {"channels": 0, "parameters": 0}
+    assert record["notes"] == [f"pruner=remove took nothing: pruner.amount={amount} is less than half a channel."]
+
+
+@pytest.mark.parametrize("amount", [0.01, 0.1, 0.2, 0.3, 0.45, 0.55, 0.7, 0.9])
+def test_each_layer_loses_the_nearest_number_of_channels(amount: float, data: Data) -> None:
+    model, before = fresh(), widths(fresh())
+    record = remove(model, data, amount=amount)
+    kept = [width - int(amount * width + 0.5) for width in before]
+    assert widths(model) == kept
+    assert record["reached"]["channels"] == pytest.approx(1 - sum(kept) / sum(before), abs=0.02)
+    assert record["reached"]["parameters"] == pytest.approx(1 - parameters(model) / parameters(fresh()), abs=1e-12)
+
+
+@pytest.mark.parametrize("amount", [0.01, 0.1, 0.35, 0.8])
+def test_a_global_ranking_takes_the_nearest_number_of_all_channels(amount: float, data: Data) -> None:
+    """The residual blocks share their widths, so that their channels leave together and count once."""
+    model = two_convs()
+    record = remove(model, NO_DATA, amount=amount, global_ranking=True)
+    left = sum(len(model.module[index].weight) for index in (0, 2))  # type: ignore[index]
+    assert left == max(2, 10 - int(amount * 10 + 0.5))
+    assert record["reached"]["channels"] == pytest.approx(1 - left / 10)
+
+
+def test_an_amount_that_rounds_far_is_said(data: Data) -> None:
+    """16, 32, 64 and 256 channels in multiples of 16."""
+    record = remove(fresh(), data, amount=0.05, round_to=16)
+    share = record["reached"]["channels"]
+    assert share > 0.06
+    assert record["notes"] == [
+        f"pruner.amount=0.05 asked for 5.000% of the channels, and {share:.3%} went (channels are whole and kept in"
+        " multiples of 16)."
+    ]
+
+
+def test_an_amount_that_is_reached_has_no_notes(data: Data) -> None:
+    record = remove(fresh(), data, amount=0.5)
+    assert (record["asked"]["channels"], record["reached"]["channels"], record["notes"]) == (0.5, 0.5, [])
+
+
+def test_a_classifier_alone_has_no_channels_to_remove(data: Data) -> None:
+    model = Model(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), 10, SMALL)
+    assert "finds no channels that may leave (no convolution or linear layer comes before the classifier)" in refused(
+        lambda: remove(model, data)
+    )
+
+
+def test_a_removal_from_layers_with_dots_in_their_names_can_be_repeated(data: Data) -> None:
+    def dotted(seed: int) -> Model:
+        torch.manual_seed(seed)
+        module = nn.Sequential()
+        for name, part in {"a.b": nn.Conv2d(1, 8, 3), "with blank": nn.Flatten(), "c.d": nn.Linear(288, 10)}.items():
+            setattr(module, name, part)
+        return Model(module.eval(), 10, SMALL)
+
+    model, again = dotted(0), dotted(1)
+    removal.replay(again, remove(model, data))
+    again.module.load_state_dict(model.module.state_dict(), strict=False)  # torch takes such names for unexpected
+    assert torch.equal(again.module(model.sample()), model.module(model.sample()))
+
+
 def test_removing_nothing_is_refused(data: Data) -> None:
     with pytest.raises(UserError, match=r"removed nothing at amount=0.1 and round_to=128; .*\.$"):
         remove(fresh(), data, amount=0.1, round_to=128)

@@ -1,0 +1,82 @@
+"""Names of a network's tensors in its graph, where no other tensor may have, or later get, the same."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from onnxscript import ir
+
+APART = "own."
+# Names that the graph's ends have, and that the exporter and ONNX Runtime give to tensors whatever the network.
+GIVEN = re.compile(r"input|logits|val_\d+|graph_(in|out)put_cast_?\d+|fixed_(zero|quantization_range)\w*")
+# What ONNX Runtime puts behind the name of a tensor to name another that it makes from it.
+MADE_FROM = re.compile(
+    r"_(quantized|scale|zero_point|output|QuantizeLinear|DequantizeLinear|MatMul|Add|Reduce|Abs|convert|cast)[\w:]*$"
+)
+
+
+def name_first(graph: ir.Graph, shared: list[list[str]]) -> None:
+    """Give each tensor that has several names in the network the first of them; the exporter may take the last."""
+    for first, *others in shared:
+        for name in others:
+            if name in graph.initializers and first not in graph.initializers:
+                graph.initializers[name].name = first
+
+
+def set_apart(graph: ir.Graph) -> dict[str, str]:
+    """Rename the weights of a network that have, or may get, a namesake; return their names in the network by new name.
+
+    The exporter names the output of each step after the step, so that a buffer `mean` meets the mean of a pooling.
+    """
+    steps = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
+    names = {name or "" for name in (*steps, *graph.initializers)}
+    renamed = {}
+    for name, value in list(graph.initializers.items()):
+        if name in steps or GIVEN.fullmatch(name) or _made_from(name, names):
+            value.name = _free(name, names)
+            names.add(value.name)
+            renamed[value.name] = name
+    return renamed
+
+
+def _made_from(name: str, names: set[str]) -> bool:
+    return any(name[:end] in names and MADE_FROM.match(name, end) for end in range(1, len(name)))
+
+
+def _free(name: str, names: set[str]) -> str:
+    while name in names:
+        name = APART + name
+    return name
+
+
+@contextmanager
+def keywords_as_names() -> Iterator[None]:
+    """Let torch trace layers called `class` or `global`, which it writes as attributes into the code that it makes.
+
+    A torch that writes it by another function refuses such layers by itself.
+    """
+    graph = torch.fx.graph
+    former = getattr(graph, "_format_target", None)
+    if former is None:
+        yield
+        return
+    graph._format_target = _attribute
+    try:
+        yield
+    finally:
+        graph._format_target = former
+
+
+def _attribute(base: str, target: str) -> str:
+    """Return the code that reads an attribute by its dotted name."""
+    for name in target.split("."):
+        plain = name.isidentifier() and not keyword.iskeyword(name)
+        base = f"{base}.{name}" if plain else f'getattr({base}, "{name}")'
+    return base
