@@ -25,7 +25,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from tqdm import tqdm
 
-from benchmarks.timm_models import FAMILIES
+from benchmarks.timm_models import FAMILIES, timm_model
 from pq_sweep.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,14 +65,6 @@ def model_names() -> list[str]:
     return [*sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml")), *(TIMM + name for name in FAMILIES)]
 
 
-def chosen(name: str) -> list[str]:
-    """Return the overrides that choose a model; one of timm comes from a function as a user would write it."""
-    if name.startswith(TIMM):
-        own = "model._target_=benchmarks.timm_models.timm_model"
-        return ["~model.weights", own, f"+model.name={name.removeprefix(TIMM)}"]
-    return [f"model={name}"]
-
-
 def in_own_process(name: str, options: argparse.Namespace) -> Cell:
     """Try a model in a process of its own, so that a crash does not end the others."""
     given = [f"--{key}={value}" for key in ("weights", "images") if (value := getattr(options, key))]
@@ -100,17 +92,25 @@ def try_model(name: str, weights: Path | None, images: Path | None) -> Cell:
     if images and not packaged:
         dataset = ["dataset=image_folder", f"dataset.root={images}", f"dataset.evaluation={IMAGES}"]
     dataset = ["dataset=digits"] if packaged else dataset
-    own = packaged or name.startswith(TIMM)
-    cfg = config(*chosen(name), *([] if own else [f"model.weights={trained or 'null'}"]), *dataset)
-    model = accepted_model(instantiate(cfg.model), name)
+    model = accepted_model(make_model(name, trained), name)
     if not (trained or packaged):
         randomise(model)
-    data = instantiate(cfg.dataset, _partial_=True)(model)
+    data = instantiate(config(*dataset).dataset, _partial_=True)(model)
     if not (trained or packaged):
         settle(model, data)
     with tempfile.TemporaryDirectory() as folder:
         cells = {technique: attempt(technique, model, data, Path(folder)) for technique in TECHNIQUES}
     return {"weights": "packaged" if packaged else "trained" if trained else "random", "cells": cells}
+
+
+def make_model(name: str, trained: Path | None) -> Any:
+    """Return a model of the catalogue, or one of timm from a function as a user would write it."""
+    from hydra.utils import instantiate
+
+    if name.startswith(TIMM):
+        return timm_model(name=name.removeprefix(TIMM))
+    weights = [] if name == "digits_cnn" else [f"model.weights={trained or 'null'}"]
+    return instantiate(config(f"model={name}", *weights).model)
 
 
 def config(*overrides: str) -> Any:

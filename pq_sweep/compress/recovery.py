@@ -121,7 +121,8 @@ def _refuse_constant(loss: Tensor) -> None:
 
 def _refuse_divergence(module: nn.Module, losses: Tensor, epoch: str, lr: float) -> None:
     """Stop a training whose loss or weights are no numbers any more; called once an epoch, as it waits for the GPU."""
-    if not _finite([losses, *module.parameters(), *module.buffers()]):
+    statistics = [buffer for buffer in module.buffers() if not buffer.isinf().any()]  # masks are infinite on purpose
+    if not _finite([losses, *module.parameters(), *statistics]):
         raise UserError(
             f"fine-tuning diverged in epoch {epoch} (loss or weights are not finite); lower recovery.lr={lr:g}."
         )

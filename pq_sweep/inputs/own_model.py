@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pq_sweep.core.weights import untouched
 from pq_sweep.inputs.contract import described, require_type
 from pq_sweep.inputs.finite import require_finite
+from pq_sweep.inputs.parametrized import fold
 from pq_sweep.types import Model, Preprocess, UserError
 
 # Answers to one image, alone and beside another, may differ by this share of the largest logit: sums run in another
@@ -30,11 +32,12 @@ def accepted_model(given: Any, target: str) -> Model:
     _check_fields(model, target)
     module, notes = _unwrapped(model.module)
     _check_module(module, target)
-    notes += _eval_mode(module) + _float32(module)
+    notes += _eval_mode(module) + _float32(module) + fold(module)
     require_finite(module, f"the network of {target}", "check its weights")
     model = replace(model, module=module)
     notes += _one_output(model, target)
     _check_answers(model, target)
+    notes += untouched(module)
     return replace(model, notes=(*model.notes, *notes))
 
 

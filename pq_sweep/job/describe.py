@@ -75,12 +75,13 @@ def describe_images(data: Data) -> Record:
     return {name: len(part) if part else 0 for name, part in parts.items()} | data.record()
 
 
-def describe_notes(model: Model, data: Data, pruning: Record | None) -> list[str]:
+def describe_notes(model: Model, data: Data, *records: Record | None) -> list[str]:
     """Return a sentence for each thing that was done to what the user brought, or that came out unlike what was asked.
 
-    A pruner adds to them by the `notes` of its record.
+    Pruner and recovery add to them by the `notes` of their records.
     """
-    return list(dict.fromkeys([*model.notes, *data.notes, *(pruning or {}).get("notes", ())]))
+    found = [note for record in records for note in (record or {}).get("notes", ())]
+    return list(dict.fromkeys([*model.notes, *data.notes, *found]))
 
 
 def describe_sizes(session: Session, original: int, formats: dict[str, int]) -> Sizes:

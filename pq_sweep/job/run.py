@@ -81,9 +81,9 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             model, data = load(cfg, plan.work.device)
         with stage("baseline"):
             baseline = load_baseline(cfg, model, data, plan.work, plan.protocol)
-        pruning = compress(plan, model, data, stage)
+        pruning, recovery = compress(plan, model, data, stage)
         network, formats = look_at_network(model, data, baseline, stage)
-        notes = describe_notes(model, data, pruning)
+        notes = describe_notes(model, data, pruning, recovery)
         session = plan.runtime.open(model, plan.quantizer, data, plan.work)
         del model  # from here on only the session holds memory
         save_layers(session, baseline, stage.files)
@@ -146,8 +146,8 @@ def load(cfg: DictConfig, device: str) -> tuple[Model, Data]:
     return model, data
 
 
-def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> Record | None:
-    """Prune and recover the network in place, and return the pruner's record."""
+def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Record | None, Record | None]:
+    """Prune and recover the network in place, and return the records of both."""
 
     def change(name: str, group: str) -> Any:
         config = plan.cfg[group]
@@ -157,11 +157,10 @@ def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> Record | No
         require_finite(model.module, f"the network after {group}={config._target_}", f"change the options of {group}")
         return record
 
-    pruning: Record | None = change("prune", "pruner")
-    change("recover", "recovery")
+    records = change("prune", "pruner"), change("recover", "recovery")
     if plan.protocol.repeats > 1:
         share_network(stage, model)
-    return pruning
+    return records
 
 
 def with_stage(call: partial[Any], stage: Stages) -> Callable[..., Any]:

@@ -41,8 +41,8 @@ def run_job(cfg: DictConfig) -> None:
     elif folder.finished(fingerprint(cfg)):
         log.info("%s | reused: finished earlier", label)
         return
-    for sentence in unknown:
-        log.debug("%s", sentence)  # the launcher has shown it
+    for why in unknown:
+        log.debug("%s", why)  # the launcher has shown it
     try:
         with quick_imports("torch"):
             from pq_sweep.job.run import run

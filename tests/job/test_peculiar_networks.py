@@ -32,6 +32,7 @@ WAYS = {
 # What cannot be done, and what the sentence says.
 REFUSED = {
     ("tied", "remove"): "second",
+    ("used_twice", "remove"): "second share parameters or run more than once",
     ("grouped", "remove"): "pruner=remove cannot follow the channels through third (Conv2d)",
     ("recurrent", "remove"): "pruner=remove cannot",
     ("bare_parameters", "remove"): "pruner=remove cannot",
@@ -39,9 +40,10 @@ REFUSED = {
 
 
 def config(kind: str, *overrides: str) -> DictConfig:
-    own = ("~model.weights", "model._target_=peculiar_networks.make", f"+model.kind={kind}")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", [*BRIEF, *own, *overrides])
+        cfg = compose("config", [*BRIEF, *overrides])
+    cfg.model = {"_target_": "peculiar_networks.make", "kind": kind}
+    return cfg
 
 
 @cache
