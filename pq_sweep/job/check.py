@@ -12,6 +12,7 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pq_sweep.compress.choices import CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS
+from pq_sweep.core.fingerprint import plain_items, spelled
 from pq_sweep.core.sources import find_module, module_of
 from pq_sweep.runtimes import precision_of
 from pq_sweep.types import RuntimeChoice, UserError
@@ -58,6 +59,7 @@ def refuse(problem: str | None) -> None:
 
 def problems(cfg: DictConfig) -> list[str]:
     """List what is wrong with a job's config, one sentence each."""
+    cfg = spelled(cfg)
     found = [f"{key} has no value; give {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
     found += [
         f"{group} is not chosen; give {group}=..., none where it is to do nothing."
@@ -94,10 +96,19 @@ def _values(cfg: DictConfig) -> Iterator[str]:
     if _is_number(images) and _is_number(available) and images > available:
         yield f"quantizer.images={images} is more than dataset.calibration={available}; lower it or raise that."
     for group in COMPONENTS:
+        yield from _not_finite(group, cfg[group])
         for name, part in _ours(group, cfg[group]):
             yield from _numbers(name, part)
             yield from _kinds(name, part)
     yield from _pattern(cfg.pruner)
+
+
+def _not_finite(group: str, options: DictConfig) -> Iterator[str]:
+    """Refuse numbers that no result can hold, but for a NaN that is out of a range, which is said anyway."""
+    for name, value in plain_items(options):
+        ranged = math.isnan(value) and name in ("amount", *RANGES) if isinstance(value, float) else True
+        if not ranged and not math.isfinite(value):
+            yield f"{group}.{name}={value} is no number that a result can hold; give a finite one, or quote a word."
 
 
 def _ours(name: str, options: Any) -> Iterator[tuple[str, DictConfig]]:

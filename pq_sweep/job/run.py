@@ -21,7 +21,7 @@ from pq_sweep.compress.quantizers import none
 from pq_sweep.core.cache import open_cache
 from pq_sweep.core.environment import device_name, resolve_device
 from pq_sweep.core.files import write_json
-from pq_sweep.core.fingerprint import digest, fingerprint, resolved
+from pq_sweep.core.fingerprint import digest, fingerprint, resolved, spelled
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.result import Accuracy, Network, Result, Speed
 from pq_sweep.core.threads import use_threads
@@ -73,7 +73,7 @@ class Plan:
 
 def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
     """Compress and measure one model as `cfg` says; leave the artifact and `result.json` in `folder`."""
-    stage = Stages(folder, label)
+    stage, cfg = Stages(folder, label), spelled(cfg)
     with stage.keeping_errors():
         check(cfg)
         plan = prepare(cfg, stage)

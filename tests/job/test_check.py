@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
+from pq_sweep.core.fingerprint import resolved, spelled
 from pq_sweep.job.check import problems
 
 
@@ -59,3 +60,24 @@ def test_a_component_that_is_not_there_is_named(target: str) -> None:
 def test_options_of_others_may_be_anything(group: str, option: str) -> None:
     """A function of one's own may take the name of a model on a hub, or a file as its root."""
     assert told(f"{group}._target_=my_module.make", option if option[0] == "+" else f"{group}.{option}") == []
+
+
+def test_a_word_that_yaml_takes_for_a_number_reaches_a_component_of_others_as_it_was_typed() -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["dataset._target_=my_module.make", "+dataset.kind=nan", "+dataset.other=${seed}"])
+    assert spelled(cfg).dataset.kind == "nan"
+    assert resolved(cfg)["dataset"]["kind"] == "nan"
+    assert cfg.dataset.kind != cfg.dataset.kind, "the config itself stays as it is"
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("+dataset.kind=inf", "dataset.kind=inf is no number that a result can hold"),
+        ("pruner.amount=nan", "pruner.amount=nan is out of range"),
+        ("measure.min_s=inf", "measure.min_s=inf is no number that a result can hold"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(override: str, sentence: str) -> None:
+    found = told("pruner=l1", "dataset._target_=my_module.make", override)
+    assert any(one.startswith(sentence) for one in found), found
