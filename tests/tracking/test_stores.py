@@ -149,6 +149,12 @@ def test_a_folder_in_the_place_of_the_file_is_named(tmp_path: Path, sweep: Path,
     assert f"({tmp_path}/taken.db is a folder)" in said[0]
 
 
+def test_commands_to_repeat_are_fit_for_a_shell(tmp_path: Path, sweep: Path, said: list[str]) -> None:
+    moved = sweep.rename(tmp_path / "a=b (1)")
+    assert not Mlflow(f"sqlite:///{tmp_path}/nowhere/x.db", EXPERIMENT).begin(moved)
+    assert said[0].endswith(f"sync '{moved}'")
+
+
 def test_a_file_that_is_no_database_is_one_sentence(tmp_path: Path, sweep: Path, said: list[str]) -> None:
     (tmp_path / "text.db").write_text("this is no database, " * 1000)
     assert not Mlflow(f"sqlite:///{tmp_path}/text.db", EXPERIMENT).begin(sweep)
