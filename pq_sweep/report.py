@@ -58,8 +58,12 @@ def _write(report: Report, arguments: argparse.Namespace) -> None:
     from pq_sweep.results.report.files import write_figures, write_tables
 
     page = arguments.output or _default(arguments.sources)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_text(page, report.html())
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_text(page, report.html())
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{page} cannot be written ({reason}); give --output=FILE that can be.") from error
     print(f"report: {page}")
     if arguments.figures:
         print(f"figures: {write_figures(report, arguments.figures)} in {arguments.figures}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -44,11 +45,13 @@ class Reading:
 def read(source: bytes, file: Path, package: str) -> Reading:
     """Return what a module needs whose relative imports start at `package`."""
     try:
-        tree = ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what stands in the source
+            tree = ast.parse(source)
+        reader = Reader(file, package, _assigned(tree))
+        reader.visit(tree)
     except (SyntaxError, ValueError, RecursionError) as error:
         return Reading(blind=[(getattr(error, "lineno", None) or 1, "cannot be parsed")])
-    reader = Reader(file, package, _assigned(tree))
-    reader.visit(tree)
     return reader.found
 
 

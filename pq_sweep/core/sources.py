@@ -226,8 +226,12 @@ READ: dict[tuple[Path, str], tuple[bytes, Reading]] = {}
 def source_of(file: Path, name: str, module: Module | None) -> tuple[bytes, Reading]:
     """Return the bytes of a file of code, and what it needs."""
     if (file, name) not in READ:
-        content = file.read_bytes()
-        READ[file, name] = hashlib.sha256(content).digest(), _reading(content, file, name, module)
+        try:
+            content = file.read_bytes()
+            reading = _reading(content, file, name, module)
+        except OSError:
+            content, reading = b"", Reading(blind=[(1, "cannot be read")])
+        READ[file, name] = hashlib.sha256(content).digest(), reading
     return READ[file, name]
 
 

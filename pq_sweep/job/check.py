@@ -79,9 +79,9 @@ def _values(cfg: DictConfig) -> Iterator[str]:
         yield f"device={cfg.device} is not known; valid are: auto, cpu, cuda, cuda:N."
     if not (_is_number(cfg.seed, whole=True) and 0 <= cfg.seed < 2**32):
         yield f"seed={cfg.seed} is out of range; give a whole number from 0 to 2^32 - 1."
-    if not isinstance(cfg.resume, bool):
+    if not isinstance(cfg.get("resume", True), bool):
         yield f"resume={cfg.resume} is neither true nor false; give one of them."
-    if str(cfg.cache) not in ("on", "off"):
+    if str(cfg.get("cache", "on")) not in ("on", "off"):
         yield f"cache={cfg.cache} is not known; valid are: on, off."
     sizes = cfg.measure.batch_sizes
     if isinstance(sizes, ListConfig) and (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def conclude(sweep: Sweep, log: Callable[[Path], str], found: Iterable[str] = ()
     for line in found:
         print(line)
     if sweep.count("pending", "running"):
-        print(f"jobs go on; watch them by: python -m pq_sweep.results {sweep.folder} --watch")
+        print(f"jobs go on; watch them by: python -m pq_sweep.results {shlex.quote(str(sweep.folder))} --watch")
     return sweep.count("finished") == len(sweep.rows)
 
 

@@ -51,7 +51,7 @@ def fetch(uri: str, experiment: str, target: Path) -> list[Path]:
 
 
 def _fetch(store: Store, experiment: str, target: Path) -> list[Path]:
-    store.reach()
+    store.reach(writing=False)
     import_mlflow()
     from mlflow import MlflowClient
 
@@ -61,7 +61,7 @@ def _fetch(store: Store, experiment: str, target: Path) -> list[Path]:
         known = ", ".join(repr(each.name) for each in client.search_experiments())
         where = without_password(store.address)
         raise UserError(f"{experiment!r} is neither a folder nor an experiment in {where}; experiments are: {known}.")
-    runs = list(_runs(client, found.experiment_id))
+    runs = list(_runs(client, store.active(found)))
     parents = [run for run in runs if run.data.tags.get("pq_sweep.kind") == "sweep"]
     return [_write_sweep(client, parent, runs, target / parent.info.run_id) for parent in parents]
 

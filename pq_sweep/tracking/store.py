@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +27,7 @@ from pq_sweep.types import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Experiment
 
 T = TypeVar("T")
 
@@ -88,11 +90,11 @@ class Store:
         folder = self.file.parent if self.file else Path.cwd()
         return (folder / "mlartifacts").as_uri()
 
-    def reach(self) -> None:
+    def reach(self, *, writing: bool = True) -> None:
         """Raise if the store does not answer within seconds; MLflow itself would go on trying for minutes."""
-        bounded(self._touch, REACH_S + CROWD_S)
+        bounded(partial(self._touch, writing), REACH_S + CROWD_S)
 
-    def _touch(self) -> None:
+    def _touch(self, writing: bool) -> None:
         if self.kind in ("http", "https"):
             import requests
 
@@ -100,13 +102,13 @@ class Store:
         elif self.kind in ("postgresql", "mysql", "mssql"):
             self._connect().close()
         elif self.file:
-            self._touch_file(self.file)
+            self._touch_file(self.file, writing)
 
-    def _touch_file(self, file: Path) -> None:
+    def _touch_file(self, file: Path, writing: bool) -> None:
         """Raise if SQLite could not write: it needs the file and, for its journal, the folder."""
         if file.is_dir():
             raise OSError(f"{file} is a folder")
-        for path in (file.parent, file):
+        for path in (file.parent, file) if writing else ():
             if not os.access(path, os.W_OK) and (path != file or file.exists()):
                 raise OSError(f"{path} cannot be written")
 
@@ -137,10 +139,14 @@ class Store:
                 found = client.get_experiment_by_name(name)
                 if found is None:
                     raise
+        return self.active(found)
+
+    def active(self, found: Experiment) -> str:
+        """Return the id of an experiment, or raise a UserError if it was deleted: it is kept, but takes no runs."""
         if found.lifecycle_stage == "deleted":
             restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
             raise UserError(
-                f"the MLflow experiment {name!r} was deleted: bring it back by MLFLOW_TRACKING_URI="
+                f"the MLflow experiment {found.name!r} was deleted: bring it back by MLFLOW_TRACKING_URI="
                 f"{without_password(self.uri)} {restore}, or give tracking.experiment=another_name."
             )
         return str(found.experiment_id)

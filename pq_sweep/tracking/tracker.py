@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -110,7 +111,9 @@ class Mlflow:
         if self.store.startswith("http"):
             return f"MLflow UI: {table.address(self.store, experiment)}"
         shown = without_password(self.store)
-        named = f" --uri {shown}" if shown == self.store or self.uri else ""  # else the variable has the password
+        named = (
+            f" --uri {shlex.quote(shown)}" if shown == self.store or self.uri else ""
+        )  # else the variable has the password
         default = " (or: make ui)" if self.store.endswith(f"/{DEFAULT_STORE}") else ""
         return f"MLflow UI: python -m pq_sweep.tracking ui{named}{default}"
 
@@ -144,7 +147,9 @@ class Mlflow:
 
     def _give_up(self, sweep: Path, error: Exception) -> None:
         if self.store not in self.down:
-            later = f"results stay on disk, log them later by: python -m pq_sweep.tracking sync {sweep}"
+            later = (
+                f"results stay on disk, log them later by: python -m pq_sweep.tracking sync {shlex.quote(str(sweep))}"
+            )
             why = self._refused() if "deleted" in str(error) else None
             shown = without_password(self.store)
             log.warning("%s; %s", why or f"MLflow store {shown} cannot be used ({reason(error).rstrip('.')})", later)

@@ -81,11 +81,14 @@ def _experiments(client: MlflowClient, name: str | None) -> list[str]:
     """Return the experiments that have a view, and the one of that name, or the usual one before its first sweep ends.
 
     Raises:
-        UserError: If an experiment is asked for by name that is not there.
+        UserError: If an experiment is asked for by name that is not there, or was deleted.
     """
     known = client.get_experiment_by_name(name or "pq_sweep")
     if name and known is None:
         raise UserError(f"there is no experiment {name!r} in the store; leave out --experiment to see which there are.")
+    if name and known and known.lifecycle_stage == "deleted":
+        restore = f"mlflow experiments restore --experiment-id {known.experiment_id}"
+        raise UserError(f"the experiment {name!r} was deleted; bring it back by {restore}, or leave out --experiment.")
     ids = [known.experiment_id] if known else []
     if not name:
         ids += [each.experiment_id for each in client.search_experiments(filter_string=f"tags.`{table.TAG}` != ''")]

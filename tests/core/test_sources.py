@@ -211,6 +211,23 @@ def test_compiled_modules_count_and_are_told(mine: Path) -> None:
     assert unfollowed(MINE)[0].startswith(f"{mine / 'compiled.so'}, line 1, is compiled")
 
 
+@pytest.mark.parametrize("text", [f"x = {'(' * 500}{')' * 500}", "x = " + "-" * 5000 + "1", "\\0", "x = 'é' + '\\d'"])
+def test_odd_sources_stop_nothing(mine: Path, text: str, recwarn: pytest.WarningsRecorder) -> None:
+    (mine / "mine.py").write_bytes(text.encode("latin-1"))
+    assert all("mine.py, line 1, cannot be parsed" in sentence for sentence in unfollowed(MINE))
+    assert list(recwarn) == []
+
+
+def test_a_file_that_cannot_be_read_is_told(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This user may be root, whom no permission stops."""
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert "mine.py, line 1, cannot be read" in unfollowed(MINE)[0]
+
+
 def test_a_name_given_several_values_is_not_taken_for_one_of_them(mine: Path) -> None:
     write("helper.py", "")
     write("mine.py", "import importlib\nNAME = 'helper'\ndef make(NAME):\n    importlib.import_module(NAME)")

@@ -180,6 +180,14 @@ def test_a_folder_that_cannot_be_written_is_shown_nevertheless(sweeps: tuple[Pat
 
 
 @pytest.mark.slow
+def test_a_page_that_cannot_be_written_is_one_sentence(sweeps: tuple[Path, Path], tmp_path: Path) -> None:
+    (sweeps[0] / "report.html").mkdir()
+    done = python(["-m", "pq_sweep.report", "ours"], tmp_path, dict(os.environ))
+    assert done.returncode == 1
+    assert done.stderr == "ours/report.html cannot be written (Is a directory); give --output=FILE that can be.\n"
+
+
+@pytest.mark.slow
 def test_what_was_cut_short_is_made_again(tmp_path: Path) -> None:
     """Results, the announcement, and what the jobs of a sweep share."""
     own = ("hydra.sweep.dir=s", "tracking=none", "device=cpu", "pruner=none,l1_global", *SHORT)

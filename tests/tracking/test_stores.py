@@ -15,8 +15,12 @@ from stored_runs import EXPERIMENT, parent_and_jobs
 from sweep_folders import announced, write_manifest, write_result
 
 from pq_sweep.core.sentences import reason
+from pq_sweep.results.sweeps import read_sweep
+from pq_sweep.tracking import ui
 from pq_sweep.tracking import view as views
+from pq_sweep.tracking.fetch import fetch
 from pq_sweep.tracking.tracker import Mlflow
+from pq_sweep.types import UserError
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +109,28 @@ def test_what_was_deleted_is_complete_once_it_is_restored(uri: str, sweep: Path)
     assert set(parent_and_jobs(uri)[1]) == {"0", "1"}
 
 
+def test_a_report_of_a_deleted_experiment_names_the_remedies(uri: str, tmp_path: Path) -> None:
+    delete_experiment(uri)
+    with pytest.raises(UserError, match=rf"the MLflow experiment '{EXPERIMENT}' was deleted: bring it back by "):
+        fetch(uri, EXPERIMENT, tmp_path / "fetched")
+
+
+def test_the_interface_of_a_deleted_experiment_names_the_remedies(uri: str) -> None:
+    number = delete_experiment(uri)
+    client = MlflowClient(uri)
+    with pytest.raises(UserError, match=rf"was deleted; bring it back by mlflow experiments restore .*{number}, or"):
+        ui._experiments(client, EXPERIMENT)
+
+
+def test_a_store_that_may_only_be_read_can_be_read(
+    uri: str, file: Path, sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Mlflow(uri, EXPERIMENT).sync(sweep)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in (file, file.parent))
+    (fetched,) = fetch(uri, EXPERIMENT, tmp_path / "fetched")
+    assert read_sweep(fetched).count("finished") == 2
+
+
 def test_another_experiment_goes_on(uri: str, sweep: Path) -> None:
     delete_experiment(uri)
     assert Mlflow(uri, "another").begin(sweep)
@@ -147,6 +173,12 @@ def test_a_folder_in_the_place_of_the_file_is_named(tmp_path: Path, sweep: Path,
     (tmp_path / "taken.db").mkdir()
     assert not Mlflow(f"sqlite:///{tmp_path}/taken.db", EXPERIMENT).begin(sweep)
     assert f"({tmp_path}/taken.db is a folder)" in said[0]
+
+
+def test_commands_to_repeat_are_fit_for_a_shell(tmp_path: Path, sweep: Path, said: list[str]) -> None:
+    moved = sweep.rename(tmp_path / "a=b (1)")
+    assert not Mlflow(f"sqlite:///{tmp_path}/nowhere/x.db", EXPERIMENT).begin(moved)
+    assert said[0].endswith(f"sync '{moved}'")
 
 
 def test_a_file_that_is_no_database_is_one_sentence(tmp_path: Path, sweep: Path, said: list[str]) -> None:
