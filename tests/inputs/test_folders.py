@@ -397,6 +397,10 @@ class TestFiles:
         for text in (*(data.evaluation.names or ()), *caplog.messages):
             text.encode()
 
+    def test_folder_beside_splits_that_cannot_be_read_does_not_matter(self, tmp_path: Path) -> None:
+        (make(tmp_path, "train", "val") / "lost+found").mkdir(mode=0)
+        assert len(load(tmp_path).training()) == 6
+
     def test_folder_that_cannot_be_read_is_refused(self, tmp_path: Path) -> None:
         root = fill(tmp_path, PETS)
         (root / "cat" / "secret").mkdir(mode=0)
