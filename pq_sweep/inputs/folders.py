@@ -136,7 +136,11 @@ def _place(folder: Path) -> Place:
 
 
 def _has_images(folder: Path) -> bool:
-    return next(images_below(folder), None) is not None
+    """Say whether a folder has images; one that cannot be read, such as a disk's lost+found, has none to use."""
+    try:
+        return next(images_below(folder), None) is not None
+    except UserError:
+        return False
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -307,6 +307,15 @@ class TestLinks:
             *("cat/000.JPEG", "cat/001.png", "dog/000.JPEG", "dog/001.png")
         ]
 
+    def test_circle_behind_a_link(self, tmp_path: Path) -> None:
+        fill(tmp_path / "store", {"cats": 2, "dogs": 2})
+        (tmp_path / "store" / "cats" / "up").symlink_to(tmp_path / "store")
+        draw(tmp_path / "root" / "cat" / "own.png", 80)
+        (tmp_path / "root" / "cat" / "more").symlink_to(tmp_path / "store" / "cats")
+        assert [name for name, _ in relative(tmp_path / "root")] == [
+            *("cat/more/000.JPEG", "cat/more/001.png", "cat/own.png")
+        ]
+
     def test_circle_of_two_classes(self, tmp_path: Path) -> None:
         root = fill(tmp_path, {"cat": 1, "dog": 1})
         (root / "cat" / "other").symlink_to(root / "dog")
@@ -387,6 +396,10 @@ class TestFiles:
         assert r"cat/\udcfe.png" in (data.evaluation.names or ())
         for text in (*(data.evaluation.names or ()), *caplog.messages):
             text.encode()
+
+    def test_folder_beside_splits_that_cannot_be_read_does_not_matter(self, tmp_path: Path) -> None:
+        (make(tmp_path, "train", "val") / "lost+found").mkdir(mode=0)
+        assert len(load(tmp_path).training()) == 6
 
     def test_folder_that_cannot_be_read_is_refused(self, tmp_path: Path) -> None:
         root = fill(tmp_path, PETS)

@@ -126,9 +126,10 @@ class TestScaledByWhatTheFileSays:
         content = f"P{1 if plain else 4}\n{SIZE} {SIZE}\n".encode() + pixels
         assert (shown(content) == 255 - 255 * bits).all()
 
-    def test_dark_pgm_is_as_dark_as_it_says(self) -> None:
-        assert doubt(pgm(RAMP12 // 8, 4095)) == ""
-        assert shown(pgm(RAMP12 // 8, 4095)).max() == 31
+    @pytest.mark.parametrize("content", [pgm(RAMP12 // 8, 4095), twelve_bit(RAMP12 // 8)], ids=["PGM", "TIFF"])
+    def test_dark_image_is_as_dark_as_it_says(self, content: bytes) -> None:
+        assert doubt(content) == ""
+        assert shown(content).max() == 31
 
     @pytest.mark.parametrize("order", ["<", ">"])
     def test_16_bit_colours_keep_their_high_bytes_as_in_pillow(self, order: str) -> None:
@@ -144,7 +145,7 @@ class TestScaledByWhatTheFileSays:
     def test_8_bits_where_zero_is_white_are_pillows(self) -> None:
         assert (shown(tiff(SHADES.astype("u1"), {PHOTOMETRIC: [0]})) == 255 - SHADES).all()
 
-    @pytest.mark.parametrize("most", [3977, 40000, 100, 0])
+    @pytest.mark.parametrize("most", [3977, 40000, 100, 1, 0])
     def test_most_of_one_image_is_not_taken_as_white(self, most: int) -> None:
         """TIFF 6.0 has it for statistics: a dark image would be as bright as its neighbour."""
         values = RAMP.clip(0, most).astype("<u2")
@@ -175,6 +176,11 @@ class TestScaledByValues:
         content = tiff((SHADES / 255).astype(kind))
         assert (shown(content) == SHADES).all()
         assert doubt(content) == ""
+
+    @pytest.mark.parametrize("white", [1, 255])
+    def test_floats_are_rounded(self, white: int) -> None:
+        values = ((SHADES + 0.4) / 255 * white).astype("<f4")
+        assert (shown(tiff(values)) == SHADES).all()
 
     def test_floats_from_pillow_itself(self) -> None:
         content = saved(Image.fromarray((SHADES / 255).astype(np.float32)), "TIFF")
@@ -256,6 +262,10 @@ SUSPICIOUS: dict[str, tuple[Callable[[], bytes], str]] = {
     "0 to 16 as floats": (lambda: tiff((SHADES / 16).astype("<f4")), "only, and 255"),
     "12 bits in colours of 16": (lambda: tiff(rgb(RAMP12).astype("<u2")), "stay below a quarter of white"),
     "12 bits in PPM of 16": (lambda: pgm(rgb(RAMP12), 65535), "stay below a quarter of white"),
+    "12 bits in colours of 16, opaque": (
+        lambda: tiff(np.concatenate([rgb(RAMP12), np.full((SIZE, SIZE, 1), 65535)], -1).astype("<u2"), {EXTRA: [2]}),
+        "stay below a quarter of white",
+    ),
     "8 bits with a sign": (lambda: tiff(SHADES.astype("u1"), {339: [2]}), "have a sign"),
     "8 bits in 16": (lambda: png(SHADES.astype(np.uint16)), "the same value"),
     "black": (lambda: black_png(20, 20), "the same value"),
@@ -283,8 +293,19 @@ class TestSuspicious:
         assert doubt(content) == ""
         assert (shown(content) == SHADES).all()
 
-    def test_dark_photograph_of_8_bits_is_none(self) -> None:
-        assert doubt(png((SHADES // 16).astype(np.uint8))) == ""
+    @pytest.mark.parametrize(
+        "content",
+        [
+            png((SHADES // 16).astype(np.uint8)),
+            png((RAMP * 3 // 11).astype(np.uint16)),
+            tiff((SHADES * 3 // 11).astype("<f4")),
+            tiff(rgb(RAMP * 3 // 11).astype("<u2")),
+        ],
+        ids=["8 bits", "16 bits", "floats", "colours of 16 bits"],
+    )
+    def test_dark_photograph_is_none(self, content: bytes) -> None:
+        """What has 8 bits may be as dark as it likes, and other samples have a quarter of white at least."""
+        assert doubt(content, COLOUR) == ""
 
     def test_is_counted_named_and_kept(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         root = tmp_path / "root"
@@ -307,9 +328,10 @@ class TestSuspicious:
         ("usual", "other", "whites"),
         [
             ((SHADES * 1.0).astype("<f4"), (SHADES / 255).astype("<f4"), (255, 1)),
+            ((SHADES / 255).astype("<f4"), (SHADES * 1.0).astype("<f4"), (1, 255)),
             (RAMP.astype("<i4"), SHADES.astype("<i4"), (65535, 255)),
         ],
-        ids=["floats", "32 bits"],
+        ids=["bright float", "dark float", "32 bits"],
     )
     def test_scale_of_one_image_alone_is_said(
         self, tmp_path: Path, usual: np.ndarray, other: np.ndarray, whites: tuple[int, int]
@@ -335,6 +357,15 @@ class TestSuspicious:
             str(tmp_path / "cat" / "a.png"): "a file of the same bytes is in the class dog",
             str(tmp_path / "dog" / "link.png"): "a file of the same bytes is in the class cat",
         }
+
+    def test_what_is_left_out_is_not_counted_twice(self, tmp_path: Path) -> None:
+        """A copy of an image to evaluate, both black, is left out of calibration."""
+        for split in ("train", "val"):
+            (tmp_path / split / "cat").mkdir(parents=True)
+            (tmp_path / split / "cat" / "black.png").write_bytes(black_png(20, 20))
+        (tmp_path / "train" / "cat" / "other.png").write_bytes(png(SHADES.astype(np.uint8)))
+        record = load(tmp_path, 1, calibration=1).record()
+        assert list(record["suspicious"]) == [str(tmp_path / "val" / "cat" / "black.png")]
 
     def test_pipe_is_left_out(self, tmp_path: Path) -> None:
         """Reading it would wait for ever."""
