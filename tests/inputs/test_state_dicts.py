@@ -128,6 +128,11 @@ AVERAGES: dict[str, tuple[Any, str]] = {  # what a file holds, and the key of th
     "ema_state_dict": ({"model_state_dict": PLAIN, "ema_state_dict": AVERAGED}, "ema_state_dict"),
     "camel case": ({"model": PLAIN, "modelEMA": AVERAGED}, "modelEMA"),
     "stochastic weight averaging": ({"state_dict": PLAIN, "swa_state_dict": AVERAGED}, "swa_state_dict"),
+    "beside the plain ones by name": (prefixed(PLAIN, "net.") | prefixed(AVERAGED, "net_ema."), "net_ema"),
+    "ema_pytorch": (
+        prefixed(PLAIN, "online_model.") | prefixed(AVERAGED, "ema_model."),
+        "ema_model",
+    ),
     "nested": ({"state_dict": PLAIN, "callbacks": {"EMA": {"ema_weights": AVERAGED}}}, "callbacks.EMA.ema_weights"),
     "Lightning module": (
         {"state_dict": prefixed(PLAIN, "model.") | prefixed(AVERAGED, "ema_model.")},
@@ -189,6 +194,16 @@ def test_averaged_weights_that_no_key_can_take_are_named(tmp_path: Path) -> None
     assert_same(model.module.state_dict(), PLAIN)
     (note,) = model.notes
     assert "the plain weights in model were taken, and the averaged ones, first model_ema." in note
+
+
+def test_averaged_weights_without_names_are_named_by_their_place(tmp_path: Path) -> None:
+    averaged = {"ema": {"decay": 0.9, "shadow_params": list(AVERAGED.values())}}
+    model = load_digits(tmp_path, {"model": PLAIN, **averaged})
+    assert_same(model.module.state_dict(), PLAIN)
+    (note,) = model.notes
+    assert "the plain weights in model were taken, and the averaged ones, first ema.shadow_params, left out" in note
+    text = refused(lambda: load_digits(tmp_path, averaged))
+    assert "holds no state_dict but tensors without names at ema.shadow_params; save one by" in text
 
 
 @pytest.mark.parametrize(
