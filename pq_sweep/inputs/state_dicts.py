@@ -59,9 +59,10 @@ class Network:
         """Name the buffers that are not finite by themselves, such as masks of attention."""
         return {name for name, buffer in self.module.named_buffers() if not _is_finite(buffer)}
 
-    def has(self, part: str) -> bool:
-        """Say whether it has a layer of this name."""
-        return part in {name.partition(".")[0] for name in self.expected}
+    @cached_property
+    def layers(self) -> set[str]:
+        """Name its outermost layers."""
+        return {name.partition(".")[0] for name in self.expected}
 
     def is_copied(self, name: str) -> bool:
         """Say whether this is the name of an averaged copy of one of its entries; some tools leave out the dots."""
@@ -194,7 +195,7 @@ def _is_spare(name: str, tensor: Tensor, network: Network) -> bool:
     parts = name.split(".")
     if name.startswith(AUXILIARY) or (parts[-1] in COUNTS_OF_LAYERS and tensor.numel() == 1):
         return True
-    if network.has(parts[0]):
+    if parts[0] in network.layers:
         return False
     trains = any(TRAINING.fullmatch(part) for part in parts[:-1]) or TRAINING.fullmatch(parts[0])
     return bool(trains) or (parts[-1] in COUNTS and tensor.numel() == 1) or network.is_copied(name)

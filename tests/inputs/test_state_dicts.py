@@ -390,6 +390,8 @@ def parallel_features(state: State) -> State:
 @pytest.mark.parametrize(
     ("name", "wrap"),
     [
+        ("resnet18", without_counts),
+        ("resnet18", lambda state: prefixed(state, "_orig_mod.")),
         ("densenet121", former_densenet),
         ("densenet121", lambda state: {"state_dict": prefixed(former_densenet(state))}),
         ("squeezenet1_1", parallel_features),
@@ -398,12 +400,22 @@ def parallel_features(state: State) -> State:
         pytest.param("vit_b_16", former_vit, marks=pytest.mark.slow),
     ],
 )
-def test_torchvisions_former_names_are_known(tmp_path: Path, name: str, wrap: Callable[[State], Any]) -> None:
+def test_former_names_and_wrappers_of_torchvisions_networks_are_known(
+    tmp_path: Path, name: str, wrap: Callable[[State], Any]
+) -> None:
     model = torchvision_model(name=name, weights=None, num_classes=5)
     state = model.module.state_dict()
     torch.save(wrap(state), tmp_path / "former.pth")
     found = torchvision_model(name=name, weights=str(tmp_path / "former.pth"), num_classes=5)
     assert_same(found.module.state_dict(), state)
+
+
+def test_a_single_nan_is_named(tmp_path: Path) -> None:
+    state = torchvision_model(name="resnet18", weights=None).module.state_dict()
+    state["conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    text = refused(lambda: torchvision_model(name="resnet18", weights=str(tmp_path / "nan.pth")))
+    assert "nan.pth has values that are not finite, first conv1.weight (1 of 122 entries have such)" in text
 
 
 def test_auxiliary_classifiers_are_left_out_and_that_is_said(tmp_path: Path) -> None:
