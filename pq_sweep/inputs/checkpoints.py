@@ -44,7 +44,7 @@ DATA = re.compile(
     r"numpy\.dtype|numpy\.(_core|core)\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)"
     r"|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path|datetime\.\w+|decimal\.Decimal|fractions\.Fraction"
     r"|builtins\.(frozenset|list|tuple|dict|range|slice|bytes|int|float|str|bool)|functools\.partial|torch\.dtype"
-    r"|torch\.torch_version\.TorchVersion|types\.SimpleNamespace|numpy\.random\._pickle\.\w+"
+    r"|torch\.torch_version\.TorchVersion|types\.SimpleNamespace|numpy\.random\.\w+\.\w+"
 )
 ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 # Of these, it makes plain dictionaries and lists.
