@@ -25,7 +25,7 @@ UNPACK = "unpack it and give the file in it"
 
 # How files begin that are taken for weights by mistake, what they are, and what would be right.
 BEGINNINGS = (
-    (rb"$", "the file is empty", AGAIN),
+    (rb"\Z", "the file is empty", AGAIN),
     (rb"version https://git-lfs", "a pointer of git-lfs to the file", "fetch the file itself by git lfs pull"),
     (rb"(\xef\xbb\xbf)?\s*<", "a web page, as a failed download leaves it", "download it again, signed in if need be"),
     (rb"(\xef\xbb\xbf)?\s*[{\[]", "JSON text, such as an index", "give the file that holds the weights"),
@@ -44,14 +44,15 @@ DATA = re.compile(
     r"numpy\.dtype|numpy\.(_core|core)\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)"
     r"|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path|datetime\.\w+|decimal\.Decimal|fractions\.Fraction"
     r"|builtins\.(frozenset|list|tuple|dict|range|slice|bytes|int|float|str|bool)|functools\.partial|torch\.dtype"
-    r"|torch\.torch_version\.TorchVersion"
+    r"|torch\.torch_version\.TorchVersion|types\.SimpleNamespace|numpy\.random\.\w+\.\w+"
 )
 ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 # Of these, it makes plain dictionaries and lists.
 CONTAINERS: dict[str, Any] = {"collections.defaultdict": lambda *_: {}, "collections.deque": lambda *_: []}
 # What torch itself pickles tensors and state_dicts with.
 TORCHS = re.compile(
-    r"collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)|torch\.(_utils|_tensor|storage|serialization)\..*"
+    r"collections\.(OrderedDict|Counter)|_codecs\.encode|builtins\.(set|bytearray|complex)"
+    r"|torch\.(_utils|_tensor|storage|serialization)\..*"
     r"|torch\.(cuda\.)?\w+(Storage|Tensor)|torch\.(Size|device|b?float\w*|u?int\d+|bool|nn\.parameter\.Parameter)"
 )
 
@@ -168,7 +169,9 @@ def _read_pickle(path: Path) -> Any:
     try:
         return _read_around(path)
     except Called as call:
-        raise unreadable(path, f"it would call {call}, and code in a file is never run") from None
+        first = next(iter(_names(path)), "")
+        inside = f"holds an object of {first} and " if first != str(call) else ""
+        raise unreadable(path, f"it {inside}would call {call}, and code in a file is never run") from None
     except pickle.UnpicklingError:  # its text says how to load the file without this protection
         raise unreadable(path, _unsafe(path)) from None
     except Exception as error:

@@ -48,6 +48,16 @@ def all_entries(content: Any) -> Iterator[Entries]:
             yield Entries(place, tensors, versions, averaged=swapped and place == "state_dict")
 
 
+def nameless(content: Any) -> list[str]:
+    """List the places of tensors in lists: some tools keep averaged weights so, and without names none can be taken."""
+    return [
+        joined(place, name)
+        for place, values in _dictionaries(content, "")
+        for name, value in values.items()
+        if isinstance(name, str) and isinstance(value, list) and value and isinstance(value[0], Tensor)
+    ]
+
+
 def _dictionaries(content: Any, place: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
     if not isinstance(content, Mapping) or place.count(".") > DEEPEST:
         return

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pq_sweep.inputs.checkpoints import HOW_TO_SAVE, holds, read_checkpoint
-from pq_sweep.inputs.entries import Entries, State, all_entries, below, joined, tidied, under
+from pq_sweep.inputs.entries import Entries, State, all_entries, below, joined, nameless, tidied, under
 from pq_sweep.inputs.mismatch import Mismatch, quantized, reshaped
 from pq_sweep.types import UserError
 
@@ -58,9 +59,10 @@ class Network:
         """Name the buffers that are not finite by themselves, such as masks of attention."""
         return {name for name, buffer in self.module.named_buffers() if not _is_finite(buffer)}
 
-    def has(self, part: str) -> bool:
-        """Say whether it has a layer of this name."""
-        return part in {name.partition(".")[0] for name in self.expected}
+    @cached_property
+    def layers(self) -> set[str]:
+        """Name its outermost layers."""
+        return {name.partition(".")[0] for name in self.expected}
 
     def is_copied(self, name: str) -> bool:
         """Say whether this is the name of an averaged copy of one of its entries; some tools leave out the dots."""
@@ -112,25 +114,28 @@ def load_weights(module: nn.Module, path: Path, key: str | None = None) -> tuple
     The file is what torch.save or safetensors write, and no code in it is run. `key` chooses among several sets of
     weights in it, dotted where they are nested.
     """
-    path, network = path.expanduser(), Network(module)
+    path, network, key = path.expanduser(), Network(module), str(key) if key else None
     content = read_checkpoint(path)
-    sets = list(all_entries(content))
-    if not sets:
-        inside = holds(content)
-        raise UserError(f"model.weights={path} holds no state_dict{inside and f' but {inside}'}; {HOW_TO_SAVE}.")
-    sets = [tidied(entries, network.expected) for entries in sets]
-    key = str(key) if key else None
-    candidates = list(_candidates(below(sets, key) if key else sets, network))
-    if not candidates:
-        raise _no_such_key(path, str(key), _candidates(sets, network), network.expected)
+    candidates = _search(content, network, key, path)
     chosen = _choose(candidates, network.expected, path)
-    infinite = network.infinite
     _put(network, chosen, path)
-    _refuse_infinite(module, infinite, path)
+    chosen = replace(chosen, left=(*chosen.left, *filter(_is_averaged, nameless(content))))
     notes = tuple(f"{path.name}: {note}." for note in _notes(chosen, candidates, network.expected, key))
     for note in notes:
         log.info("%s", note)
     return notes
+
+
+def _search(content: Any, network: Network, key: str | None, path: Path) -> list[Found]:
+    """Return all sets of weights in a checkpoint, or those under a key; refuse a checkpoint without any."""
+    sets = [tidied(entries, network.expected) for entries in all_entries(content)]
+    if not sets:
+        inside = ", ".join(f"tensors without names at {place}" for place in nameless(content)) or holds(content)
+        raise UserError(f"model.weights={path} holds no state_dict{inside and f' but {inside}'}; {HOW_TO_SAVE}.")
+    found = list(_candidates(below(sets, key) if key else sets, network))
+    if not found:
+        raise _no_such_key(path, str(key), _candidates(sets, network), network.expected)
+    return found
 
 
 def _candidates(sets: Iterable[Entries], network: Network) -> Iterator[Found]:
@@ -190,7 +195,7 @@ def _is_spare(name: str, tensor: Tensor, network: Network) -> bool:
     parts = name.split(".")
     if name.startswith(AUXILIARY) or (parts[-1] in COUNTS_OF_LAYERS and tensor.numel() == 1):
         return True
-    if network.has(parts[0]):
+    if parts[0] in network.layers:
         return False
     trains = any(TRAINING.fullmatch(part) for part in parts[:-1]) or TRAINING.fullmatch(parts[0])
     return bool(trains) or (parts[-1] in COUNTS and tensor.numel() == 1) or network.is_copied(name)
@@ -233,12 +238,8 @@ def _no_such_key(path: Path, key: str, candidates: Iterable[Found], expected: St
 def _put(network: Network, found: Found, path: Path) -> None:
     """Load weights into the network by torch's own rules, all of them or a UserError."""
     state: OrderedDict[str, Tensor] = OrderedDict(found.state)
-    if any(tensor.is_meta for tensor in state.values()):
-        raise UserError(
-            f"model.weights={path} holds shapes without values; save the network after its values are there."
-        )
-    if kinds := quantized(state, network.expected):
-        raise UserError(f"model.weights={path} holds {kinds}; give the weights in floating point.")
+    _refuse_other_values(state, network.expected, path)
+    infinite = network.infinite
     versions = {"": {"version": network.module._version}} | under(found.entries.versions, found.prefix)
     state._metadata = versions  # type: ignore[attr-defined]  # by these, layers know the names of their former versions
     try:
@@ -252,6 +253,17 @@ def _put(network: Network, found: Found, path: Path) -> None:
     mismatch = Mismatch(network.expected, state, missing, unexpected, found.beside, found.key)
     if mismatch:
         raise mismatch.error(path)
+    _refuse_infinite(network.module, infinite, path)
+
+
+def _refuse_other_values(state: State, expected: State, path: Path) -> None:
+    """Refuse values that torch would not load, or would load as other ones without a word."""
+    if any(tensor.is_meta for tensor in state.values()):
+        raise UserError(
+            f"model.weights={path} holds shapes without values; save the network after its values are there."
+        )
+    if kinds := quantized(state, expected):
+        raise UserError(f"model.weights={path} holds {kinds}; give the weights in floating point.")
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -296,8 +308,8 @@ def _kind(dtype: torch.dtype) -> str:
 def _choice(chosen: Found, candidates: list[Found], expected: State, key: str | None) -> Iterator[str]:
     """Say which weights were taken, where there were averaged ones or `model.key` chose."""
     where = f" in {chosen.key}" if chosen.key else ""
-    others = [found.key for found in candidates if found.averaged and found.fits(expected)]
     left = [name for name in chosen.left if _is_averaged(name)]
+    others = [found.key for found in candidates if found.averaged and found.fits(expected)]
     if chosen.averaged or key:
         why = "as model.key says" if key else "as there are no plain ones that fit"
         yield f"the {'averaged' if chosen.averaged else 'plain'} weights{where} were taken, {why}"

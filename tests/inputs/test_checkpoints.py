@@ -13,6 +13,7 @@ import pickle
 import re
 import subprocess
 import tarfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -87,6 +88,8 @@ BESIDE: dict[str, Any] = {
     "whole number of NumPy": np.int64(3),
     "array of NumPy": np.arange(6).reshape(2, 3),
     "array of objects": np.array([1, "two"], dtype=object),
+    "state of random numbers": [np.random.RandomState(0), np.random.default_rng(0)],
+    "namespace": types.SimpleNamespace(depth=18),
     "time": [datetime.datetime(2020, 1, 2, tzinfo=datetime.UTC), datetime.timedelta(hours=3)],
     "containers": [collections.defaultdict(list, a=[1]), collections.deque([1, 2]), frozenset([1]), {1}, range(3)],
     "partial": functools.partial(print, "never"),
@@ -180,6 +183,19 @@ def test_pickled_objects_are_named(tmp_path: Path, content: Any, found: str) -> 
     assert f"holds no state_dict but {'' if 'NumPy' in found else 'an object of '}{found}; save one by" in text
     text = refused(lambda: load_digits(tmp_path, content, _use_new_zipfile_serialization=False))
     assert found.partition(" at ")[0] in text
+
+
+class Marked(nn.Module):
+    """A network that is pickled with a call in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fill = Calls(print, "never")
+
+
+def test_pickled_network_with_a_call_in_it_is_named(tmp_path: Path) -> None:
+    text = refused(lambda: load_digits(tmp_path, Marked()))
+    assert re.search(r"\(it holds an object of \S*Marked and would call builtins.print, and code in a file", text)
 
 
 def script(folder: Path) -> Path:

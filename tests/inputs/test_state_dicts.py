@@ -128,6 +128,11 @@ AVERAGES: dict[str, tuple[Any, str]] = {  # what a file holds, and the key of th
     "ema_state_dict": ({"model_state_dict": PLAIN, "ema_state_dict": AVERAGED}, "ema_state_dict"),
     "camel case": ({"model": PLAIN, "modelEMA": AVERAGED}, "modelEMA"),
     "stochastic weight averaging": ({"state_dict": PLAIN, "swa_state_dict": AVERAGED}, "swa_state_dict"),
+    "beside the plain ones by name": (prefixed(PLAIN, "net.") | prefixed(AVERAGED, "net_ema."), "net_ema"),
+    "ema_pytorch": (
+        prefixed(PLAIN, "online_model.") | prefixed(AVERAGED, "ema_model."),
+        "ema_model",
+    ),
     "nested": ({"state_dict": PLAIN, "callbacks": {"EMA": {"ema_weights": AVERAGED}}}, "callbacks.EMA.ema_weights"),
     "Lightning module": (
         {"state_dict": prefixed(PLAIN, "model.") | prefixed(AVERAGED, "ema_model.")},
@@ -189,6 +194,16 @@ def test_averaged_weights_that_no_key_can_take_are_named(tmp_path: Path) -> None
     assert_same(model.module.state_dict(), PLAIN)
     (note,) = model.notes
     assert "the plain weights in model were taken, and the averaged ones, first model_ema." in note
+
+
+def test_averaged_weights_without_names_are_named_by_their_place(tmp_path: Path) -> None:
+    averaged = {"ema": {"decay": 0.9, "shadow_params": list(AVERAGED.values())}}
+    model = load_digits(tmp_path, {"model": PLAIN, **averaged})
+    assert_same(model.module.state_dict(), PLAIN)
+    (note,) = model.notes
+    assert "the plain weights in model were taken, and the averaged ones, first ema.shadow_params, left out" in note
+    text = refused(lambda: load_digits(tmp_path, averaged))
+    assert "holds no state_dict but tensors without names at ema.shadow_params; save one by" in text
 
 
 @pytest.mark.parametrize(
@@ -375,6 +390,8 @@ def parallel_features(state: State) -> State:
 @pytest.mark.parametrize(
     ("name", "wrap"),
     [
+        ("resnet18", without_counts),
+        ("resnet18", lambda state: prefixed(state, "_orig_mod.")),
         ("densenet121", former_densenet),
         ("densenet121", lambda state: {"state_dict": prefixed(former_densenet(state))}),
         ("squeezenet1_1", parallel_features),
@@ -383,12 +400,22 @@ def parallel_features(state: State) -> State:
         pytest.param("vit_b_16", former_vit, marks=pytest.mark.slow),
     ],
 )
-def test_torchvisions_former_names_are_known(tmp_path: Path, name: str, wrap: Callable[[State], Any]) -> None:
+def test_former_names_and_wrappers_of_torchvisions_networks_are_known(
+    tmp_path: Path, name: str, wrap: Callable[[State], Any]
+) -> None:
     model = torchvision_model(name=name, weights=None, num_classes=5)
     state = model.module.state_dict()
     torch.save(wrap(state), tmp_path / "former.pth")
     found = torchvision_model(name=name, weights=str(tmp_path / "former.pth"), num_classes=5)
     assert_same(found.module.state_dict(), state)
+
+
+def test_a_single_nan_is_named(tmp_path: Path) -> None:
+    state = torchvision_model(name="resnet18", weights=None).module.state_dict()
+    state["conv1.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    text = refused(lambda: torchvision_model(name="resnet18", weights=str(tmp_path / "nan.pth")))
+    assert "nan.pth has values that are not finite, first conv1.weight (1 of 122 entries have such)" in text
 
 
 def test_auxiliary_classifiers_are_left_out_and_that_is_said(tmp_path: Path) -> None:
