@@ -80,7 +80,7 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
         for epoch in tqdm(range(1, epochs + 1), desc="fine-tuning", unit="epoch", disable=None, leave=False):
             # A last, smaller batch is left out, since BatchNorm could not train on a single image.
             order = torch.randperm(len(split)).tolist()[: steps * batch_size]
-            losses = torch.zeros((), device=parameters[0].device)
+            losses: list[Tensor] = []
             for images, labels in split.batches(batch_size, parameters[0].device, order):
                 optimizer.zero_grad()
                 with _led("finetune"):
@@ -90,8 +90,8 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
                 optimizer.step()
                 schedule.step()
                 _apply(masks)
-                losses += loss.detach()
-            _refuse_divergence(module, losses, f"{epoch} of {epochs}", lr)
+                losses.append(loss.detach())
+            _refuse_divergence(module, losses, epoch, epochs, lr)
     module.eval()
     notes = _untrained(module)
     for note in notes:
@@ -119,13 +119,19 @@ def _refuse_constant(loss: Tensor) -> None:
         )
 
 
-def _refuse_divergence(module: nn.Module, losses: Tensor, epoch: str, lr: float) -> None:
+def _refuse_divergence(module: nn.Module, losses: list[Tensor], epoch: int, of: int, lr: float) -> None:
     """Stop a training whose loss or weights are no numbers any more; called once an epoch, as it waits for the GPU."""
     statistics = [buffer for buffer in module.buffers() if not buffer.isinf().any()]  # masks are infinite on purpose
-    if not _finite([losses, *module.parameters(), *statistics]):
+    if _finite([*losses, *module.parameters(), *statistics]):
+        return
+    if epoch == 1 and not _finite(losses[:1]):
         raise UserError(
-            f"fine-tuning diverged in epoch {epoch} (loss or weights are not finite); lower recovery.lr={lr:g}."
+            "the loss is not finite before recovery=finetune has changed anything; look for non-finite weights or"
+            " training images, or use recovery=none."
         )
+    raise UserError(
+        f"fine-tuning diverged in epoch {epoch} of {of} (loss or weights are not finite); lower recovery.lr={lr:g}."
+    )
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

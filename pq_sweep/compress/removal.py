@@ -164,14 +164,20 @@ class Pruner(tp.pruner.BasePruner):
         self.kept |= shared
         return not shared and super()._check_pruning_ratio(group)
 
+    def _is_atten_group(self, group: Any) -> Any:
+        """Note the group, of which the library asks this before it rounds what leaves."""
+        self.parts = self._get_channel_groups(group)
+        return super()._is_atten_group(group)
+
     def _round_to(self, n_pruned: int, current_channels: int, round_to: int) -> int:
-        """Round what is kept down to a multiple, at least one.
+        """Round what is kept down to a multiple, at least one; `n_pruned` leave each part of a grouped layer.
 
         The library leaves a layer whole if rounding would leave no channel: with round_to=8, 16 channels would become 8
-        at amount .5 and stay 16 at .6.
+        at amount .5 and stay 16 at .6. It also takes the channels of one part for those of the whole layer.
         """
-        kept = current_channels - n_pruned
-        return current_channels - min(current_channels, max(round_to, kept - kept % round_to))
+        multiple = math.lcm(round_to, self.parts)
+        kept = current_channels - n_pruned * self.parts
+        return (current_channels - min(current_channels, max(multiple, kept - kept % multiple))) // self.parts
 
     def estimate_importance(self, group: Any) -> Any:
         """Refuse scores that are no numbers: gradients that are all zero rank nothing, and would silently keep all."""

@@ -402,6 +402,16 @@ def test_a_training_that_diverges_stops_at_the_end_of_its_epoch(epochs: int) -> 
     )
 
 
+@pytest.mark.parametrize("where", ["weights", "images"])
+def test_numbers_that_were_not_finite_before_are_no_divergence(where: str) -> None:
+    model, train = headed(), noise(8, seed=1)
+    if where == "weights":
+        model.module[1].weight.data[0] = torch.nan  # type: ignore[index]
+    else:
+        train = Split.of_tensors(train.fetch(list(range(8))) * torch.inf, train.labels)
+    assert "not finite before recovery=finetune has changed anything" in refused(lambda: tune(model, train))
+
+
 class Bursts(nn.Module):
     """A step whose answers are infinite from its fifth training call on."""
 

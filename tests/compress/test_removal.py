@@ -202,6 +202,25 @@ def test_a_global_ranking_takes_the_nearest_number_of_all_channels(amount: float
     assert record["reached"]["channels"] == pytest.approx(1 - left / 10)
 
 
+@pytest.mark.parametrize(
+    ("amount", "round_to", "kept"),
+    [(0.5, None, 16), (0.5, 8, 16), (0.4, 8, 16), (0.3, None, 24), (0.95, None, 4), (0.95, 8, 8), (1e-9, 8, 32)],
+)
+@pytest.mark.parametrize("normed", [False, True], ids=["grouped", "group norm"])
+def test_the_parts_of_a_grouped_layer_lose_equally_many(
+    amount: float, round_to: int | None, kept: int, normed: bool, data: Data
+) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        nn.Conv2d(1, 32, 3), nn.GroupNorm(4, 32) if normed else nn.Conv2d(32, 32, 1, groups=4), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+    model = Model(layers.eval(), 10, SMALL)
+    remove(model, data, amount=amount, round_to=round_to)
+    assert layers[0].out_channels == layers[5].in_features == kept
+    assert_alive(model, data.evaluation.fetch([0, 1, 2]))
+
+
 def test_an_amount_that_rounds_far_is_said(data: Data) -> None:
     """16, 32, 64 and 256 channels in multiples of 16."""
     record = remove(fresh(), data, amount=0.05, round_to=16)
