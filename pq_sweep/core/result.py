@@ -252,7 +252,7 @@ class Result(Part):
     baseline: Reference
     session: Ran
     hardware: list[str]
-    notes: list[str]
+    notes: list[str] | None = None
     config: Record
     environment: Record
 
@@ -268,7 +268,6 @@ class Result(Part):
             "baseline": Reference.of(plain["baseline"]),
             "session": Ran.of(plain["session"]),
             "hardware": plain.get("hardware") or [],
-            "notes": plain.get("notes") or [],
         }
         return super().of({**plain, **parts})
 

@@ -155,8 +155,14 @@ def _joined(runs: list[Row]) -> Row:
         "runs": [row["folder"] for row in runs],
         "range": {key: (min(values), max(values)) for key, values in kept.items()},
         "unstable": "; ".join(dict.fromkeys(row["unstable"] for row in runs if row["unstable"])),
-        **{name: list(dict.fromkeys(line for row in runs for line in row[name])) for name in ("hardware", "notes")},
+        "hardware": _lines("hardware", runs),
+        "notes": _lines("notes", runs),
     }
+
+
+def _lines(column: str, runs: list[Row]) -> list[str]:
+    """Return the sentences in a column of several runs, each once."""
+    return list(dict.fromkeys(line for row in runs for line in row.get(column, ())))
 
 
 def _is_figure(value: object) -> bool:

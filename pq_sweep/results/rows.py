@@ -147,7 +147,7 @@ def _finished(result: Result) -> Row:
         "started": result.started,
         "unstable": _unstable(result.speed),
         "hardware": result.hardware,
-        "notes": result.notes,
+        **({} if result.notes is None else {"notes": result.notes}),
         "gpu_uuid": (environment["gpu"] or {}).get("uuid") or "",
         "host": environment["host"],
         **_where(environment["slurm"]),

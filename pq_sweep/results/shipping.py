@@ -56,7 +56,7 @@ def describe(result: Result, told: Record) -> Record:
         "written_by": written_by(),
         "samples": result.accuracy.samples,
         "hardware": result.hardware,
-        "notes": result.notes,
+        "notes": result.notes or [],
         "config": result.config,
         **{name: getattr(session, name) for name in ("runtime", "precision", "engine", "sha256")},
     }
