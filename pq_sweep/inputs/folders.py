@@ -17,6 +17,7 @@ Place = tuple[int, int]
 # Names of splits, in any case; of those to evaluate, the first that is there is taken.
 TRAIN = ("train", "training")
 EVALUATION = ("val", "validation", "valid", "dev", "eval", "evaluation", "test", "testing")
+SPLITS = (TRAIN, EVALUATION)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def find_splits(root: Path) -> Splits:
 
 def _chosen(root: Path, splits: list[Path], unsorted: list[Path]) -> Splits:
     """Return which of a root's splits to use; those that are `unsorted` have images in no class folder."""
-    train, evaluation = (_in_order(root, splits, names) for names in (TRAIN, EVALUATION))
+    train, evaluation = (_in_order(root, splits, names) for names in SPLITS)
     unusable = [folder for folder in unsorted if not evaluation or _kind(folder) == TRAIN]
     if unusable:
         raise UserError(
@@ -122,7 +123,7 @@ def _in_order(root: Path, splits: list[Path], names: tuple[str, ...]) -> list[Pa
 
 def _kind(folder: Path) -> tuple[str, ...] | None:
     """Return the names of splits among which a folder's name is."""
-    return next((names for names in (TRAIN, EVALUATION) if folder.name.lower() in names), None)
+    return next((names for names in SPLITS if folder.name.lower() in names), None)
 
 
 def _names(folders: list[Path]) -> str:

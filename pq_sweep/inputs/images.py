@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pq_sweep.inputs.classes import some
-from pq_sweep.inputs.folders import EVALUATION, EXTENSIONS, TRAIN, images_below, images_in, subfolders
+from pq_sweep.inputs.folders import EXTENSIONS, SPLITS, images_below, images_in, subfolders
 from pq_sweep.inputs.image_cache import ImageCache, normalise, printable
 from pq_sweep.types import Split, UserError
 
@@ -29,16 +29,27 @@ def find_images(folder: Path) -> tuple[Labelled, tuple[str, ...]]:
     empty = [name for name, images in found.items() if not images]
     if empty:
         raise UserError(f"{folder} has class folders without images: {', '.join(empty)}; fill or remove them.")
-    for name, images in found.items():
-        _require_class(folder / name, _below(folder / name, images))
+    _require_classes(folder, {name: _below(folder / name, images) for name, images in found.items()})
     return [(path, label) for label, paths in enumerate(found.values()) for path in paths], tuple(found)
+
+
+def _require_classes(folder: Path, below: dict[str, set[str]]) -> None:
+    """Refuse folders of which one cannot be a class, or that are splits by their names and what is in them."""
+    for name, inner in below.items():
+        _require_class(folder / name, inner)
+    names = list(below)
+    if (same := _same(below)) and all(any(word in " ".join(names).lower() for word in words) for words in SPLITS):
+        raise UserError(
+            f"{some(names)} in {folder} hold the same sub-folders ({some(same)}) and are called like splits; call"
+            " them train/ and val/, or give one of them as dataset.root."
+        )
 
 
 def _require_class(folder: Path, below: set[str]) -> None:
     """Refuse a class folder of which the name is no text, or that holds splits, of which one is not to evaluate."""
-    if printable(folder) != str(folder):
+    if printable(Path(folder.name)) != folder.name:
         raise UserError(f"the name of the class folder {printable(folder)} is not UTF-8; rename it.")
-    splits = [[name for name in sorted(below) if name.lower() in names] for names in (TRAIN, EVALUATION)]
+    splits = [[name for name in sorted(below) if name.lower() in names] for names in SPLITS]
     if all(splits):
         raise UserError(
             f"{folder} should be a class folder and holds {splits[0][0]}/ and {splits[1][0]}/; give it as dataset.root,"
@@ -52,6 +63,12 @@ def _below(folder: Path, images: list[Path]) -> set[str]:
     return {path.parts[depth] if len(path.parts) > depth + 1 else "" for path in images}
 
 
+def _same(below: dict[str, set[str]]) -> list[str]:
+    """Return the names of the sub-folders that have all images of each class, if they are the same in all classes."""
+    first, *others = below.values()
+    return sorted(first) if others and len(first) > 1 and "" not in first and all(o == first for o in others) else []
+
+
 def remarks(folder: Path, images: Labelled, classes: tuple[str, ...]) -> Iterator[str]:
     """Yield a sentence for each thing by which a folder of class folders may be another than its user thinks."""
     if strays := images_in(folder):
@@ -59,15 +76,18 @@ def remarks(folder: Path, images: Labelled, classes: tuple[str, ...]) -> Iterato
     for first, second in pairwise(sorted(classes, key=str.lower)):
         if first.lower() == second.lower():
             yield f"the classes {first} and {second} of {folder} differ in upper and lower case alone."
-    groups = groupby(images, key=itemgetter(1))
-    inner = [
-        _below(folder / name, [path for path, _ in group]) for name, (_, group) in zip(classes, groups, strict=True)
-    ]
-    if len(inner) > 1 < len(inner[0]) and "" not in inner[0] and all(names == inner[0] for names in inner):
+    below = {classes[label]: _below(folder / classes[label], group) for label, group in _by_label(images)}
+    if same := _same(below):
         yield (
-            f"all class folders of {folder} hold the same sub-folders ({some(sorted(inner[0]))}); if they are splits"
-            " and no classes, give one of them as dataset.root."
+            f"all class folders of {folder} hold the same sub-folders ({some(same)}); if they are splits and no"
+            " classes, give one of them as dataset.root."
         )
+
+
+def _by_label(images: Labelled) -> Iterator[tuple[int, list[Path]]]:
+    """Yield the images of each class; they are sorted by class."""
+    for label, group in groupby(images, key=itemgetter(1)):
+        yield label, [path for path, _ in group]
 
 
 def find_flat_images(folder: Path) -> tuple[Labelled, tuple[str, ...]]:

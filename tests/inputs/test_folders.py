@@ -238,6 +238,21 @@ class TestClassesThatMayBeSplits:
         text = refused(lambda: load(tmp_path, 1))
         assert f"{tmp_path / 'pets'} should be a class folder and holds train/ and val/" in text
 
+    @pytest.mark.parametrize("names", [("train_set", "val_set"), ("pets-test", "pets-train"), ("Train2017", "val2017")])
+    def test_splits_by_other_names_are_refused(self, tmp_path: Path, names: tuple[str, ...]) -> None:
+        text = refused(lambda: load(make(tmp_path, *names)))
+        assert text.startswith(f"{', '.join(names)} in {tmp_path} hold the same sub-folders (cat, dog)")
+
+    def test_trains_by_other_names_are_classes(self, tmp_path: Path) -> None:
+        assert load(pictures(tmp_path, "bullet_train", "bus")).classes == ("bullet_train", "bus")
+
+    def test_trains_by_day_and_night_are_a_class(self, tmp_path: Path) -> None:
+        for number, name in enumerate(("bullet_train", "bus")):
+            fill(tmp_path / name, {"day": 2, "night": 2}, seed=number * 100_000)
+        data = load(tmp_path, calibration=0)
+        assert data.classes == ("bullet_train", "bus")
+        assert len(data.evaluation) == 8
+
     def test_splits_of_unknown_names_are_said(self, tmp_path: Path) -> None:
         data = load(make(tmp_path, "fold1", "fold2"))
         assert data.classes == ("fold1", "fold2")

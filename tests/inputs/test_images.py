@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from commands import SHORT
-from conftest import TESTS, Launch, python, refused, results
+from conftest import ROOT, TESTS, Launch, python, refused, results
 from image_folders import (
     TINY,
     UNUSABLE,
@@ -297,7 +297,7 @@ from image_folders import TINY
 from test_images import TestIdentity
 print(TestIdentity().split(Path({str(root)!r})).identity(), TestIdentity().lazy(Path({str(root)!r})).identity())
 """
-        here = os.pathsep.join(map(str, (TESTS, Path(__file__).parent)))
+        here = os.pathsep.join(map(str, (ROOT, TESTS, Path(__file__).parent)))
         done = python(["-c", code], root, environment | {"PYTHONPATH": here})
         assert done.stdout.split() == [self.split(root).identity(), self.lazy(root).identity()], done.stderr
 
