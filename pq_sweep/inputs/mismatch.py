@@ -18,6 +18,7 @@ QUANTIZED = re.compile(
     r"(^|\.)(_packed_params(\..*)?|zero_point|fake_quant_enabled|observer_enabled|(in|de)?qweight|qzeros)$"
     r"|activation_post_process|weight_fake_quant"
 )
+POSITIONS = re.compile(r"pos(ition)?_?(al_)?(embed|bias|index)")
 NORMALISED = re.compile(r"(^|\.)(weight_[guv]|weight_orig|parametrizations\..*)$")
 
 
@@ -101,13 +102,15 @@ class Mismatch:
             yield "BatchNorm's statistics are missing, as if only parameters were saved; save model.state_dict()"
         if self._in_last_layer(self.missing) and not (self.surplus or self.reshaped):
             yield f"the file has no last layer, as a backbone without classifier; {GENERAL}"
+        if named and all(POSITIONS.search(name) for name in self.reshaped):
+            yield f"only positions differ, so these weights are for another size of images; {GENERAL}"
         if named and self.reshaped == list(self.expected)[:1]:
             yield f"only the first layer differs, so these weights may be for other images; {GENERAL}"
         if named:
             yield f"all names fit, so these may be weights of a wider or narrower variant; {GENERAL}"
         if not self.reshaped:
             yield f"these may be weights of a deeper, shallower or changed variant; {GENERAL}"
-        yield GENERAL
+        yield f"these may be weights of a variant of another depth and width; {GENERAL}"
 
     def _classes(self) -> tuple[int, int] | None:
         """Return the classes of file and model if their number is all that differs, in the last layer."""

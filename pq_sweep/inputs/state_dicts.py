@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +60,11 @@ class Network:
         return {name for name, buffer in self.module.named_buffers() if not _is_finite(buffer)}
 
     @cached_property
+    def buffers(self) -> set[str]:
+        """Name what is no parameter, such as the statistics of BatchNorm."""
+        return {name for name, _ in self.module.named_buffers(remove_duplicate=False)}
+
+    @cached_property
     def layers(self) -> set[str]:
         """Name its outermost layers."""
         return {name.partition(".")[0] for name in self.expected}
@@ -83,7 +88,8 @@ class Network:
 class Found:
     """Weights of the network in a checkpoint: those under a prefix, and what lies beside them in the same dictionary.
 
-    `left` names entries for which the network has no place and which are plainly no part of it.
+    `left` names entries for which the network has no place and which are plainly no part of it, `borrowed` the weights
+    from which statistics were taken.
     """
 
     entries: Entries
@@ -92,16 +98,18 @@ class Found:
     beside: State
     left: tuple[str, ...]
     averaged: bool
+    borrowed: str = ""
 
     @property
     def key(self) -> str:
         """Return what `model.key` calls these weights."""
         return joined(self.entries.place, self.prefix)
 
-    def fits(self, expected: State) -> bool:
-        """Say whether all weights are there in the right shapes, and no others under the same prefix."""
-        same = all(name in self.state and self.state[name].shape == value.shape for name, value in expected.items())
-        return same and len(self.state) == len(expected)
+    def fits(self, expected: State, but: Set[str] = frozenset()) -> bool:
+        """Say whether all weights are there but some, in the right shapes, and no others under the same prefix."""
+        shapes = {name: value.shape for name, value in self.state.items()}
+        wanted = {name: value.shape for name, value in expected.items() if name in shapes or name not in but}
+        return shapes == wanted
 
     def matched(self, expected: State) -> int:
         """Count the entries that the network has by name."""
@@ -118,9 +126,11 @@ def load_weights(module: nn.Module, path: Path, key: str | None = None) -> tuple
     content = read_checkpoint(path)
     candidates = _search(content, network, key, path)
     chosen = _choose(candidates, network.expected, path)
+    if key:
+        chosen = _with_statistics(chosen, _search(content, network, None, path), network)
     _put(network, chosen, path)
     chosen = replace(chosen, left=(*chosen.left, *filter(_is_averaged, nameless(content))))
-    notes = tuple(f"{path.name}: {note}." for note in _notes(chosen, candidates, network.expected, key))
+    notes = tuple(f"{path.name}: {note}." for note in _notes(chosen, candidates, network, key))
     for note in notes:
         log.info("%s", note)
     return notes
@@ -235,6 +245,16 @@ def _no_such_key(path: Path, key: str, candidates: Iterable[Found], expected: St
     return UserError(f"model.key={key} names no weights in model.weights={path}; {remedy}.")
 
 
+def _with_statistics(chosen: Found, candidates: list[Found], network: Network) -> Found:
+    """Add the plain weights' buffers to averaged weights without any: some tools average the parameters alone."""
+    expected, lacking = network.expected, network.expected.keys() - chosen.state.keys()
+    plain = [found for found in candidates if found.fits(expected) and not (found.averaged or found.beside)]
+    if not lacking or not chosen.averaged or not chosen.fits(expected, but=network.buffers) or len(plain) != 1:
+        return chosen
+    state = chosen.state | {name: plain[0].state[name] for name in lacking}
+    return replace(chosen, state=state, borrowed=plain[0].key or "the plain weights")
+
+
 def _put(network: Network, found: Found, path: Path) -> None:
     """Load weights into the network by torch's own rules, all of them or a UserError."""
     state: OrderedDict[str, Tensor] = OrderedDict(found.state)
@@ -284,12 +304,12 @@ def _refuse_infinite(module: nn.Module, may_be: set[str], path: Path) -> None:
         )
 
 
-def _notes(chosen: Found, candidates: list[Found], expected: State, key: str | None) -> Iterator[str]:
+def _notes(chosen: Found, candidates: list[Found], network: Network, key: str | None) -> Iterator[str]:
     """Yield what a row has to say about how its weights came out of a file."""
-    yield from _choice(chosen, candidates, expected, key)
+    yield from _choice(chosen, candidates, network, key)
     if chosen.entries.masked:
         yield f"the pruning masks of {_count(chosen.entries.masked)} were applied"
-    for there, here in sorted(_conversions(chosen.state, expected)):
+    for there, here in sorted(_conversions(chosen.state, network.expected)):
         yield f"weights in {there} were converted to {here}"
     if left := [name for name in chosen.left if not (_is_averaged(name) or name.endswith("n_averaged"))]:
         yield f"{_count(len(left))} beside the network, first {left[0]}, {'was' if len(left) == 1 else 'were'} left out"
@@ -305,14 +325,16 @@ def _kind(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _choice(chosen: Found, candidates: list[Found], expected: State, key: str | None) -> Iterator[str]:
+def _choice(chosen: Found, candidates: list[Found], network: Network, key: str | None) -> Iterator[str]:
     """Say which weights were taken, where there were averaged ones or `model.key` chose."""
     where = f" in {chosen.key}" if chosen.key else ""
-    left = [name for name in chosen.left if _is_averaged(name)]
-    others = [found.key for found in candidates if found.averaged and found.fits(expected)]
+    averaged = [found for found in candidates if found.averaged and found.matched(network.expected)]
+    others = [found.key for found in averaged if found.fits(network.expected, but=network.buffers)]
+    left = [*filter(_is_averaged, chosen.left), *(found.key for found in averaged if found.key not in others)]
     if chosen.averaged or key:
         why = "as model.key says" if key else "as there are no plain ones that fit"
-        yield f"the {'averaged' if chosen.averaged else 'plain'} weights{where} were taken, {why}"
+        also = f", with the statistics of {chosen.borrowed}" if chosen.borrowed else ""
+        yield f"the {'averaged' if chosen.averaged else 'plain'} weights{where} were taken, {why}{also}"
     elif others:
         yield f"the plain weights{where} were taken, and model.key={others[0]} takes the averaged ones"
     elif left:

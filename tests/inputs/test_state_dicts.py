@@ -196,6 +196,36 @@ def test_averaged_weights_that_no_key_can_take_are_named(tmp_path: Path) -> None
     assert "the plain weights in model were taken, and the averaged ones, first model_ema." in note
 
 
+@pytest.mark.parametrize(("plain", "borrowed"), [({"model": PLAIN}, "model"), (PLAIN, "the plain weights")])
+def test_averaged_parameters_alone_take_the_statistics_of_the_plain_weights(
+    tmp_path: Path, plain: Any, borrowed: str
+) -> None:
+    parameters = {name: AVERAGED[name] for name, _ in DigitsCNN().named_parameters()}
+    content = {**plain, "ema": parameters}
+    model = load_digits(tmp_path, content)
+    assert_same(model.module.state_dict(), PLAIN)
+    (note,) = model.notes
+    assert note.endswith(" were taken, and model.key=ema takes the averaged ones.")
+    model = load_digits(tmp_path, content, key="ema")
+    expected = {key: parameters.get(key, value) for key, value in without_counts(PLAIN).items()}
+    assert_same(without_counts(model.module.state_dict()), expected)
+    (note,) = model.notes
+    assert note.endswith(f"in ema were taken, as model.key says, with the statistics of {borrowed}.")
+
+
+def test_averaged_parameters_without_any_statistics_are_refused(tmp_path: Path) -> None:
+    parameters = {name: AVERAGED[name] for name, _ in DigitsCNN().named_parameters()}
+    text = refused(lambda: load_digits(tmp_path, {"ema": parameters}))
+    assert "BatchNorm's statistics are missing" in text
+
+
+def test_averaged_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    model = load_digits(tmp_path, {"model": PLAIN, "ema": DigitsCNN(num_classes=7).state_dict()})
+    assert_same(model.module.state_dict(), PLAIN)
+    (note,) = model.notes
+    assert "the plain weights in model were taken, and the averaged ones, first ema, left out" in note
+
+
 def test_averaged_weights_without_names_are_named_by_their_place(tmp_path: Path) -> None:
     averaged = {"ema": {"decay": 0.9, "shadow_params": list(AVERAGED.values())}}
     model = load_digits(tmp_path, {"model": PLAIN, **averaged})
@@ -430,6 +460,7 @@ def test_auxiliary_classifiers_are_left_out_and_that_is_said(tmp_path: Path) -> 
     ("model", "weights", "cause"),
     [
         ("resnet34", "resnet18", "deeper, shallower or changed variant"),
+        ("resnet18", "resnet50", "a variant of another depth and width"),
         ("resnet18", "squeezenet1_1", "weights of another model"),
     ],
 )
@@ -437,6 +468,22 @@ def test_weights_of_another_model_of_torchvision(tmp_path: Path, model: str, wei
     torch.save(torchvision_model(name=weights, weights=None).module.state_dict(), tmp_path / "weights.pth")
     make: Callable[[], Any] = partial(torchvision_model, name=model, weights=str(tmp_path / "weights.pth"))
     assert cause in refused(make)
+
+
+class Positioned(nn.Module):
+    """A network that knows the places of its inputs."""
+
+    def __init__(self, places: int) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.pos_embedding = nn.Parameter(torch.ones(1, places, 2))
+
+
+def test_weights_for_another_size_of_images(tmp_path: Path) -> None:
+    torch.save(Positioned(10).state_dict(), tmp_path / "weights.pth")
+    text = refused(lambda: load_weights(Positioned(5), tmp_path / "weights.pth"))
+    assert "1 of another shape, first pos_embedding with shape (1, 10, 2) instead of (1, 5, 2)" in text
+    assert "these weights are for another size of images" in text
 
 
 class Hooked(nn.Module):
