@@ -136,12 +136,15 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _paths(options: dict[str, Any], *, ours: bool) -> Iterator[str]:
-    """Yield the texts in options that may be paths: two options of our own components, and all of those of others."""
+    """Yield texts in options that may be paths: those that are paths to this package's components, or all others."""
     for group, values in options.items():
         if not isinstance(values, dict) or not str(values.get("_target_", "")).startswith("pq_sweep."):
             yield from () if ours else _texts(values)
-        elif ours:
-            yield from (str(values[name]) for name in PATHS.get(group, ()) if values.get(name))
+            continue
+        paths = {name: str(values[name]) for name in PATHS.get(group, ()) if values.get(name)}
+        rest = _texts({name: value for name, value in values.items() if name not in paths})
+        # Words without either sign are names.
+        yield from paths.values() if ours else (text for text in rest if set(text) & set("/."))
 
 
 @cache

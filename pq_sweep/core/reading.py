@@ -23,6 +23,7 @@ BY_TARGET = ("get_class", "get_method", "get_object")
 # Calls that run a file: the position of its path.
 BY_FILE = {"run_path": 0, "spec_from_file_location": 1, "SourceFileLoader": 1, "load_source": 1}
 ADDING = {"sys.path.insert": 1, "sys.path.append": 0, "sys.path.extend": 0, "site.addsitedir": 0}
+NOWHERE = 99  # the position of an argument that is only given by its name
 LONGEST = 1000  # characters of a text that may be a path
 
 
@@ -102,9 +103,7 @@ class Reader(ast.NodeVisitor):
             self._import(node)
         elif last in BY_FILE:
             self._run(node, _argument(node, BY_FILE[last], "location", "path", "path_name", "pathname"))
-        elif name == "torch.load" and any(
-            word.arg == "weights_only" and _is_false(word.value) for word in node.keywords
-        ):
+        elif name == "torch.load" and _is_false(_argument(node, NOWHERE, "weights_only")):
             self.found.blind.append((node.lineno, "unpickles objects, whose code may lie anywhere (torch.load)"))
         elif name.endswith("hub.load") and name.startswith("torch"):
             self._load_from_hub(node)
@@ -129,6 +128,11 @@ class Reader(ast.NodeVisitor):
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         """Note the path of `folder / name`."""
+        self._note_path(node)
+        self.generic_visit(node)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        """Note the path of f"{folder}/name"."""
         self._note_path(node)
         self.generic_visit(node)
 
@@ -209,7 +213,7 @@ class Reader(ast.NodeVisitor):
         return self.known.get(node.id, node.id) if isinstance(node, ast.Name) else ""
 
 
-def _is_false(node: ast.expr) -> bool:
+def _is_false(node: ast.expr | None) -> bool:
     return isinstance(node, ast.Constant) and node.value is False
 
 

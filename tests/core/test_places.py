@@ -127,6 +127,16 @@ def test_what_is_no_file_has_no_state(text: str) -> None:
     assert state_of(text) is None
 
 
+def test_files_in_further_options_of_this_package_count(tmp_path: Path) -> None:
+    """As a provider's configuration."""
+    (tmp_path / "provider.json").touch()
+    runtime = {"_target_": "pq_sweep.runtimes.OnnxRuntime", "options": {"config": str(tmp_path / "provider.json")}}
+    before = files_state({"runtime": runtime})
+    (tmp_path / "provider.json").write_text("{}")
+    look_again()
+    assert files_state({"runtime": runtime}) != before
+
+
 def test_words_in_options_of_this_package_are_no_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "quick").mkdir()

@@ -257,6 +257,8 @@ FILES = {
     "text": "import torch\nnet = torch.load('net.pt')",
     "joined": "import os\nnet = os.path.join(os.path.dirname(__file__), 'net.pt')",
     "divided": "from pathlib import Path\nHERE = Path(__file__).resolve().parent\nnet = HERE / 'net.pt'",
+    "formatted": "import os\nHERE = os.path.dirname(__file__)\nnet = f'{HERE}/net.pt'",
+    "added": "import os\nnet = os.getcwd() + '/' + 'net.pt'",
     "home": "net = '~/net.pt'",
 }
 

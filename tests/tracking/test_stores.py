@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,14 @@ from pq_sweep.types import UserError
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite store with MLflow's tables, which take seconds to make."""
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
+    with chdir(path.parent):  # MLflow makes a folder for files there
+        MlflowClient(f"sqlite:///{path}").search_experiments()
     return path
 
 
 @pytest.fixture(autouse=True)
-def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def new_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Mlflow, "down", {})
     monkeypatch.setattr(Mlflow, "views", {})
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
