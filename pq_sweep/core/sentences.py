@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+# Names that a sentence gives before it says how many more there are.
+NAMED = 3
+
 
 def without_password(text: str) -> str:
     """Blot out the passwords in addresses such as postgresql://user:password@host/name."""
@@ -14,3 +17,9 @@ def without_password(text: str) -> str:
 def reason(error: BaseException) -> str:
     """Return the first words of an error, on one line and without a password."""
     return without_password(" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def listed(names: list[str]) -> str:
+    """Return names as a sentence lists them: the first few, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -147,6 +147,19 @@ def test_slices_that_round_far_are_noted() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("l1_global", {}), ("ln_structured", {"n": 1, "dim": 0}), ("random_structured", {"dim": 1})]
+)
+def test_layers_that_lose_all_weights_are_named(name: str, options: dict[str, Any]) -> None:
+    """Nine tenths of four neurons round to four, and a global ranking may find all that is small in one layer."""
+    module = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 4), nn.Linear(4, 64))
+    with torch.no_grad():
+        module[2].weight.mul_(1e-6)
+    record = getattr(pruners, name)(made(module), NO_DATA, amount=0.9 if options else 0.1, **options)
+    (note,) = [note for note in record["notes"] if note.endswith(" are zero, so that nothing passes there.")]
+    assert " 2" in note
+
+
 @pytest.mark.parametrize("name", ["random", "l1", "l1_global"])
 def test_weights_reach_the_amount_without_a_note(name: str) -> None:
     record = getattr(pruners, name)(digits_cnn(), NO_DATA, amount=0.25)
