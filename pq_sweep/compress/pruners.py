@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from pq_sweep.core.sentences import listed
 from pq_sweep.core.weights import LAYERS as LAYERS  # users' own pruners import both from here
 from pq_sweep.core.weights import Target, memory, prunable, prunable_by_name, untouched
 from pq_sweep.types import Data, Model, Record, UserError
@@ -41,7 +42,7 @@ def l1_global(model: Model, data: Data, *, amount: float, every_weight: bool = F
     targets, notes = _targets(model, every_weight), untouched(model.module)
     torch_prune.global_unstructured(targets, pruning_method=torch_prune.L1Unstructured, amount=float(amount))
     _make_permanent(targets)
-    return told(float(amount), {"weights": _zeros(targets) / _size(targets)}, notes)
+    return told(float(amount), {"weights": _zeros(targets) / _size(targets)}, [*notes, *_emptied(model, targets)])
 
 
 def ln_structured(model: Model, data: Data, *, amount: float, n: float, dim: int, every_weight: bool = False) -> Record:
@@ -123,7 +124,8 @@ def _each(model: Model, targets: list[Target], method: partial[Any]) -> Record:
     _make_permanent(targets)
     dim = method.keywords.get("dim")
     slices = {} if dim is None else {"slices": _zero_slices(targets, dim)}
-    return told(method.keywords["amount"], slices | {"weights": _zeros(targets) / _size(targets)}, notes)
+    reached = slices | {"weights": _zeros(targets) / _size(targets)}
+    return told(method.keywords["amount"], reached, [*notes, *_emptied(model, targets)])
 
 
 def told(amount: float, reached: dict[str, float], notes: list[str], why: str = "taken in whole numbers") -> Record:
@@ -135,6 +137,13 @@ def told(amount: float, reached: dict[str, float], notes: list[str], why: str = 
     apart = f"pruner.amount={amount:g} asked for {amount:.3%} of the {unit}, and {share:.3%} went ({why})."
     notes = [*notes, *([apart] if abs(share - amount) > 0.01 else [])]
     return {"asked": {unit: amount}, "reached": reached, "notes": notes}
+
+
+def _emptied(model: Model, targets: list[Target]) -> list[str]:
+    """Name the layers whose weights are all zero, as those of small layers are for large amounts."""
+    names = {part: name for name, part in model.module.named_modules()}
+    empty = [names[part] or "the network" for part, name in targets if not getattr(part, name).any()]
+    return [f"all weights of {listed(empty)} are zero, so that nothing passes there."] if empty else []
 
 
 def _zero_slices(targets: list[Target], dim: int) -> float:

@@ -124,9 +124,12 @@ def _shared_tables(graph: onnx.ModelProto) -> list[str]:
     return [node for node, names in layers.items() if operators[node] == "Gather" and matrices & set(names)]
 
 
-def give_each_its_own(graph: onnx.ModelProto) -> None:
-    """Copy weights that several nodes share: the dynamic quantizer transposes them in place, once for each."""
-    users: dict[str, list[onnx.NodeProto]] = {}
+def give_each_its_own(graph: onnx.ModelProto) -> bool:
+    """Copy weights that several nodes share, and say whether there were any.
+
+    The dynamic quantizer transposes weights in place, a shared one once for each of its nodes.
+    """
+    before, users = len(graph.graph.initializer), dict[str, list[Any]]()
     for node in graph.graph.node:
         for name in dict.fromkeys(node.input):
             users.setdefault(name, []).append(node)
@@ -136,6 +139,7 @@ def give_each_its_own(graph: onnx.ModelProto) -> None:
             copy.CopyFrom(item)
             copy.name = f"{item.name}.{number}"
             node.input[:] = [copy.name if name == item.name else name for name in node.input]
+    return len(graph.graph.initializer) > before
 
 
 def _form_options(form: str, graph: onnx.ModelProto) -> Record:

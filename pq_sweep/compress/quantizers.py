@@ -128,8 +128,8 @@ def int8_dynamic(source: Path, target: Path, data: Data, *, form: str, stage: St
     with stage("quantize"):
         graph = prepare(source, prepared)
         excluded = match_layers(graph, exclude)
-        give_each_its_own(graph)
-        onnx.save(graph, prepared)
+        if give_each_its_own(graph):
+            onnx.save(graph, prepared)
         # A Gemm becomes a MatMul of this name before it is quantized.
         names = [*excluded, *(f"{node}_MatMul" for node in excluded)]
         # The CPU kernel of ConvInteger takes unsigned weights only.

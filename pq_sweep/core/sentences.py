@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+# Names that a sentence gives before it says how many more there are.
+NAMED = 3
+
 
 def without_password(text: str) -> str:
     """Blot out the passwords in addresses such as postgresql://user:password@host/name."""
@@ -15,3 +18,9 @@ def reason(error: BaseException) -> str:
     """Return the first words of an error, on one line and without a password or the statement that a database took."""
     words = " ".join(re.sub(r"\[SQL: .*", "", str(error), flags=re.DOTALL).split())
     return without_password(re.sub(r"\(\w+\.\w+Error\) ", "", words) or type(error).__name__)[:200]
+
+
+def listed(names: list[str]) -> str:
+    """Return names as a sentence lists them: the first few, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

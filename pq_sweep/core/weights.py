@@ -81,7 +81,7 @@ def untouched(module: nn.Module) -> list[str]:
     total = sum(parameter.numel() for parameter in parameters_once(module))
     if 2 * kinds.total() <= total:
         return []
-    most = ", ".join(f"{kind} {count / total:.0%}" for kind, count in kinds.most_common(3))
+    most = ", ".join(f"{kind} {count / total:.0%}" for kind, count in kinds.most_common(3) if count >= 0.01 * total)
     return [
         f"{kinds.total() / total:.0%} of the parameters are of kinds that no pruner sets to zero ({most}): amount and"
         " sparsity speak of the others."
@@ -94,6 +94,16 @@ def _kind(part: nn.Module, name: str) -> str:
     if isinstance(part, LAYERS):
         return f"{name} of {kind}"
     return kind if type(part).__module__.startswith("torch.nn") else f"own parameters of {kind}"
+
+
+def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load the state of an equal network, whose layers may have dots in their names.
+
+    torch loads these too, but takes their entries for unexpected ones.
+    """
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    if missing or not module.state_dict().keys() >= set(unexpected):
+        raise ValueError(f"the state is of another network: {missing} are missing and {unexpected} are unexpected")
 
 
 def structure(model: Model) -> str:

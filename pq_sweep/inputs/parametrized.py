@@ -13,10 +13,8 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm, remove_spectral_norm
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
+from pq_sweep.core.sentences import listed
 from pq_sweep.types import UserError
-
-# Layers that a sentence names before it says how many more there are.
-NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ def fold(module: nn.Module) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for item in found:
         kinds.setdefault(item.by, []).append(f"{item.path}.{item.tensor}".lstrip("."))
-    return [f"{by} was folded into {_listed(names)}, with the same answers." for by, names in kinds.items()]
+    return [f"{by} was folded into {listed(names)}, with the same answers." for by, names in kinds.items()]
 
 
 def _computed(part: nn.Module, path: str) -> Iterator[Computed]:
@@ -135,8 +133,3 @@ def _replace(item: Computed, value: Tensor) -> Tensor:
     kept = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=grown)
     setattr(item.part, item.tensor, kept)  # recurrent layers note their weights when they are set
     return kept
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

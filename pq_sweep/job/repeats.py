@@ -44,10 +44,12 @@ def share_network(stage: Stages, model: Model) -> None:
     """
     import torch
 
+    from pq_sweep.core.weights import load_state
+
     path = stage.files.kept("network")
     stage.keep_in_job("network", lambda: torch.save(model.module.state_dict(), path), path)
     device = next(model.module.parameters()).device
-    model.module.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    load_state(model.module, torch.load(path, map_location=device, weights_only=True))
 
 
 def measure_apart(stage: Stages, config: Record, artifact: str, count: int) -> tuple[Speed, Samples]:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.nn import Module
 
 from pq_sweep.core.environment import device_name
-from pq_sweep.core.weights import network_state, structure
+from pq_sweep.core.weights import load_state, network_state, structure
 from pq_sweep.job.stages import Stages
 from pq_sweep.types import Cache, Data, Model, Record
 
@@ -124,7 +124,7 @@ def _restore(model: Model, path: Path, record: Any) -> None:
         from pq_sweep.compress.removal import replay
 
         replay(model, record)
-    model.module.load_state_dict(state["network"])
+    load_state(model.module, state["network"])
     torch.set_rng_state(state["random"].cpu())
     if "random_cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["random_cuda"].cpu())

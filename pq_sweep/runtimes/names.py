@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from onnxscript import ir
 
@@ -62,7 +60,8 @@ def keywords_as_names() -> Iterator[None]:
 
     A torch that writes it by another function refuses such layers by itself.
     """
-    graph = torch.fx.graph
+    from torch.fx import graph
+
     former = getattr(graph, "_format_target", None)
     if former is None:
         yield

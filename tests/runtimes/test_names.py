@@ -77,7 +77,10 @@ EVERY = [
     *((buffer, name) for name in ("with blank", "class")),
     *((in_the_convolution, f"{name}{end}") for name in ("weight", "bias") for end in ("_scale", "_quantized")),
 ]
-SOME = [(buffer, "mean"), (parameter, "input"), (layer, "a.b"), (buffer, "class")]
+SOME = [
+    (buffer, "mean"),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ((parameter, "input"), (layer, "a.b"))),
+]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
