@@ -20,7 +20,7 @@ def reason(error: BaseException) -> str:
     return without_password(re.sub(r"\(\w+\.\w+Error\) ", "", words) or type(error).__name__)[:200]
 
 
-def listed(names: list[str]) -> str:
+def listed(names: list[str], most: int = NAMED) -> str:
     """Return names as a sentence lists them: the first few, and how many more there are."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pq_sweep.core.sentences import listed
 from pq_sweep.types import Model, UserError
 
 
@@ -35,13 +36,9 @@ def without_images(labels: Tensor, classes: tuple[str, ...]) -> str | None:
     """Say which classes no image to evaluate belongs to, if there are any."""
     counts = torch.bincount(labels, minlength=len(classes)).tolist()
     names = [name for name, count in zip(classes, counts, strict=False) if not count]
-    return f"classes without an image to evaluate: {len(names)} of {len(classes)} ({some(names)})." if names else None
-
-
-def some(names: list[str], count: int = 5) -> str:
-    """Name the first few of many."""
-    more = len(names) - count
-    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")
+    return (
+        f"classes without an image to evaluate: {len(names)} of {len(classes)} ({listed(names, 5)})." if names else None
+    )
 
 
 def imagenet_wnids() -> tuple[str, ...]:

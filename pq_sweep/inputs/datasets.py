@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pq_sweep.core.environment import cache_home
-from pq_sweep.inputs.classes import imagenet_wnids, match_classes, some, stratified_order, without_images
+from pq_sweep.core.sentences import listed
+from pq_sweep.inputs.classes import imagenet_wnids, match_classes, stratified_order, without_images
 from pq_sweep.inputs.folders import find_splits
 from pq_sweep.inputs.image_cache import ImageCache, normalise, printable
 from pq_sweep.inputs.images import (
@@ -250,7 +251,7 @@ def _divided(model: Model, root: Path, found: Found, take: Take) -> Data:
 
 def _require_same_classes(train: Path, pool: Found, evaluation: Path, found: Found) -> None:
     if pool[1] != found[1]:
-        different = some(sorted(set(pool[1]) ^ set(found[1])))
+        different = listed(sorted(set(pool[1]) ^ set(found[1])), 5)
         raise UserError(f"{train} and {evaluation} do not have the same class folders; only one has {different}.")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pq_sweep.inputs.classes import some
+from pq_sweep.core.sentences import listed
 from pq_sweep.inputs.folders import EXTENSIONS, SPLITS, images_below, images_in, subfolders
 from pq_sweep.inputs.image_cache import ImageCache, normalise, printable
 from pq_sweep.types import Split, UserError
@@ -40,8 +40,8 @@ def _require_classes(folder: Path, below: dict[str, set[str]]) -> None:
     names = list(below)
     if (same := _same(below)) and all(any(word in " ".join(names).lower() for word in words) for words in SPLITS):
         raise UserError(
-            f"{some(names)} in {folder} hold the same sub-folders ({some(same)}) and are called like splits; call"
-            " them train/ and val/, or give one of them as dataset.root."
+            f"{listed(names, 5)} in {folder} hold the same sub-folders ({listed(same, 5)}) and are called like splits;"
+            " call them train/ and val/, or give one of them as dataset.root."
         )
 
 
@@ -79,7 +79,7 @@ def remarks(folder: Path, images: Labelled, classes: tuple[str, ...]) -> Iterato
     below = {classes[label]: _below(folder / classes[label], group) for label, group in _by_label(images)}
     if same := _same(below):
         yield (
-            f"all class folders of {folder} hold the same sub-folders ({some(same)}); if they are splits and no"
+            f"all class folders of {folder} hold the same sub-folders ({listed(same, 5)}); if they are splits and no"
             " classes, give one of them as dataset.root."
         )
 
@@ -118,7 +118,7 @@ def suspect_contradictions(cache: ImageCache, images: Labelled, classes: tuple[s
     for group in cache.same(labels):
         for path in group:
             if others := sorted({classes[labels[other]] for other in group} - {classes[labels[path]]}):
-                cache.suspect(path, f"a file of the same bytes is in the class {some(others)}")
+                cache.suspect(path, f"a file of the same bytes is in the class {listed(others, 5)}")
 
 
 def split_of(cache: ImageCache, images: Labelled) -> Split:

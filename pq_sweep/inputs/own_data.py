@@ -35,11 +35,11 @@ def accepted_data(given: Any, model: Model, target: str) -> Data:
     if not len(splits.get("train", ())):
         splits["train"] = None
     return replace(
-        data, **splits, notes=(*data.notes, *(f"The {listed(parts)} {note}." for note, parts in said.items()))
+        data, **splits, notes=(*data.notes, *(f"The {_together(parts)} {note}." for note, parts in said.items()))
     )
 
 
-def listed(names: list[str]) -> str:
+def _together(names: list[str]) -> str:
     """Join names as a sentence does: "a, b and c"."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
