@@ -17,7 +17,7 @@ import torch
 
 from pq_sweep.core.sentences import reason
 from pq_sweep.core.weights import shared_names
-from pq_sweep.runtimes.names import keywords_as_names, name_first, set_apart
+from pq_sweep.runtimes.names import inside, keywords_as_names, name_first, set_apart, take_out
 from pq_sweep.types import Model, UserError
 
 if TYPE_CHECKING:
@@ -48,9 +48,10 @@ def trace(model: Model, path: Path) -> None:
     import onnx
 
     module = model.module.cpu().eval()
+    traced = inside(module)
     with _quiet(), _explained(), keywords_as_names():
         program = torch.onnx.export(
-            module,
+            traced,
             (model.sample(2),),
             dynamo=True,
             optimize=False,
@@ -59,6 +60,8 @@ def trace(model: Model, path: Path) -> None:
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     assert program is not None  # only the former exporter returns nothing
+    if traced is not module:
+        take_out(program.model.graph)
     name_first(program.model.graph, shared_names(module.state_dict()))
     if renamed := set_apart(program.model.graph):
         program.model.metadata_props[RENAMED] = json.dumps(renamed)

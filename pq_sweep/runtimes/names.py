@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import keyword
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from onnxscript import ir
@@ -18,6 +21,41 @@ GIVEN = re.compile(r"input|logits|val_\d+|graph_(in|out)put_cast_?\d+|fixed_(zer
 MADE_FROM = re.compile(
     r"_(quantized|scale|zero_point|output|QuantizeLinear|DequantizeLinear|MatMul|Add|Reduce|Abs|convert|cast)[\w:]*$"
 )
+
+
+# What the exporter calls a parameter, a buffer or a constant while it traces is this and their name.
+TRACED = re.compile(r"[pbc]_")
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+class Inside(nn.Module):
+    """A network within a module, where none of its tensors has a name without a dot."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        found: Tensor = self.network(images)
+        return found
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """Put a network into another module if the exporter might take one of its tensors for a second one."""
+    names = [*module._parameters, *module._buffers, *vars(module)]
+    return Inside(module).eval() if any(TRACED.match(name) for name in names) else module
+
+
+def take_out(graph: ir.Graph) -> None:
+    """Give what `inside` put into another module the names that it has in the network."""
+    for name, value in list(graph.initializers.items()):
+        own = name.removeprefix("network.")
+        if own not in graph.initializers:
+            value.name = own
+    for node in graph:
+        if SCOPES in node.metadata_props:
+            scopes = ast.literal_eval(node.metadata_props[SCOPES])
+            node.metadata_props[SCOPES] = repr([scope.removeprefix("network").removeprefix(".") for scope in scopes])
 
 
 def name_first(graph: ir.Graph, shared: list[list[str]]) -> None:

@@ -65,6 +65,19 @@ def in_the_convolution(net: Net, name: str) -> Callable[[Tensor], Tensor]:
     return lambda x: x * getattr(net.body[0], name)
 
 
+def two_buffers(net: Net, name: str) -> Callable[[Tensor], Tensor]:
+    """Put in a buffer called as the exporter calls the next one while it traces, and a constant."""
+    net.register_buffer(name, torch.rand(1, 1, 8, 8))
+    net.register_buffer("mean", torch.rand(1, 1, 8, 8))
+    return lambda x: (x - getattr(net, name)) * torch.tensor([0.3]) - net.mean
+
+
+def two_parameters(net: Net, name: str) -> Callable[[Tensor], Tensor]:
+    net.register_parameter(name, nn.Parameter(torch.rand(1, 1, 8, 8)))
+    net.register_parameter("mean", nn.Parameter(torch.rand(1, 1, 8, 8)))
+    return lambda x: x * getattr(net, name) - net.mean
+
+
 # Steps of the graph, its ends, numbers of the exporter, and what ONNX Runtime makes of these names.
 GIVEN = ["mean", "input", "logits", "output", "relu", "sub", "val_0", "conv2d", "relu_quantized", "input_scale",
          "conv2d_zero_point", "linear_QuantizeLinear", "graph_input_cast_0", "b_mean"]  # fmt: skip
@@ -75,6 +88,8 @@ EVERY = [
     *((passing_buffer, name) for name in ("mean", "val_0", "relu_scale")),
     *((layer, name) for name in ("input", "relu", "conv2d_quantized", "a.b", *ODD)),
     *((buffer, name) for name in ("with blank", "class")),
+    *((two_buffers, name) for name in ("b_mean", "c_lifted_tensor_0")),
+    *((two_parameters, name) for name in ("p_mean", "p_body_0_weight")),
     *((in_the_convolution, f"{name}{end}") for name in ("weight", "bias") for end in ("_scale", "_quantized")),
 ]
 SOME = [
@@ -142,6 +157,31 @@ def test_names_without_namesakes_stay(tmp_path: Path) -> None:
     assert {"own_table", "body.0.weight", "body.0.bias", "body.4.weight", "body.4.bias"} <= names
 
 
+class Tokens(nn.Module):
+    """Linear layers over tokens, whose transposed weights get their names from their layers."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer(name, torch.rand(1, 1, 8, 8))
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.head, self.name = nn.Linear(8, 10), name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner((x - getattr(self, self.name))[:, 0])).mean(1)
+
+
+@pytest.mark.slow
+def test_weights_are_named_by_their_layers_whatever_the_exporter_was_given(tmp_path: Path) -> None:
+    found = []
+    for name in ("plain", "b_plain"):
+        export_onnx(Model(Tokens(name).eval(), 10, SMALL), tmp_path / "export.onnx")
+        names = {item.name for item in onnx.load(tmp_path / "export.onnx").graph.initializer}
+        found.append(names - {name})
+    assert found[0] == found[1] >= {"inner.0.weight", "head.weight"}
+
+
+@pytest.mark.slow
 def test_a_network_that_cannot_be_exported_is_refused_in_one_sentence(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
