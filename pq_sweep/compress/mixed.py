@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pq_sweep.compress.qdq import MATRIX_OPERATORS, Calibrated, layer_weights, sharing
+from pq_sweep.compress.qdq import MATRIX_OPERATORS, Calibrated, halved, layer_weights, sharing
 from pq_sweep.types import Data
 
 if TYPE_CHECKING:
@@ -51,11 +51,8 @@ class Plan:
         everything = len(self.kept) == len(self.layers)
         model = self.graph.quantized(exclude=nodes if everything else kept)
         if self.keep == "fp16" and kept:
-            from onnxruntime.transformers.float16 import convert_float_to_float16
-
             others = [] if everything else [node.name for node in model.graph.node if node.name not in kept]
-            model = convert_float_to_float16(model, keep_io_types=True, node_block_list=others)
-            _drop_repeated_casts(model)
+            model = halved(model, others)
         assert isinstance(model, onnx.ModelProto)
         return model
 
@@ -143,14 +140,6 @@ def snr_db(signal: Tensor, noisy: Tensor) -> float:
     if noise == 0 or power == 0:
         return SILENT_DB if noise == 0 else -SILENT_DB
     return min(SILENT_DB, 10 * math.log10(power / noise))
-
-
-def _drop_repeated_casts(model: onnx.ModelProto) -> None:
-    """Keep one of the equal casts that the conversion to half precision makes where a tensor has several users."""
-    first = {node.output[0]: index for index, node in reversed(list(enumerate(model.graph.node)))}
-    kept = [node for index, node in enumerate(model.graph.node) if first[node.output[0]] == index]
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
 
 
 def _top1(model: onnx.ModelProto, data: Data) -> float:

@@ -254,3 +254,20 @@ class _Reader:
     def get_next(self) -> dict[str, np.ndarray] | None:
         """Return the next input, or None."""
         return next(self.feed, None)
+
+
+def halved(model: onnx.ModelProto, excluded: list[str]) -> onnx.ModelProto:
+    """Return a graph in half precision but for the nodes in `excluded`; its input and logits stay FP32."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    converted: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True, node_block_list=excluded)
+    _drop_repeated_casts(converted)
+    return converted
+
+
+def _drop_repeated_casts(model: onnx.ModelProto) -> None:
+    """Keep one of the equal casts that the conversion to half precision makes where a tensor has several users."""
+    first = {node.output[0]: index for index, node in reversed(list(enumerate(model.graph.node)))}
+    kept = [node for index, node in enumerate(model.graph.node) if first[node.output[0]] == index]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pq_sweep.compress.choices import KEPT_PRECISIONS
 from pq_sweep.compress.mixed import plan_precisions
-from pq_sweep.compress.qdq import calibrate, give_each_its_own, layer_weights, prepare, sharing
+from pq_sweep.compress.qdq import calibrate, give_each_its_own, halved, layer_weights, prepare, sharing
 from pq_sweep.types import Data, Record, Stage, UserError, choose
 
 if TYPE_CHECKING:
@@ -48,12 +48,11 @@ def none(source: Path, target: Path, data: Data, *, form: str, stage: Stage) -> 
 def fp16(source: Path, target: Path, data: Data, *, form: str, stage: Stage, exclude: list[str]) -> Record:
     """Convert weights and activations to half precision; inputs and logits stay FP32."""
     import onnx
-    from onnxruntime.transformers.float16 import convert_float_to_float16
 
     with stage("quantize"):
         graph = onnx.load(source)
         excluded = match_layers(graph, exclude)
-        onnx.save(convert_float_to_float16(graph, keep_io_types=True, node_block_list=excluded), target)
+        onnx.save(halved(graph, excluded), target)
     return {"excluded_nodes": excluded}
 
 

@@ -373,6 +373,29 @@ def test_fp16_halves_every_weight(case: Case, tmp_path: Path) -> None:
     assert (tmp_path / "model.onnx").stat().st_size <= 0.6 * case.source.stat().st_size
 
 
+class Summed(nn.Module):
+    """One tensor is summed up along two axes, which the conversion to half precision leaves in FP32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4 * 16, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv(images)
+        down, right = (features.cumsum(axis) for axis in (2, 3))
+        return self.head(nn.functional.adaptive_avg_pool2d(down + right, 4).flatten(1))
+
+
+def test_fp16_of_a_tensor_that_two_operators_need_in_fp32(tmp_path: Path) -> None:
+    model = replace(digits_cnn(), module=Summed().eval())
+    case = exported(model, digits(model), tmp_path)
+    graph = graph_of("fp16", case, tmp_path)
+    casts = [node for node in graph.graph.node if node.op_type == "Cast"]
+    assert len({(node.input[0], node.attribute[0].i) for node in casts}) == len(casts)
+    assert snr_db(case.logits, onnx_logits(tmp_path / "model.onnx", case.images)) > 50
+
+
 @pytest.mark.parametrize("exclude", [[], ["first"], ["last"], ["residual"]], ids=str)
 def test_fp16_takes_and_gives_float32(case: Case, tmp_path: Path, exclude: list[str]) -> None:
     graph = graph_of("fp16", case, tmp_path, exclude=exclude)
