@@ -202,8 +202,16 @@ def told_of(error: BaseException, stage: str, started: float) -> Record:
 def sentence(error: BaseException, stage: str) -> str:
     """Return the sentence of an error, led by what to do if it is a library's."""
     own = ours(error)
-    message = " ".join(str(own or error).split()) or type(error).__name__
-    return message if own else f"{lead(error, stage)} ({type(error).__name__}: {message.rstrip('.')})."
+    told = own or _unwrapped(error)
+    message = " ".join(str(told).split()) or type(told).__name__
+    return message if own else f"{lead(told, stage)} ({type(told).__name__}: {message.rstrip('.')})."
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """Return what Hydra wrapped into an error that says only which target it was."""
+    while type(error).__module__.startswith("hydra") and error.__cause__:
+        error = error.__cause__
+    return error
 
 
 def ours(error: BaseException | None) -> BaseException | None:

@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from independent import onnx_logits, torch_logits
 from torch import Tensor
 
@@ -487,6 +489,15 @@ def test_a_message_of_a_library_is_led_by_what_to_do(name: str) -> None:
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.")])
 def test_too_little_memory_says_what_to_lower(error: Exception) -> None:
     assert "lower measure.batch_sizes or measure.eval_batch_size" in told_of(error, "latency b8", 0.0)["message"]
+
+
+def test_what_hydra_wraps_is_told_itself() -> None:
+    with pytest.raises(InstantiationException) as caught:
+        instantiate({"_target_": "missing_package.make"})
+    message = told_of(caught.value, "load", 0.0)["message"]
+    assert message.startswith("the stage load failed; correct the function of model or dataset")
+    assert "No module named 'missing_package'" in message
+    assert "HYDRA_FULL_ERROR" not in message
 
 
 def test_a_sentence_of_ours_stays_as_it_is_even_if_a_library_wraps_it() -> None:
