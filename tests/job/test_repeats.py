@@ -279,7 +279,7 @@ def test_a_job_whose_code_changed_is_not_measured_on(tmp_path: Path) -> None:
 # --- failing ----------------------------------------------------------------------------------------------------------
 
 
-LED = "repeat 1/2: the stage repeat failed; see in job.log where (ValueError: no room for it)."
+LED = "repeat 1/2: the stage repeat failed in fickle.py, line 12; see in job.log where (ValueError: no room for it)."
 
 
 @pytest.mark.slow
