@@ -99,6 +99,8 @@ def _targets(model: Model, every_weight: bool = False) -> list[Target]:
                 f"the {name} of {names[part] or 'the network'} is no Parameter but computed by a hook or by code, so no"
                 " pruner can set it to zero; give the layer a Parameter of that name, or use pruner=none."
             )
+        if not weight.is_contiguous():
+            _refuse_shared(model.module, weight, names[part])
         weight.data = weight.data.contiguous()  # which a channels_last weight is not
     if not targets:
         raise UserError(
@@ -106,6 +108,18 @@ def _targets(model: Model, every_weight: bool = False) -> list[Target]:
             " use pruner=none."
         )
     return targets
+
+
+def _refuse_shared(module: nn.Module, weight: nn.Parameter, name: str) -> None:
+    """Refuse a weight whose memory another Parameter holds in another order: laying it out anew would part the two."""
+    memory = weight.untyped_storage().data_ptr()
+    others = [key for key, other in module.named_parameters() if other is not weight
+              and other.untyped_storage().data_ptr() == memory]  # fmt: skip
+    if others:
+        raise UserError(
+            f"the weight of {name or 'the network'} shares its memory with {others[0]} in another order, so no pruner"
+            " can set them to zero together; share one Parameter and transpose it in forward, or use pruner=none."
+        )
 
 
 def _sliced(targets: list[Target], dim: int) -> list[Target]:

@@ -75,7 +75,8 @@ class JobFolder:
 
     def finished(self, fingerprint: str) -> bool:
         """Say whether the folder holds the result of just this job."""
-        return (read_json(self.result) or {}).get("fingerprint") == fingerprint
+        found = read_json(self.result)
+        return isinstance(found, dict) and found.get("fingerprint") == fingerprint
 
     def read_error(self) -> dict[str, Any] | None:
         """Return why the job failed, or None if no failure is known."""

@@ -89,7 +89,11 @@ class Reader(ast.NodeVisitor):
             return
         self.found.names.append(base)
         for alias in node.names:
-            if alias.name != "*":  # which takes the submodules that the package itself names in __all__
+            if (
+                alias.name == "*"
+            ):  # which takes the submodules that the package names in __all__, perhaps by a computation
+                self.found.packages.append(base)
+            else:
                 self.found.names.append(f"{base}.{alias.name}")
                 self.known[alias.asname or alias.name] = f"{base}.{alias.name}"
 

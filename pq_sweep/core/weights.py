@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import Module
@@ -111,7 +113,9 @@ def structure(model: Model) -> str:
     return digest({name: list(parameter.shape) for name, parameter in model.module.named_parameters()})
 
 
-PLAIN = (int, float, str, tuple, type(None))  # options of layers that their repr need not show, such as heads
+# Attributes that every layer has: its parts, parameters, buffers and hooks.
+KEPT_ELSEWHERE = frozenset(vars(nn.Module()))
+PLAIN = (int, float, str, type(None))  # options of layers that their repr need not show, such as heads
 
 
 def network_state(model: Model) -> dict[str, Any]:
@@ -126,11 +130,24 @@ def network_structure(model: Model) -> dict[str, Any]:
     options: dict[str, dict[str, Any]] = {}
     constants: dict[str, Tensor] = {}
     for name, part in model.module.named_modules():
-        options[name] = {key: value for key, value in vars(part).items() if isinstance(value, PLAIN)}
+        options[name] = {key: _plain(value) for key, value in vars(part).items() if key not in KEPT_ELSEWHERE}
         constants |= {f"{name}.{key}".lstrip("."): value for key, value in _tensors(part)}
     rest = {name: tensor for name, tensor in constants.items() if name not in state}
     layers = digest([repr(model.module), shapes, options, shared_names(state)])
     return {"layers": layers, "constants": _values(rest), "preprocess": repr(model.preprocess)}
+
+
+def _plain(value: Any) -> Any:
+    """Return an attribute of a layer as plain values, functions by their names and arrays by their hash."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, partial):
+        return [_plain(value.func), _plain(value.args), _plain(value.keywords)]
+    if isinstance(value, np.ndarray):
+        return hashlib.sha256(value.tobytes()).hexdigest()
+    return value if isinstance(value, PLAIN) else getattr(value, "__qualname__", None)
 
 
 def shared_names(state: Mapping[str, Tensor]) -> list[list[str]]:

@@ -38,10 +38,15 @@ def _require_classes(folder: Path, below: dict[str, set[str]]) -> None:
     for name, inner in below.items():
         _require_class(folder / name, inner)
     names = list(below)
-    if (same := _same(below)) and all(any(word in " ".join(names).lower() for word in words) for words in SPLITS):
+    kinds = [[any(word in name.lower() for word in words) for name in names] for words in SPLITS]
+    if (
+        all(map(any, kinds))
+        and all(map(any, zip(*kinds, strict=True)))
+        and all(inner - {""} for inner in below.values())
+    ):
         raise UserError(
-            f"{listed(names, 5)} in {folder} hold the same sub-folders ({listed(same, 5)}) and are called like splits;"
-            " call them train/ and val/, or give one of them as dataset.root."
+            f"{listed(names, 5)} in {folder} hold sub-folders and are called like splits; call them train/ and val/"
+            " with the class folders right below, or give one of them as dataset.root."
         )
 
 

@@ -6,6 +6,7 @@ else is refused in a sentence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,15 +18,19 @@ from pq_sweep.inputs.contract import described, require_type
 from pq_sweep.inputs.pictures import Prepare, preparing
 from pq_sweep.types import Data, Model, Preprocess, Split, UserError
 
+# Images that are fetched twice when data are loaded.
+REPEATED = 16
+
 
 def accepted_data(given: Any, model: Model, target: str) -> Data:
     """Return the data that the function `target` made: class numbers as labels, float32 images as the model takes."""
     data = require_type(given, Data, target, "Data(evaluation, calibration, train, classes)")
+    data = _completed(data, model)
     classes = _competing(data, model, target)
     splits: dict[str, Any] = {}
     said: dict[str, list[str]] = {}
     for name in ("evaluation", "calibration", "train"):
-        if (part := getattr(data, name)) is not None:
+        if (part := getattr(data, name)) is not None or name == "evaluation":
             part = require_type(part, Split, f"{name} of {target}", "Split")
             splits[name], notes = _accepted_split(part, name, model.preprocess, classes)
             for note in notes:
@@ -37,6 +42,20 @@ def accepted_data(given: Any, model: Model, target: str) -> Data:
     return replace(
         data, **splits, notes=(*data.notes, *(f"The {_together(parts)} {note}." for note, parts in said.items()))
     )
+
+
+def _completed(data: Data, model: Model) -> Data:
+    """Fill in what may be left out: an empty calibration part, and the names of the classes."""
+    if data.calibration is None and isinstance(data.evaluation, Split):
+        empty = replace(data.evaluation, labels=torch.zeros(0, dtype=torch.int64), names=None, items=None, raw=None)
+        data = replace(data, calibration=empty)
+    if isinstance(data.columns, list | tuple):
+        data = replace(data, columns=torch.tensor(data.columns))
+    if data.classes is None:
+        names = model.classes if data.columns is None and model.classes else None
+        count = model.num_classes if data.columns is None else len(data.columns)
+        data = replace(data, classes=names or tuple(str(number) for number in range(count)))
+    return data
 
 
 def _together(names: list[str]) -> str:
@@ -72,7 +91,18 @@ def _accepted_split(split: Split, name: str, preprocess: Preprocess, classes: in
         notes.append(f"images came as {how}")
     fetch = partial(_fetch, replace(split), name, preprocess, prepare)
     fetch([0])
+    _require_same(fetch, list(range(min(REPEATED, len(split)))), name)
     return replace(split, fetch=fetch, items=None), notes
+
+
+def _require_same(fetch: Callable[[list[int]], Tensor], indices: list[int], name: str) -> None:
+    """Refuse images that are others each time, as by augmentation; those to train on may be."""
+    first = fetch(indices)
+    if name != "train" and not torch.equal(first, fetch(indices)):
+        raise UserError(
+            f"the {name} images are others each time that they are fetched, so that no two answers could be compared;"
+            " leave random augmentation and noise out of them, or seed them by the image's number."
+        )
 
 
 def _fetch(split: Split, name: str, preprocess: Preprocess, prepare: Prepare | None, indices: list[int]) -> Tensor:

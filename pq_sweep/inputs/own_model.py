@@ -11,8 +11,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pq_sweep.core.weights import untouched
 from pq_sweep.inputs.contract import described, require_type
@@ -20,21 +22,29 @@ from pq_sweep.inputs.finite import require_finite
 from pq_sweep.inputs.parametrized import fold
 from pq_sweep.types import Model, Preprocess, UserError
 
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 # Answers to one image, alone and beside another, may differ by this share of the largest logit: sums run in another
 # order. Dropout and statistics of the batch change them by far more.
 SAME_ANSWER = 1e-2
-UNWRAPPED = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
+UNWRAPPED = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "AveragedModel": "module",
+}
 
 
 def accepted_model(given: Any, target: str) -> Model:
     """Return the model that the function `target` made: in eval mode, in float32, with one tensor of logits."""
     model = require_type(given, Model, target, "Model(module, num_classes, preprocess)")
     _check_fields(model, target)
+    model = replace(model, num_classes=int(model.num_classes), preprocess=_plain_preprocess(model.preprocess, target))
     module, notes = _unwrapped(model.module)
     _check_module(module, target)
-    notes += _eval_mode(module) + _float32(module) + fold(module)
+    notes += _eval_mode(module) + settled(module)
     require_finite(module, f"the network of {target}", "check its weights")
     model = replace(model, module=module)
+    _refuse_strangers(model, target)
     notes += _one_output(model, target)
     _check_answers(model, target)
     notes += untouched(module)
@@ -46,13 +56,43 @@ def _check_fields(model: Model, target: str) -> None:
     require_type(model.module, nn.Module, f"module of {target}", "Model with a torch.nn.Module")
     require_type(model.preprocess, Preprocess, f"preprocess of {target}", "Preprocess")
     count = model.num_classes
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:
         raise UserError(f"{target} gives num_classes={count!r}; give a whole number from 1 on.")
     if model.classes is not None and len(model.classes) != count:
         raise UserError(
             f"{target} gives {len(model.classes)} names of classes and num_classes={count}; give one name per class, or"
             " none."
         )
+
+
+def _plain_preprocess(preprocess: Preprocess, target: str) -> Preprocess:
+    """Return a Preprocess of plain values, whatever numbers and names of torchvision's it was made of."""
+    side, short = (_side(value) for value in (preprocess.size, preprocess.resize))
+    name = str(getattr(preprocess.interpolation, "value", preprocess.interpolation))
+    mean, std = (
+        tuple(np.atleast_1d(np.asarray(value, dtype=float)).tolist()) for value in (preprocess.mean, preprocess.std)
+    )
+    if side is None or short is None or not 1 <= side <= short:
+        raise UserError(
+            f"{target} gives size={preprocess.size} and resize={preprocess.resize}; give whole numbers of pixels,"
+            " resize at least size."
+        )
+    if name not in INTERPOLATIONS:
+        raise UserError(f"{target} gives interpolation={name}; valid are: {', '.join(INTERPOLATIONS)}.")
+    if any(value == 0 for value in std):
+        raise UserError(f"{target} gives std={std}; give standard deviations other than 0.")
+    return replace(preprocess, size=side, resize=short, mean=mean, std=std, interpolation=name)
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    return tuple(np.atleast_1d(np.asarray(values, dtype=float)).tolist())
+
+
+def _side(value: Any) -> int | None:
+    """Return the side of a square in pixels, also if both sides are given; None if it is no such thing."""
+    sides = {*value} if isinstance(value, tuple | list) else {value}
+    only = sides.pop() if len(sides) == 1 else None
+    return int(only) if isinstance(only, int | np.integer) and not isinstance(only, bool) else None
 
 
 def _unwrapped(module: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -66,9 +106,9 @@ def _unwrapped(module: nn.Module) -> tuple[nn.Module, list[str]]:
 
 def _check_module(module: nn.Module, target: str) -> None:
     """Refuse networks whose weights cannot be read or changed."""
-    if isinstance(module, torch.jit.ScriptModule):
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
         raise UserError(
-            f"{target} gives a TorchScript network, which can be neither pruned nor exported; return the Python network"
+            f"{target} gives TorchScript, which can be neither pruned nor exported; return the Python network"
             " that it was made from, with its state_dict loaded."
         )
     parameters = dict(module.named_parameters())
@@ -80,12 +120,22 @@ def _check_module(module: nn.Module, target: str) -> None:
     for name, parameter in parameters.items():
         if isinstance(parameter, nn.UninitializedParameter) or parameter.is_meta:
             raise UserError(f"{name} of the network of {target} has no values yet; load weights before it is returned.")
+    if any(tensor.is_inference() for tensor in [*parameters.values(), *module.buffers()]):
+        raise UserError(
+            f"the network of {target} was made under torch.inference_mode(), where its weights cannot change; make it"
+            " outside."
+        )
 
 
 def _eval_mode(module: nn.Module) -> list[str]:
     training = any(part.training for part in module.modules())
     module.eval()
     return ["The network came in training mode and was put in eval mode."] if training else []
+
+
+def settled(module: nn.Module) -> list[str]:
+    """Have a network hold plain float32 weights, and return a sentence for each thing that was done for that."""
+    return _float32(module) + fold(module)
 
 
 def _float32(module: nn.Module) -> list[str]:
@@ -101,7 +151,7 @@ def _one_output(model: Model, target: str) -> list[str]:
     """Have a network that returns several things return its logits alone, if it is plain which they are."""
     output = _run(model, model.sample(2), target)
     if isinstance(output, Tensor):
-        return []
+        return _float32_logits(model, output)
     entries = _entries(output)
     logits = {key: value for key, value in entries.items() if _are_logits(value, model)}
     if "logits" in logits:
@@ -115,6 +165,18 @@ def _one_output(model: Model, target: str) -> list[str]:
     (key,) = logits
     model.module.register_forward_hook(partial(_entry, key=key))
     return [f"Of what the network gives, {key if isinstance(key, str) else f'entry {key}'} was taken as its logits."]
+
+
+def _float32_logits(model: Model, output: Tensor) -> list[str]:
+    """Have a network whose logits are of another type of numbers, as under autocast, return float32."""
+    if not output.is_floating_point() or output.dtype == torch.float32:
+        return []
+    model.module.register_forward_hook(_as_float32)
+    return [f"The network's {str(output.dtype).removeprefix('torch.')} logits were converted to float32."]
+
+
+def _as_float32(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output.float()
 
 
 def _entries(output: Any) -> dict[Any, Any]:
@@ -158,6 +220,31 @@ def _check_answers(model: Model, target: str) -> None:
     if float((both[:1] - alone).abs().max()) > limit:
         again = _run(model, images, target)
         raise UserError(_unrepeatable(float((both - again).abs().max()) > limit, target))
+
+
+class Strangers(TorchFunctionMode):
+    """Notes the Parameters that a pass uses and the network does not know, as layers in a plain list are."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.known = {id(parameter) for parameter in module.parameters()}
+        self.found: list[nn.Parameter] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the arguments of a function before it is called."""
+        values = [*args, *(kwargs or {}).values()]
+        self.found += [value for value in values if isinstance(value, nn.Parameter) and id(value) not in self.known]
+        return func(*args, **(kwargs or {}))
+
+
+def _refuse_strangers(model: Model, target: str) -> None:
+    with Strangers(model.module) as strangers:
+        _run(model, model.sample(2), target)
+    if strangers.found:
+        raise UserError(
+            f"the network of {target} uses weights that it does not hold itself, first of shape"
+            f" {tuple(strangers.found[0].shape)}; keep layers in nn.ModuleList or nn.ModuleDict, not in a list or dict."
+        )
 
 
 def _wrong_output(output: Any, model: Model, target: str) -> str:

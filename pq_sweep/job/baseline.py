@@ -62,7 +62,8 @@ def load_baseline(cfg: DictConfig, model: Model, data: Data, work: Workspace, pr
     sweep = JobFolder(work.folder).sweep
     # Code that cannot be followed may be another each time that the sweep is started.
     start = sweep.read_manifest().get("started") if unfollowed(parts) else None
-    whole = digest([parts, where, code(parts), files_state(parts), versions(), start])
+    weights = network_state(model)  # a function may take them from where no option and no code that is read says
+    whole = digest([parts, where, code(parts), files_state(parts), versions(), start, weights])
     files = BaselineFolder(sweep.baselines / whole)
     files.path.mkdir(parents=True, exist_ok=True)
     with FileLock(files.lock):

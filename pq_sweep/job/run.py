@@ -27,7 +27,7 @@ from pq_sweep.core.result import Accuracy, Network, Result, Speed
 from pq_sweep.core.threads import use_threads
 from pq_sweep.inputs.finite import require_finite
 from pq_sweep.inputs.own_data import accepted_data
-from pq_sweep.inputs.own_model import accepted_model
+from pq_sweep.inputs.own_model import accepted_model, settled
 from pq_sweep.job.baseline import Baseline, load_baseline
 from pq_sweep.job.check import check, impossible, refuse
 from pq_sweep.job.describe import (
@@ -49,7 +49,7 @@ from pq_sweep.measure.layers import compressed_layers
 from pq_sweep.measure.sizes import storage_sizes
 from pq_sweep.measure.timing import Protocol
 from pq_sweep.runtimes import precision_of
-from pq_sweep.types import Data, Model, Quantizer, Record, Runtime, RuntimeChoice, Session, Workspace
+from pq_sweep.types import Data, Model, Quantizer, Record, Runtime, RuntimeChoice, Session, UserError, Workspace
 
 TOO_FAR = (
     "precision {} cannot hold its values, or compression went too far: choose another quantizer, leave layers out by"
@@ -151,7 +151,8 @@ def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Recor
     def change(name: str, group: str) -> Any:
         config = plan.cfg[group]
         origin = origin_of(config, data, plan.work.device)
-        record = change_once(stage, name, model, partial(with_stage(component(config), stage), model, data), origin)
+        step = partial(changed, with_stage(component(config), stage), model, data, f"{group}={config._target_}")
+        record = change_once(stage, name, model, step, origin)
         model.module.eval()  # a function of the user's may leave it as training needs it
         require_finite(model.module, f"the network after {group}={config._target_}", f"change the options of {group}")
         return record
@@ -160,6 +161,18 @@ def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Recor
     if plan.protocol.repeats > 1:
         share_network(stage, model)
     return records
+
+
+def changed(step: Callable[..., Any], model: Model, data: Data, name: str) -> Record | None:
+    """Change the network and return what the step reports, with notes on what it left for others to do."""
+    record = step(model, data)
+    if not isinstance(record, dict | None):
+        raise UserError(
+            f"{name} returns a {type(record).__name__}; change model.module in place, and return a dictionary or"
+            " nothing."
+        )
+    notes = settled(model.module)
+    return {**(record or {}), "notes": [*(record or {}).get("notes", ()), *notes]} if notes else record
 
 
 def with_stage(call: partial[Any], stage: Stages) -> Callable[..., Any]:

@@ -57,7 +57,8 @@ class Torch:
         use_tf32(self.tf32)
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         with work.stage("quantize"):
-            module = model.module.to(work.device, dtype).to(memory_format=layout).eval()
+            module = model.module.to(work.device, dtype).to(memory_format=layout)
+            module.eval()
         artifact = work.folder / "model.pt"
         torch.save(module.state_dict(), artifact)
         details = {"dtype": str(dtype).removeprefix("torch."), "tf32": self.tf32, "channels_last": self.channels_last}

@@ -47,7 +47,8 @@ def trace(model: Model, path: Path) -> None:
     """
     import onnx
 
-    module = model.module.cpu().eval()
+    module = model.module.cpu()
+    module.eval()  # a line of its own: a user's `train` may forget to return the network
     traced = inside(module)
     with _quiet(), _explained(), keywords_as_names():
         program = torch.onnx.export(

@@ -115,5 +115,5 @@ def _attribute(base: str, target: str) -> str:
     """Return the code that reads an attribute by its dotted name."""
     for name in target.split("."):
         plain = name.isidentifier() and not keyword.iskeyword(name)
-        base = f"{base}.{name}" if plain else f'getattr({base}, "{name}")'
+        base = f"{base}.{name}" if plain else f"getattr({base}, {name!r})"
     return base

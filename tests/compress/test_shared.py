@@ -290,3 +290,23 @@ def test_mixed_precision_takes_layers_that_share_a_weight_as_one(
         **options,  # type: ignore[arg-type]
     )
     assert [layer["name"] for layer in record["layers"]] == ["first.weight", "head.weight"]
+
+
+class Transposed(nn.Module):
+    """A decoder whose Parameter is the encoder's memory, read the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decode, self.encode = nn.Linear(8, 64), nn.Linear(64, 8)
+        self.decode.weight = nn.Parameter(self.encode.weight.data.t())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.decode(self.encode(images.flatten(1)))
+
+
+def test_one_memory_in_two_orders_is_refused() -> None:
+    model = Model(Transposed().eval(), 64, DIGITS)
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    text = refused(lambda: pruners.l1_global(model, None, amount=0.5))
+    assert text.startswith("the weight of decode shares its memory with encode.weight in another order")
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())

@@ -29,6 +29,8 @@ def test_a_job_knows_its_sweep(job: JobFolder, tmp_path: Path) -> None:
 
 def test_only_its_own_result_finishes_a_job(job: JobFolder) -> None:
     assert not job.finished("key")
+    job.result.write_text("[1]")
+    assert not job.finished("key")
     job.result.write_text(json.dumps({"fingerprint": "key"}))
     assert job.finished("key")
     assert not job.finished("other")

@@ -309,3 +309,10 @@ def test_the_hash_is_that_of_the_package_alone_without_own_components() -> None:
     ours = {"model": {"_target_": "pq_sweep.inputs.models.digits_cnn"}}
     assert code(ours) == code({})
     assert fingerprint.unfollowed(ours) == []
+
+
+def test_submodules_that_a_package_lists_by_a_computation_count() -> None:
+    write("zoo/__init__.py", "from glob import glob\n__all__ = [name[:-3] for name in glob('*.py')]\nfrom . import *")
+    write("zoo/flip.py", "FLIP = False")
+    write("mine.py", "import zoo")
+    assert counts("zoo/flip.py")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import refused
 from torch import Tensor, nn
 
 from pq_sweep.compress import pruners
-from pq_sweep.core.weights import load_state, prunable, prunable_by_name, untouched
+from pq_sweep.core.weights import load_state, network_structure, prunable, prunable_by_name, untouched
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.measure import network
 from pq_sweep.measure.layers import dense_layers
@@ -189,3 +191,28 @@ def test_a_state_of_layers_with_dots_in_their_names_is_loaded() -> None:
 def test_a_state_of_another_network_is_not_loaded(state: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="the state is of another network"):
         load_state(dotted(), state)
+
+
+class Signed(nn.Module):
+    """A layer whose answers depend on attributes of several kinds, none of which its repr shows."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 2)
+        vars(self).update({"signs": [-1.0], "options": {"a": [1]}, "act": torch.relu, "array": np.ones(3)} | attributes)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"signs": [1.0]},
+        {"signs": ([-1.0], 2)},
+        {"options": {"a": [2]}},
+        {"act": torch.tanh},
+        {"act": partial(nn.functional.leaky_relu, negative_slope=0.1)},
+        {"array": np.zeros(3)},
+    ],
+)
+def test_attributes_of_any_kind_tell_networks_apart(attributes: dict[str, Any]) -> None:
+    one, same, other = (Model(Signed(**given), 2, SMALL) for given in ({}, {}, attributes))
+    assert network_structure(one) == network_structure(same) != network_structure(other)

@@ -241,7 +241,17 @@ class TestClassesThatMayBeSplits:
     @pytest.mark.parametrize("names", [("train_set", "val_set"), ("pets-test", "pets-train"), ("Train2017", "val2017")])
     def test_splits_by_other_names_are_refused(self, tmp_path: Path, names: tuple[str, ...]) -> None:
         text = refused(lambda: load(make(tmp_path, *names)))
-        assert text.startswith(f"{', '.join(names)} in {tmp_path} hold the same sub-folders (cat, dog)")
+        assert text.startswith(f"{', '.join(names)} in {tmp_path} hold sub-folders and are called like splits")
+
+    def test_splits_with_unlike_folders_are_refused(self, tmp_path: Path) -> None:
+        fill(tmp_path / "train_set", {"cat": 2, "dog": 2, "cow": 2})
+        fill(tmp_path / "test_set", {"cat": 2, "dog": 2}, seed=100_000)
+        assert "are called like splits" in refused(lambda: load(tmp_path))
+
+    def test_splits_in_folders_of_their_own_names_are_refused(self, tmp_path: Path) -> None:
+        for number, name in enumerate(("training_set", "test_set")):
+            fill(tmp_path / name / name, PETS, seed=number * 100_000)
+        assert "are called like splits" in refused(lambda: load(tmp_path))
 
     def test_trains_by_other_names_are_classes(self, tmp_path: Path) -> None:
         assert load(pictures(tmp_path, "bullet_train", "bus")).classes == ("bullet_train", "bus")

@@ -186,7 +186,7 @@ def test_anything_else_is_refused_in_one_sentence(make: Any, sentence: str) -> N
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(("index", "part"), [(0, "evaluation"), (13, "evaluation"), (27, "train")])
+@pytest.mark.parametrize(("index", "part"), [(0, "evaluation"), (18, "evaluation"), (27, "train")])
 def test_values_that_are_not_finite_are_named(value: float, index: int, part: str) -> None:
     place = index - 25 if part == "train" else index
     text = refused(lambda: images_of(getattr(accepted(data_of(spoilt(value, index))), part)))
@@ -194,12 +194,71 @@ def test_values_that_are_not_finite_are_named(value: float, index: int, part: st
 
 
 def test_a_part_keeps_its_own_numbers() -> None:
-    data = accepted(data_of(spoilt(float("nan"), 13)))
-    assert "evaluation image 13 has" in refused(lambda: images_of(data.evaluation))
-    images_of(data.evaluation.subset([0, 1, 12, 14]))
+    data = accepted(data_of(spoilt(float("nan"), 18)))
+    assert "evaluation image 18 has" in refused(lambda: images_of(data.evaluation))
+    images_of(data.evaluation.subset([0, 1, 17, 19]))
 
 
 def test_images_of_several_sizes_are_named() -> None:
     assert "evaluation image 3 is (1, 9, 9) and another beside it (1, 8, 8)" in refused(
         lambda: images_of(accepted(data_of(one_larger())).evaluation)
     )
+
+
+class Relabelled(Pairs):
+    """Gives other labels than its `targets`, as a data set with coarse classes does."""
+
+    def __init__(self) -> None:
+        super().__init__(floats(), LABELS)
+        self.targets = LABELS.tolist()
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return image, int(label) // 2
+
+
+class Turned(Dataset[Any]):
+    """Another order of a data set, whose attributes it passes on."""
+
+    def __init__(self) -> None:
+        self.inner = Relabelled()
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.inner[29 - index]
+
+
+def test_labels_are_those_that_a_data_set_gives() -> None:
+    assert Split.of_dataset(Relabelled()).labels.tolist() == (LABELS // 2).tolist()
+    assert Split.of_dataset(Turned()).labels.tolist() == (LABELS // 2).flip(0).tolist()
+
+
+class Noisy(Pairs):
+    def __getitem__(self, index: int) -> Any:
+        image, label = super().__getitem__(index)
+        return image + torch.rand(1), label
+
+
+def test_images_that_change_each_time_are_for_training_only() -> None:
+    sound, noisy = (Split.of_dataset(kind(floats(), LABELS)) for kind in (Pairs, Noisy))
+    text = refused(lambda: accepted(Data(noisy, sound, None, TEN)))
+    assert text.startswith("the evaluation images are others each time that they are fetched")
+    assert "the calibration images are others" in refused(lambda: accepted(Data(sound, noisy, None, TEN)))
+    assert accepted(Data(sound, sound, noisy, TEN)).train is not None
+
+
+def test_each_image_has_a_label() -> None:
+    assert refused(lambda: Split.of_tensors(floats(), LABELS[:20])).startswith("there are 30 images and 20 labels")
+
+
+def test_what_may_be_left_out_is_filled_in() -> None:
+    found = accepted(Data(Split.of_tensors(floats(), LABELS), None, None, None))
+    assert len(found.calibration) == 0
+    assert found.classes == TEN
+    part = accepted(Data(Split.of_tensors(floats(), LABELS // 5), None, None, ("a", "b"), [3, 4]))
+    assert part.columns.tolist() == [3, 4]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import namedtuple
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 import torch
 from conftest import refused
 from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
 
 from pq_sweep.inputs.own_model import accepted_model
 from pq_sweep.runtimes.export import export_onnx
@@ -42,7 +45,8 @@ class Net(nn.Module):
 
 
 def model_of(module: Any, classes: Any = 10, **options: Any) -> Model:
-    module = module.eval() if isinstance(module, nn.Module) else module
+    if isinstance(module, nn.Module):
+        module.eval()
     return Model(module, classes, **{"preprocess": SMALL} | options)
 
 
@@ -152,6 +156,27 @@ class TwoAtATime(Net):
         return super().forward(images.view(2, 1, 8, 8))
 
 
+class Listed(nn.Module):
+    """Keeps a layer in a plain list, where neither state_dict nor pruners find it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = [nn.Linear(64, 16)], nn.Linear(16, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.layers[0](images.flatten(1)))
+
+
+class ForgetsToReturn(Net):
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def made_for_inference() -> Model:
+    with torch.inference_mode():
+        return model_of(Net())
+
+
 def spoilt(name: str, value: float) -> Net:
     net = Net()
     net.state_dict()[name].view(-1)[0] = value
@@ -169,8 +194,8 @@ REFUSED = {
     "a path": (lambda: model_of("net.pt"), "module of mine.make gives 'net.pt'"),
     "classes as text": (lambda: model_of(Net(), "10"), "num_classes='10'; give a whole number"),
     "names": (lambda: Model(Net(), 10, SMALL, ("a", "b")), "2 names of classes and num_classes=10"),
-    "script": (lambda: model_of(torch.jit.script(nn.Flatten())), "a TorchScript network"),
-    "trace": (lambda: model_of(torch.jit.trace(Net().eval(), torch.zeros(1, 1, 8, 8))), "a TorchScript network"),
+    "script": (lambda: model_of(torch.jit.script(nn.Flatten())), "gives TorchScript, which"),
+    "trace": (lambda: model_of(torch.jit.trace(Net().eval(), torch.zeros(1, 1, 8, 8))), "gives TorchScript, which"),
     "no parameters": (lambda: model_of(nn.Flatten()), "has no parameters"),
     "lazy": (lambda: model_of(lazy()), "1.weight of the network of mine.make has no values yet"),
     "meta": (lambda: model_of(Net().to("meta")), "conv.weight of the network of mine.make has no values yet"),
@@ -182,9 +207,17 @@ REFUSED = {
     "numbers": (lambda: model_of(Net(lambda y: y.argmax(1))), "return the logits, not the class numbers"),
     "maps": (lambda: model_of(Net(lambda y: y[..., None, None])), "a float32 tensor (2, 10, 1, 1) for two images"),
     "channels": (lambda: model_of(Net(), preprocess=replace(SMALL, channels=3)), "(size=8, channels=3)"),
-    "size": (lambda: model_of(Net(), preprocess=replace(SMALL, size=16)), "fails on float32 images (2, 1, 16, 16)"),
+    "size": (lambda: model_of(Net(), preprocess=replace(SMALL, size=16, resize=16)), "images (2, 1, 16, 16)"),
     "fixed batch": (lambda: model_of(TwoAtATime()), "fails on float32 images (1, 1, 8, 8)"),
     "half inside": (lambda: model_of(Net(lambda y: y @ torch.ones(10, 10).half())), "fails on float32 images"),
+    "listed": (lambda: model_of(Listed()), "uses weights that it does not hold itself, first of shape (16, 64)"),
+    "inner script": (lambda: model_of(nn.Sequential(torch.jit.script(nn.Flatten()), nn.Linear(64, 10))), "TorchScript"),
+    "inference": (made_for_inference, "was made under torch.inference_mode()"),
+    "sides": (lambda: model_of(Net(), preprocess=replace(SMALL, size=(8, 6))), "give whole numbers of pixels"),
+    "resize": (lambda: model_of(Net(), preprocess=replace(SMALL, resize=4)), "resize at least size"),
+    "no resize": (lambda: model_of(Net(), preprocess=replace(SMALL, resize=None)), "give whole numbers of pixels"),
+    "interpolation": (lambda: model_of(Net(), preprocess=replace(SMALL, interpolation="cubic")), "valid are: nearest,"),
+    "std": (lambda: model_of(Net(), preprocess=replace(SMALL, std=(0.0,))), "give standard deviations other than 0"),
     "NaN": (lambda: model_of(spoilt("conv.weight", float("nan"))), "not finite, in conv.weight; check its weights"),
     "infinite": (lambda: model_of(spoilt("head.bias", float("inf"))), "not finite, in head.bias"),
     "statistics": (lambda: model_of(spoilt("norm.running_var", float("inf"))), "not finite, in norm.running_var"),
@@ -199,6 +232,28 @@ REFUSED = {
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_anything_else_is_refused_in_one_sentence(given: Any, sentence: str) -> None:
     assert sentence in refused(lambda: accepted(given()))
+
+
+def test_logits_of_another_type_become_float32() -> None:
+    expected = answers(model_of(Net()))
+    found = accepted(model_of(Net(lambda y: y.bfloat16())))
+    assert answers(found).dtype == torch.float32
+    assert torch.equal(answers(found), expected.bfloat16().float())
+    assert found.notes == ("The network's bfloat16 logits were converted to float32.",)
+
+
+def test_values_of_torchvision_and_numpy_become_plain() -> None:
+    preprocess = Preprocess((8, 8), np.int64(8), 1, np.zeros(1), torch.ones(1), InterpolationMode.BICUBIC)
+    found = accepted(Model(Net().eval(), np.int64(10), preprocess))
+    assert found.preprocess == Preprocess(8, 8, 1, (0.0,), (1.0,), "bicubic")
+    assert json.loads(json.dumps(asdict(found.preprocess)))["size"] == 8
+    assert type(found.num_classes) is int
+
+
+def test_a_network_whose_train_returns_nothing_is_exported(tmp_path: Path) -> None:
+    found = accepted(model_of(ForgetsToReturn()))
+    export_onnx(found, tmp_path / "model.onnx")
+    assert onnxruntime.InferenceSession(tmp_path / "model.onnx").get_outputs()[0].name == "logits"
 
 
 def test_a_mask_may_be_infinite() -> None:

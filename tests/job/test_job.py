@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, refused
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -31,7 +31,7 @@ from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job import run as job
 from pq_sweep.job.stages import PREP, Stages, told_of
-from pq_sweep.types import Data, UserError
+from pq_sweep.types import Data, Model, Split, UserError
 
 BRIEF = (
     "tracking=none",
@@ -55,6 +55,7 @@ JOBS: dict[str, tuple[str, ...]] = {
 }
 each_job = pytest.mark.parametrize("name", JOBS)
 each_onnx_job = pytest.mark.parametrize("name", ["fp32", "fp16", "int8"])
+NO_IMAGES = Data(*[Split.of_tensors(torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64))] * 2, None, ())
 FAILING = ("pruner=remove", "pruner.round_to=1024")  # nothing can be removed in steps of 1024
 
 
@@ -557,3 +558,24 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     assert seen.result() <= {(version, 20_000) for version in range(30)}
     assert len(seen.result()) > 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def masked(model: Model, data: Data) -> None:
+    torch.nn.utils.prune.l1_unstructured(model.module.fc1, "weight", amount=0.5)
+
+
+def test_masks_that_a_pruner_leaves_on_are_folded() -> None:
+    model = digits_cnn()
+    params = sum(parameter.numel() for parameter in model.module.parameters())
+    record = job.changed(masked, model, NO_IMAGES, "pruner=mine")
+    assert not hasattr(model.module.fc1, "weight_orig")
+    assert (model.module.fc1.weight == 0).float().mean() == pytest.approx(0.5, abs=0.01)
+    assert sum(parameter.numel() for parameter in model.module.parameters()) == params
+    assert record is not None
+    assert "fc1.weight" in record["notes"][0]
+
+
+@pytest.mark.parametrize("returned", [digits_cnn(weights=None), 0.5, [1]])
+def test_a_step_that_returns_no_record_is_refused(returned: Any) -> None:
+    text = refused(lambda: job.changed(lambda model, data: returned, digits_cnn(), NO_IMAGES, "recovery=mine"))
+    assert text.startswith(f"recovery=mine returns a {type(returned).__name__}; change model.module in place")

@@ -87,7 +87,7 @@ EVERY = [
     *((parameter, name) for name in ("mean", "logits", "relu_scale")),
     *((passing_buffer, name) for name in ("mean", "val_0", "relu_scale")),
     *((layer, name) for name in ("input", "relu", "conv2d_quantized", "a.b", *ODD)),
-    *((buffer, name) for name in ("with blank", "class")),
+    *((buffer, name) for name in ("with blank", "class", 'with "quotes"', "back\\slash")),
     *((two_buffers, name) for name in ("b_mean", "c_lifted_tensor_0")),
     *((two_parameters, name) for name in ("p_mean", "p_body_0_weight")),
     *((in_the_convolution, f"{name}{end}") for name in ("weight", "bias") for end in ("_scale", "_quantized")),
