@@ -26,6 +26,8 @@ def accepted_data(given: Any, model: Model, target: str) -> Data:
     """Return the data that the function `target` made: class numbers as labels, float32 images as the model takes."""
     data = require_type(given, Data, target, "Data(evaluation, calibration, train, classes)")
     data = _completed(data, model)
+    if not isinstance(data.classes, tuple | list):
+        raise UserError(f"{target} gives classes={described(data.classes)}; give the names of the classes, or None.")
     classes = _competing(data, model, target)
     splits: dict[str, Any] = {}
     said: dict[str, list[str]] = {}
@@ -109,10 +111,21 @@ def _fetch(split: Split, name: str, preprocess: Preprocess, prepare: Prepare | N
     """Return images of a split, prepared if they have to be, and checked."""
     fetched = _fetched(split, indices, name)
     if prepare:
+        _require_one_kind(fetched, indices, split, name)
         fetched = [prepare(item) for item in fetched]
     images = fetched if isinstance(fetched, Tensor) else _stacked(fetched, indices, split, name)
     _check_images(images, indices, split, name, preprocess)
     return images
+
+
+def _require_one_kind(items: Any, indices: list[int], split: Split, name: str) -> None:
+    """Refuse pictures among tensors: what is to be prepared is told by the first of them."""
+    for index, item in zip(indices, items, strict=True):
+        if isinstance(item, Tensor) != isinstance(items[0], Tensor):
+            raise UserError(
+                f"{_image(index, split, name)} is {described(item)} and another beside it {described(items[0])};"
+                " give all images in one form."
+            )
 
 
 def _fetched(split: Split, indices: list[int], name: str) -> Any:
@@ -120,11 +133,14 @@ def _fetched(split: Split, indices: list[int], name: str) -> Any:
 
 
 def _stacked(images: list[Any], indices: list[int], split: Split, name: str) -> Tensor:
-    shapes = [tuple(image.shape) if isinstance(image, Tensor) else described(image) for image in images]
-    for index, shape in zip(indices, shapes, strict=True):
-        if shape != shapes[0] or not isinstance(shape, tuple):
+    for index, image in zip(indices, images, strict=True):
+        if not isinstance(image, Tensor):
+            raise UserError(f"{_image(index, split, name)} is {described(image)}; give float32 tensors or PIL images.")
+        if image.shape != images[0].shape:
+            shapes = tuple(image.shape), tuple(images[0].shape)
             raise UserError(
-                f"{_image(index, split, name)} is {shape} and another beside it {shapes[0]}; give tensors of one shape."
+                f"{_image(index, split, name)} is {shapes[0]} and another beside it {shapes[1]}; give tensors of one"
+                " shape."
             )
     return torch.stack(images)
 
