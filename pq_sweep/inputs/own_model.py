@@ -149,7 +149,7 @@ def _float32(module: nn.Module) -> list[str]:
 
 def _one_output(model: Model, target: str) -> list[str]:
     """Have a network that returns several things return its logits alone, if it is plain which they are."""
-    output = _run(model, model.sample(2), target)
+    output = _run(model, model.sample(2), f"the network of {target}")
     if isinstance(output, Tensor):
         return _float32_logits(model, output)
     entries = _entries(output)
@@ -199,17 +199,24 @@ def _are_logits(value: Any, model: Model) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and tuple(value.shape) == (2, model.num_classes)
 
 
+def require_logits(model: Model, what: str) -> None:
+    """Raise a UserError if a network, called `what`, does not give a logit per class."""
+    output = _run(model, model.sample(2), what)
+    if not _are_logits(output, model):
+        raise UserError(_wrong_output(output, model, what))
+
+
 def _check_answers(model: Model, target: str) -> None:
     """Refuse a network whose answers are no logits, are not repeatable, or change the network."""
     images, before = model.sample(2), _state(model.module)
-    both = _run(model, images, target)
+    both = _run(model, images, f"the network of {target}")
     if not _are_logits(both, model):
-        raise UserError(_wrong_output(both, model, target))
+        raise UserError(_wrong_output(both, model, f"the network of {target}"))
     if not both.isfinite().all():
         raise UserError(
             f"the network of {target} answers random images with logits that are not finite; check its weights."
         )
-    alone = _run(model, images[:1], target)
+    alone = _run(model, images[:1], f"the network of {target}")
     changed = next((name for name, state in _state(model.module).items() if state != before.get(name)), None)
     if changed:
         raise UserError(
@@ -218,7 +225,7 @@ def _check_answers(model: Model, target: str) -> None:
         )
     limit = SAME_ANSWER * float(both.abs().max())
     if float((both[:1] - alone).abs().max()) > limit:
-        again = _run(model, images, target)
+        again = _run(model, images, f"the network of {target}")
         raise UserError(_unrepeatable(float((both - again).abs().max()) > limit, target))
 
 
@@ -239,7 +246,7 @@ class Strangers(TorchFunctionMode):
 
 def _refuse_strangers(model: Model, target: str) -> None:
     with Strangers(model.module) as strangers:
-        _run(model, model.sample(2), target)
+        _run(model, model.sample(2), f"the network of {target}")
     if strangers.found:
         raise UserError(
             f"the network of {target} uses weights that it does not hold itself, first of shape"
@@ -247,10 +254,10 @@ def _refuse_strangers(model: Model, target: str) -> None:
         )
 
 
-def _wrong_output(output: Any, model: Model, target: str) -> str:
+def _wrong_output(output: Any, model: Model, what: str) -> str:
     """Say how an output differs from logits, and the likely cause."""
     expected = f"float32 logits (B, {model.num_classes})"
-    start = f"the network of {target} gives {described(output)} for two images where {expected} are expected"
+    start = f"{what} gives {described(output)} for two images where {expected} are expected"
     if isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point():
         return f"{start}; give num_classes={output.shape[1]}, or a network with another head."
     if isinstance(output, Tensor) and not output.is_floating_point():
@@ -271,14 +278,14 @@ def _unrepeatable(random: bool, target: str) -> str:
 
 
 @torch.no_grad()
-def _run(model: Model, images: Tensor, target: str) -> Any:
+def _run(model: Model, images: Tensor, what: str) -> Any:
     """Return what the network gives for images, or say that it does not take them."""
     try:
         return model.module(images)
     except Exception as error:
         reason = " ".join(str(error).split()) or "no reason given"
         raise UserError(
-            f"the network of {target} fails on float32 images {tuple(images.shape)}, which its Preprocess says that it"
+            f"{what} fails on float32 images {tuple(images.shape)}, which its Preprocess says that it"
             f" takes ({type(error).__name__}: {reason[:300]}); correct preprocess (size={model.preprocess.size},"
             f" channels={model.preprocess.channels}) or the network."
         ) from error

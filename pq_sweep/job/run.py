@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,9 +26,10 @@ from pq_sweep.core.fingerprint import digest, fingerprint, resolved, spelled
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.result import Accuracy, Network, Result, Speed
 from pq_sweep.core.threads import use_threads
+from pq_sweep.core.weights import structure
 from pq_sweep.inputs.finite import require_finite
 from pq_sweep.inputs.own_data import accepted_data
-from pq_sweep.inputs.own_model import accepted_model, settled
+from pq_sweep.inputs.own_model import accepted_model, require_logits, settled
 from pq_sweep.job.baseline import Baseline, load_baseline
 from pq_sweep.job.check import check, impossible, refuse
 from pq_sweep.job.describe import (
@@ -149,12 +151,15 @@ def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Recor
     """Prune and recover the network in place, and return the records of both."""
 
     def change(name: str, group: str) -> Any:
-        config = plan.cfg[group]
+        config, before = plan.cfg[group], structure(model)
         origin = origin_of(config, data, plan.work.device)
         step = partial(changed, with_stage(component(config), stage), model, data, f"{group}={config._target_}")
         record = change_once(stage, name, model, step, origin)
         model.module.eval()  # a function of the user's may leave it as training needs it
-        require_finite(model.module, f"the network after {group}={config._target_}", f"change the options of {group}")
+        what = f"the network after {group}={config._target_}"
+        require_finite(model.module, what, f"change the options of {group}")
+        if structure(model) != before:
+            require_logits(model, what)
         return record
 
     records = change("prune", "pruner"), change("recover", "recovery")
@@ -171,6 +176,12 @@ def changed(step: Callable[..., Any], model: Model, data: Data, name: str) -> Re
             f"{name} returns a {type(record).__name__}; change model.module in place, and return a dictionary or"
             " nothing."
         )
+    try:
+        json.dumps(record)
+    except TypeError as error:
+        raise UserError(
+            f"{name} returns what JSON cannot hold ({error}); put plain numbers and texts into it."
+        ) from error
     notes = settled(model.module)
     return {**(record or {}), "notes": [*(record or {}).get("notes", ()), *notes]} if notes else record
 

@@ -29,6 +29,7 @@ from pq_sweep.core.result import Result
 from pq_sweep.core.weights import prunable
 from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.inputs.own_model import require_logits
 from pq_sweep.job import run as job
 from pq_sweep.job.stages import PREP, Stages, told_of
 from pq_sweep.types import Data, Model, Split, UserError
@@ -573,6 +574,21 @@ def test_masks_that_a_pruner_leaves_on_are_folded() -> None:
     assert sum(parameter.numel() for parameter in model.module.parameters()) == params
     assert record is not None
     assert "fc1.weight" in record["notes"][0]
+
+
+def test_a_record_that_no_file_can_hold_is_refused() -> None:
+    step = lambda model, data: {"kept": torch.ones(2)}  # noqa: E731
+    text = refused(lambda: job.changed(step, digits_cnn(), NO_IMAGES, "pruner=mine"))
+    assert text.startswith("pruner=mine returns what JSON cannot hold (")
+
+
+def test_a_network_that_lost_classes_is_named() -> None:
+    model = digits_cnn()
+    model.module.fc2 = torch.nn.Linear(model.module.fc2.in_features, 5)
+    text = refused(lambda: require_logits(model, "the network after pruner=mine"))
+    assert text.startswith(
+        "the network after pruner=mine gives a float32 tensor (2, 5) for two images where float32 logits"
+    )
 
 
 @pytest.mark.parametrize("returned", [digits_cnn(weights=None), 0.5, [1]])
