@@ -91,14 +91,9 @@ def nm_sparsity(model: Model, data: Data, *, n: int, m: int) -> Record:
 def _targets(model: Model, every_weight: bool = False) -> list[Target]:
     """Return what is pruned, laid out as torch's pruning needs it, or refuse a network that has nothing of the kind."""
     targets = prunable(model.module, every_weight)
-    names = {part: name for name, part in model.module.named_modules()}
+    names = require_parameters(model.module, targets)
     for part, name in targets:
         weight = getattr(part, name)
-        if not isinstance(weight, nn.Parameter):
-            raise UserError(
-                f"the {name} of {names[part] or 'the network'} is no Parameter but computed by a hook or by code, so no"
-                " pruner can set it to zero; give the layer a Parameter of that name, or use pruner=none."
-            )
         if not weight.is_contiguous():
             _refuse_shared(model.module, weight, names[part])
         weight.data = weight.data.contiguous()  # which a channels_last weight is not
@@ -108,6 +103,18 @@ def _targets(model: Model, every_weight: bool = False) -> list[Target]:
             " use pruner=none."
         )
     return targets
+
+
+def require_parameters(module: nn.Module, targets: list[Target]) -> dict[nn.Module, str]:
+    """Return the names of a network's parts, or refuse weights that a hook or other code computes at each call."""
+    names = {part: name for name, part in module.named_modules()}
+    for part, name in targets:
+        if not isinstance(getattr(part, name), nn.Parameter):
+            raise UserError(
+                f"the {name} of {names[part] or 'the network'} is no Parameter but computed by a hook or by code, so no"
+                " pruner can change it; give the layer a Parameter of that name, or use pruner=none."
+            )
+    return names
 
 
 def _refuse_shared(module: nn.Module, weight: nn.Parameter, name: str) -> None:

@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from pq_sweep.compress.blocks import Score, refresh, rounding, shrinkers, stays, traceable
 from pq_sweep.compress.choices import IMPORTANCES
-from pq_sweep.compress.pruners import told
+from pq_sweep.compress.pruners import require_parameters, told
 from pq_sweep.compress.ranking import Pruner
 from pq_sweep.compress.shared import shared_layers
 from pq_sweep.core.environment import device_name
-from pq_sweep.core.weights import LAYERS, network_state, parameters_once, untouched
+from pq_sweep.core.weights import LAYERS, network_state, parameters_once, prunable, untouched
 from pq_sweep.types import About, Data, Model, Record, Stage, UserError, choose
 
 
@@ -47,6 +47,7 @@ def remove(
     history from which `replay` repeats the removal, and what was asked beside what was reached.
     """
     module = model.module
+    require_parameters(module, prunable(module))
     before, notes = _parameters(module), untouched(module)
     multiple = rounding(module, round_to)
     with _trainable(module):

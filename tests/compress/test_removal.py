@@ -670,3 +670,16 @@ def test_layers_that_do_not_fit_any_more_are_named(data: Data) -> None:
 def test_attention_over_keys_of_another_width_is_refused(data: Data) -> None:
     text = refused(lambda: removal.remove(attention(kdim=16), data, **REMOVE))
     assert "kdim or vdim of its own" in text
+
+
+def test_a_weight_that_a_hook_computes_is_named() -> None:
+    """As torch's own hooks of before parametrizations did: the weight is an attribute, set before each call."""
+    layer = nn.Linear(64, 10)
+    kept = nn.Parameter(layer.weight.detach().clone())
+    del layer.weight
+    layer.register_parameter("kept", kept)
+    layer.register_forward_pre_hook(lambda part, _: setattr(part, "weight", part.kept * 2))
+    model = Model(nn.Sequential(nn.Flatten(), layer).eval(), 10, SMALL)
+    model.module(model.sample())
+    text = refused(lambda: remove(model, NO_DATA, amount=0.5))
+    assert text.startswith("the weight of 1 is no Parameter but computed by a hook or by code, so no pruner can")
