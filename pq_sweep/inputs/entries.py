@@ -59,12 +59,13 @@ def nameless(content: Any) -> list[str]:
 
 
 def _dictionaries(content: Any, place: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    if not isinstance(content, Mapping) or place.count(".") > DEEPEST:
+    if not isinstance(content, Mapping | list | tuple) or place.count(".") > DEEPEST:
         return
-    yield place, content
-    for name, value in content.items():
-        if isinstance(name, str):
-            yield from _dictionaries(value, joined(place, name))
+    if isinstance(content, Mapping):
+        yield place, content
+    for name, value in content.items() if isinstance(content, Mapping) else enumerate(content):
+        if isinstance(name, str | int):
+            yield from _dictionaries(value, joined(place, str(name)))
 
 
 def _is_entry(name: Any, value: Any) -> bool:

@@ -41,6 +41,13 @@ PLAIN = trained()
 AVERAGED = trained(seed=43)
 
 WRAPPED: dict[str, Any] = {
+    "a list": [PLAIN, {"lr": 0.1}],
+    "a tuple": (3, PLAIN),
+    "by epoch": {10: PLAIN},
+    "beside an optimizer": {
+        "net": PLAIN,
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{}]},
+    },
     "saved in full": {"epoch": 3, "losses": [0.3, 0.2], "best": None, "state_dict": PLAIN, "lr": 0.1},
     **{key: {key: PLAIN} for key in ("model", "net", "model_state_dict", "weights", "params", "network", "state")},
     "numbers among the weights": PLAIN | {"epoch": 3, "history": [1, 2]},
