@@ -463,6 +463,7 @@ def close(first: Tensor, second: Tensor) -> bool:
     return bool((first - second).abs().max() <= 1e-4 * second.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "amount"), EVERY + SOME)
 @torch.no_grad()
 def test_every_network_loses_channels(name: str, amount: float) -> None:

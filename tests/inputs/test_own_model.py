@@ -96,6 +96,7 @@ def test_other_floats_become_float32(dtype: torch.dtype) -> None:
     assert found.notes == (f"The network's {str(dtype).removeprefix('torch.')} weights were converted to float32.",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "said"),
     [

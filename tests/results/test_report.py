@@ -223,6 +223,7 @@ def test_by_default_the_page_lies_in_the_sweeps_folder(dozen: Sweep, tmp_path: P
     assert told(tmp_path, str(dozen.folder)).stdout == f"report: {dozen.folder}/report.html\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -282,6 +282,7 @@ def test_curand_is_loaded_from_its_package(monkeypatch: pytest.MonkeyPatch, tmp_
 # TensorRT by ONNX Runtime
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "flags"), [(quantizers.none, set()), (fp16, {"fp16"}), (int8, {"int8"}), (quantizers.bf16, {"bf16"})]
 )

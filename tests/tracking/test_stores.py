@@ -149,6 +149,7 @@ def test_sync_to_a_deleted_experiment_says_so_in_one_sentence(uri: str, sweep: P
     assert line.startswith(f"the MLflow experiment {EXPERIMENT!r} was deleted: bring it back by ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", [EXPERIMENT, "Default"], ids=["new", "there"])
 def test_a_store_that_may_only_be_read_is_one_sentence(
     file: Path, sweep: Path, said: list[str], experiment: str

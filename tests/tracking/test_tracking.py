@@ -714,6 +714,7 @@ def test_process_ends_although_its_store_hangs(hanging_server: str, tmp_path: Pa
     assert ended - returned < 10
 
 
+@pytest.mark.slow
 def test_job_waits_for_a_locked_store_a_bounded_time(
     uri: str, tracker: Mlflow, sweep: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -750,6 +751,7 @@ def test_store_that_comes_back_is_used_again(
     assert len(warned(caplog)) == 1
 
 
+@pytest.mark.slow
 def test_store_that_breaks_on_the_way_is_given_up(
     uri: str, tracker: Mlflow, sweep: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
