@@ -25,7 +25,7 @@ test test-fast test-oldest: export OMP_WAIT_POLICY := PASSIVE
 test: install lint
 	$(BIN)/pytest $(PARALLEL) --durations 30 --durations-min 5
 
-# While working on something: what takes seconds; under two minutes on two cores.
+# While working on something: what takes seconds; about two and a half minutes on two cores.
 test-fast: install
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not slurm"
 
