@@ -91,7 +91,7 @@ def _accepted_split(split: Split, name: str, preprocess: Preprocess, classes: in
     prepare, how = preparing(first, preprocess)
     if how:
         notes.append(f"images came as {how}")
-    fetch = partial(_fetch, replace(split), name, preprocess, prepare)
+    fetch = partial(_fetch, split, name, preprocess, prepare)
     fetch([0])
     _require_same(fetch, list(range(min(REPEATED, len(split)))), name)
     return replace(split, fetch=fetch, items=None), notes

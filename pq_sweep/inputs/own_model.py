@@ -44,7 +44,6 @@ def accepted_model(given: Any, target: str) -> Model:
     notes += _eval_mode(module) + settled(module)
     require_finite(module, f"the network of {target}", "check its weights")
     model = replace(model, module=module)
-    _refuse_strangers(model, target)
     notes += _one_output(model, target)
     _check_answers(model, target)
     notes += untouched(module)
@@ -149,7 +148,7 @@ def _float32(module: nn.Module) -> list[str]:
 
 def _one_output(model: Model, target: str) -> list[str]:
     """Have a network that returns several things return its logits alone, if it is plain which they are."""
-    output = _run(model, model.sample(2), f"the network of {target}")
+    output = _run_alone(model, target)
     if isinstance(output, Tensor):
         return _float32_logits(model, output)
     entries = _entries(output)
@@ -244,14 +243,16 @@ class Strangers(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _refuse_strangers(model: Model, target: str) -> None:
+def _run_alone(model: Model, target: str) -> Any:
+    """Return what the network gives for two images, or refuse one that uses weights it does not hold."""
     with Strangers(model.module) as strangers:
-        _run(model, model.sample(2), f"the network of {target}")
+        output = _run(model, model.sample(2), f"the network of {target}")
     if strangers.found:
         raise UserError(
             f"the network of {target} uses weights that it does not hold itself, first of shape"
             f" {tuple(strangers.found[0].shape)}; keep layers in nn.ModuleList or nn.ModuleDict, not in a list or dict."
         )
+    return output
 
 
 def _wrong_output(output: Any, model: Model, what: str) -> str:

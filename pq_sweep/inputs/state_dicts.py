@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pq_sweep.inputs.checkpoints import HOW_TO_SAVE, holds, read_checkpoint
 from pq_sweep.inputs.entries import Entries, State, all_entries, below, joined, nameless, tidied, under
+from pq_sweep.inputs.finite import is_finite
 from pq_sweep.inputs.mismatch import Mismatch, quantized, reshaped
 from pq_sweep.types import UserError
 
@@ -57,7 +58,7 @@ class Network:
     @cached_property
     def infinite(self) -> set[str]:
         """Name the buffers that are not finite by themselves, such as masks of attention."""
-        return {name for name, buffer in self.module.named_buffers() if not _is_finite(buffer)}
+        return {name for name, buffer in self.module.named_buffers() if not is_finite(buffer)}
 
     @cached_property
     def buffers(self) -> set[str]:
@@ -286,17 +287,10 @@ def _refuse_other_values(state: State, expected: State, path: Path) -> None:
         raise UserError(f"model.weights={path} holds {kinds}; give the weights in floating point.")
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Say whether all values are finite; their sum says so in a fraction of the time, unless it overflows."""
-    if not tensor.is_floating_point() or tensor.sum().isfinite():
-        return True
-    return bool(tensor.isfinite().all())
-
-
 def _refuse_infinite(module: nn.Module, may_be: set[str], path: Path) -> None:
     """Refuse weights with NaN or infinity, but where the network has them by itself."""
     state = module.state_dict()
-    names = [name for name, it in state.items() if isinstance(it, Tensor) and name not in may_be and not _is_finite(it)]
+    names = [name for name, it in state.items() if isinstance(it, Tensor) and name not in may_be and not is_finite(it)]
     if names:
         raise UserError(
             f"model.weights={path} has values that are not finite, first {names[0]}"
