@@ -47,6 +47,10 @@ class Cache:
     common: dict[str, Any]
     added: int = field(default=0, init=False)
 
+    def rest_on(self, about: dict[str, Any]) -> None:
+        """Let all entries from now on depend on more."""
+        self.common |= about
+
     @contextmanager
     def alone(self, kind: str, about: dict[str, Any]) -> Iterator[None]:
         """Let one process at a time make an entry, so that others find it made; without room for a lock, none waits."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -14,15 +15,18 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, flag_override
 
-from pq_sweep.core import sources
-from pq_sweep.core.environment import versions
-from pq_sweep.core.places import forget_folders, named_in_code, state_of
+from pq_sweep.core import opened, sources
+from pq_sweep.core.environment import SLURM, versions
+from pq_sweep.core.places import named_in_code, state_of
 from pq_sweep.core.sources import Sources, follow, module_of
 
 # Groups that decide where results go and whether earlier ones count, but not what the results are.
 WITHOUT_EFFECT = ("tracking", "resume", "search", "cache")
 # The options of this package's components that are paths.
 PATHS = {"model": ("weights",), "dataset": ("root",)}
+# Variables of the environment in which each process of a sweep, or each node, may differ.
+OF_A_PROCESS = {"CUDA_VISIBLE_DEVICES", "HOSTNAME", "LOCAL_RANK", "PWD", "RANK", "TMPDIR", *SLURM, "SLURM_LOCALID",
+                "SLURM_PROCID", "SLURM_TMPDIR", "SLURM_CPUS_PER_TASK"}  # fmt: skip
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 # The rooms around jobs, which start and watch jobs and show what they found, and the doors to these rooms.
 AROUND_JOBS = ("sweep", "tracking", "results", "doctor", "cache.py", "gpu_check.py", "recommend.py", "report.py")
@@ -98,12 +102,14 @@ SEEN: dict[str, list[Any]] = {}
 def files_state(options: dict[str, Any]) -> list[Any]:
     """Return values by which one can tell whether the files that a job names are still the same.
 
-    These are the files and folders in options, and those whose paths the code of components spells out.
+    These are the files and folders in options, and those whose paths the code of components spells out. The variables
+    of the environment that such code reads count too.
     """
     named, modules = sorted(set(_paths(options, ours=False))), _own_modules(options)
     if (key := digest([named, modules])) not in SEEN:
-        texts = sorted(_sources(modules).paths)
-        SEEN[key] = _states([*named, *chain.from_iterable(named_in_code(*text) for text in texts)])
+        found = _sources(modules)
+        states = _states([*named, *chain.from_iterable(named_in_code(*text) for text in sorted(found.paths))])
+        SEEN[key] = states + [[name, os.environ.get(name)] for name in sorted(found.variables - OF_A_PROCESS)]
     return _states(_paths(options, ours=True)) + SEEN[key]
 
 
@@ -114,8 +120,8 @@ def _states(names: Iterable[str]) -> list[Any]:
 def look_again() -> None:
     """Forget what files and folders looked like, but for the code that this process runs already."""
     SEEN.clear()
-    forget_folders()
     sources.look_again()
+    opened.look_again()
     _module_of.cache_clear()
     _sources.cache_clear()
     _code.cache_clear()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pq_sweep.core.files import read_json, write_json
+from pq_sweep.core.opened import unchanged
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class JobFolder:
     log = Inside("job.log")
     pruning = Inside("pruning.json")
     layers = Inside("layers.json")
+    opened = Inside("opened.json")
     predictions = Inside("predictions.npy")
     samples = Inside("samples.npz")
     precisions = Inside("precisions.svg")
@@ -74,9 +76,10 @@ class JobFolder:
         return self.path / f"{name}.kept.pt"
 
     def finished(self, fingerprint: str) -> bool:
-        """Say whether the folder holds the result of just this job."""
+        """Say whether the folder holds the result of just this job, and the files that it opened are still the same."""
         found = read_json(self.result)
-        return isinstance(found, dict) and found.get("fingerprint") == fingerprint
+        same = isinstance(found, dict) and found.get("fingerprint") == fingerprint
+        return same and unchanged(read_json(self.opened))
 
     def read_error(self) -> dict[str, Any] | None:
         """Return why the job failed, or None if no failure is known."""
@@ -105,8 +108,8 @@ class JobFolder:
     def clear(self) -> None:
         """Remove what another job left here, so that nothing of it is taken for this one's."""
         self.forget_progress()
-        for path in (self.pruning, self.predictions, self.precisions, self.samples, self.traced, self.exported,
-                     self.weights, self.model):  # fmt: skip
+        for path in (self.pruning, self.opened, self.predictions, self.precisions, self.samples, self.traced,
+                     self.exported, self.weights, self.model):  # fmt: skip
             path.unlink(missing_ok=True)
         for folder in (self.engine, self.dense):
             shutil.rmtree(folder, ignore_errors=True)

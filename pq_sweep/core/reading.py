@@ -22,6 +22,8 @@ BY_NAME = ("import_module", "__import__", "run_module")
 BY_TARGET = ("get_class", "get_method", "get_object")
 # Calls that run a file: the position of its path.
 BY_FILE = {"run_path": 0, "spec_from_file_location": 1, "SourceFileLoader": 1, "load_source": 1}
+# Calls that read a variable of the environment.
+BY_VARIABLE = ("os.getenv", "os.environ.get", "os.environ.pop", "os.environ.setdefault")
 ADDING = {"sys.path.insert": 1, "sys.path.append": 0, "sys.path.extend": 0, "site.addsitedir": 0}
 NOWHERE = 99  # the position of an argument that is only given by its name
 LONGEST = 1000  # characters of a text that may be a path
@@ -31,8 +33,9 @@ LONGEST = 1000  # characters of a text that may be a path
 class Reading:
     """What a module needs: names that may be modules, paths that it spells out, files that it runs as code.
 
-    `packages` are those of which it imports modules by computed names, `search` folders that it adds to `sys.path`, and
-    `blind` a line's number and what that line does that cannot be followed.
+    `packages` are those of which it imports modules by computed names, `search` folders that it adds to `sys.path`,
+    `variables` those of the environment that it reads, and `blind` a line's number and what that line does that cannot
+    be followed.
     """
 
     names: list[str] = field(default_factory=list)
@@ -40,6 +43,7 @@ class Reading:
     paths: list[str] = field(default_factory=list)
     scripts: list[str] = field(default_factory=list)
     search: list[str] = field(default_factory=list)
+    variables: list[str] = field(default_factory=list)
     blind: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -103,6 +107,8 @@ class Reader(ast.NodeVisitor):
         last = name.rpartition(".")[2]
         if name in ADDING:
             self._add_folders(node, _argument(node, ADDING[name]))
+        elif name in BY_VARIABLE:
+            self._note_variable(_argument(node, 0, "key", "varname"))
         elif last in BY_NAME or (last in BY_TARGET and name.startswith("hydra.")):
             self._import(node)
         elif last in BY_FILE:
@@ -114,6 +120,12 @@ class Reader(ast.NodeVisitor):
         elif name in ("exec", "builtins.exec"):
             self.found.blind.append((node.lineno, "runs code that only exists as it runs (exec)"))
         self._note_path(node)
+        self.generic_visit(node)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        """Note the variable of `os.environ["NAME"]`."""
+        if self._dotted(node.value) == "os.environ":
+            self._note_variable(node.slice)
         self.generic_visit(node)
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
@@ -143,6 +155,10 @@ class Reader(ast.NodeVisitor):
     def visit_Constant(self, node: ast.Constant) -> None:
         """Note a text that may be a path."""
         self._note_path(node)
+
+    def _note_variable(self, node: ast.expr | None) -> None:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            self.found.variables.append(node.value)
 
     def _set_path(self, target: ast.expr, value: ast.expr) -> None:
         whole = target.value if isinstance(target, ast.Subscript) else target

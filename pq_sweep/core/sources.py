@@ -56,13 +56,14 @@ class Module:
 class Sources:
     """The files of code behind components, by hash, and versions of the installed packages that they use.
 
-    `paths` are texts that may be paths, each with the file that has it; `blind` says what could not be
-    followed, a sentence each.
+    `paths` are texts that may be paths, each with the file that has it; `variables` those of the environment that it
+    reads; `blind` says what could not be followed, a sentence each.
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     paths: set[tuple[str, Path]] = field(default_factory=set)
+    variables: set[str] = field(default_factory=set)
     blind: list[str] = field(default_factory=list)
 
 
@@ -185,6 +186,7 @@ class Trail:
             return
         self.found.blind += shown(file, reading.blind)
         self.found.paths |= {(path, file) for path in reading.paths}
+        self.found.variables |= set(reading.variables)
         self.waiting += [*reading.names, *reading.packages, *chain.from_iterable(map(self._below, reading.packages))]
         self.search += [folder for folder in map(_absolute, reading.search) if folder not in self.search]
         for script in map(Path, map(_absolute, reading.scripts)):

@@ -16,6 +16,7 @@ from pq_sweep.core.environment import device_name, versions
 from pq_sweep.core.files import read_json, write_json
 from pq_sweep.core.fingerprint import code, digest, files_state, resolved, unfollowed
 from pq_sweep.core.folder import BaselineFolder, JobFolder
+from pq_sweep.core.opened import opened
 from pq_sweep.core.result import Accuracy, Compared, Reference
 from pq_sweep.core.weights import network_state
 from pq_sweep.measure.accuracy import accuracy
@@ -63,14 +64,15 @@ def load_baseline(cfg: DictConfig, model: Model, data: Data, work: Workspace, pr
     # Code that cannot be followed may be another each time that the sweep is started.
     start = sweep.read_manifest().get("started") if unfollowed(parts) else None
     weights = network_state(model)  # a function may take them from where no option and no code that is read says
-    whole = digest([parts, where, code(parts), files_state(parts), versions(), start, weights])
-    files = BaselineFolder(sweep.baselines / whole)
-    files.path.mkdir(parents=True, exist_ok=True)
-    with FileLock(files.lock):
-        if not _is_whole(files):
-            _take_or_measure(model, data, work, protocol, files, {"options": parts, "device": where[1]})
-    figures, layers = read_json(files.figures), read_json(files.layers)
-    return Baseline(Reference.of(figures), np.load(files.predictions), layers)
+    files = [files_state(parts), opened([cfg.model, cfg.dataset], sweep.path)]
+    whole = digest([parts, where, code(parts), files, versions(), start, weights])
+    folder = BaselineFolder(sweep.baselines / whole)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.lock):
+        if not _is_whole(folder):
+            _take_or_measure(model, data, work, protocol, folder, {"options": parts, "device": where[1]})
+    figures, layers = read_json(folder.figures), read_json(folder.layers)
+    return Baseline(Reference.of(figures), np.load(folder.predictions), layers)
 
 
 def _is_whole(files: BaselineFolder) -> bool:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pq_sweep.compress.choices import CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS
 from pq_sweep.core.fingerprint import plain_items, spelled
+from pq_sweep.core.opened import noting
 from pq_sweep.core.sources import find_module, module_of
 from pq_sweep.runtimes import precision_of
 from pq_sweep.types import RuntimeChoice, UserError
@@ -201,7 +202,8 @@ def _combination(cfg: DictConfig) -> Iterator[str]:
     if not DEVICE.fullmatch(str(cfg.device)) or any(True for _ in _kinds("runtime", cfg.runtime)):
         return
     try:
-        precision = precision_of(get_method(cfg.quantizer._target_))
+        with noting(cfg.quantizer):
+            precision = precision_of(get_method(cfg.quantizer._target_))
         runtime: RuntimeChoice = instantiate(cfg.runtime, _convert_="all")
         if cfg.device != "auto":
             runtime.resolve(precision, str(cfg.device))

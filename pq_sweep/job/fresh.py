@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from pq_sweep.core.files import read_json
 from pq_sweep.core.fingerprint import SEEN, file_hash
+from pq_sweep.core.opened import Opened
 from pq_sweep.core.result import Speed
 from pq_sweep.core.sources import fix_search_path
 from pq_sweep.job.repeats import RepeatFailed, Tell
@@ -54,6 +55,9 @@ class KeptStages(Stages):
 
     def _write(self) -> None:
         """Leave `progress.json` to the job."""
+
+    def note_opened(self, found: Opened) -> None:
+        """Leave `opened.json` to the job."""
 
 
 def check_artifact(path: Path, expected: str) -> None:

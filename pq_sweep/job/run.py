@@ -24,6 +24,7 @@ from pq_sweep.core.environment import device_name, resolve_device
 from pq_sweep.core.files import write_json
 from pq_sweep.core.fingerprint import digest, fingerprint, resolved, spelled
 from pq_sweep.core.folder import JobFolder
+from pq_sweep.core.opened import noting, opened
 from pq_sweep.core.result import Accuracy, Network, Result, Speed
 from pq_sweep.core.threads import use_threads
 from pq_sweep.core.weights import structure
@@ -81,12 +82,14 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         plan = prepare(cfg, stage)
         with stage("load"):
             model, data = load(cfg, plan.work.device)
+        note_files(cfg, stage)
         with stage("baseline"):
             baseline = load_baseline(cfg, model, data, plan.work, plan.protocol)
         pruning, recovery = compress(plan, model, data, stage)
         network, formats = look_at_network(model, data, baseline, stage)
         notes = describe_notes(model, data, pruning, recovery)
-        session = plan.runtime.open(model, plan.quantizer, data, plan.work)
+        with noting(cfg.quantizer, cfg.runtime):
+            session = plan.runtime.open(model, plan.quantizer, data, plan.work)
         del model  # from here on only the session holds memory
         save_layers(session, baseline, stage.files)
         accuracy, predictions = evaluate(plan, session, data, stage)
@@ -111,6 +114,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             config=resolved(cfg),
             environment=environment,
         )
+        note_files(cfg, stage)
         save(stage, result, pruning)
     return result
 
@@ -141,10 +145,20 @@ def possible_runtime(cfg: DictConfig, quantizer: Quantizer, device: str) -> Runt
 
 def load(cfg: DictConfig, device: str) -> tuple[Model, Data]:
     """Return the model on its device and the data as the model takes it."""
-    model = accepted_model(component(cfg.model)(), cfg.model._target_)
-    data = accepted_data(component(cfg.dataset)(model), model, cfg.dataset._target_)
+    with noting(cfg.model):
+        model = accepted_model(component(cfg.model)(), cfg.model._target_)
+    with noting(cfg.dataset):
+        data = accepted_data(component(cfg.dataset)(model), model, cfg.dataset._target_)
     model.module.to(device)
     return model, data
+
+
+def note_files(cfg: DictConfig, stage: Stages) -> None:
+    """Write which files the job's components opened, and let what the cache keeps rest on those of the model."""
+    sweep = stage.files.sweep.path
+    stage.note_opened(opened((options for options in cfg.values() if isinstance(options, DictConfig)), sweep))
+    if stage.cache:
+        stage.cache.rest_on({"opened": digest(opened([cfg.model], sweep))})
 
 
 def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Record | None, Record | None]:
@@ -153,8 +167,9 @@ def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Recor
     def change(name: str, group: str) -> Any:
         config, before = plan.cfg[group], structure(model)
         origin = origin_of(config, data, plan.work.device)
-        step = partial(changed, with_stage(component(config), stage), model, data, f"{group}={config._target_}")
-        record = change_once(stage, name, model, step, origin)
+        with noting(config):
+            step = partial(changed, with_stage(component(config), stage), model, data, f"{group}={config._target_}")
+            record = change_once(stage, name, model, step, origin)
         model.module.eval()  # a function of the user's may leave it as training needs it
         what = f"the network after {group}={config._target_}"
         require_finite(model.module, what, f"change the options of {group}")

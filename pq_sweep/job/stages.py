@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pq_sweep.core.environment import slurm
 from pq_sweep.core.files import read_json, write_json
 from pq_sweep.core.folder import JobFolder
+from pq_sweep.core.opened import Opened, merged, unchanged
 from pq_sweep.core.result import Preparation
 from pq_sweep.types import About, Record, Stopped
 
@@ -102,7 +103,7 @@ class Stages:
     def resume(self, key: str) -> None:
         """Take over what an earlier try of the same job finished, or clear away what another job left."""
         earlier = read_json(self.files.progress) or {}
-        if earlier.get("key") != key:
+        if earlier.get("key") != key or not unchanged(read_json(self.files.opened)):
             earlier = {}
             self.files.clear()
         self.key, self.kept = key, earlier.get("kept", {})
@@ -116,6 +117,10 @@ class Stages:
     def _write(self) -> None:
         state = {"key": self.key, "tries": self.tries, "seconds": self.seconds, "kept": self.kept}
         write_json(self.files.progress, state)
+
+    def note_opened(self, found: Opened) -> None:
+        """Write which files components opened, in this try or an earlier one: the result holds while they are so."""
+        write_json(self.files.opened, merged(read_json(self.files.opened) or {}, found))
 
     def has(self, name: str) -> bool:
         """Say whether a part is finished and its files still have the sizes that they had then."""

@@ -106,6 +106,38 @@ def test_weights_that_were_trained_again_show(mine: Path, cache: str) -> None:
     assert all(accuracy == reference for accuracy, reference in found)
 
 
+COMPUTED = """
+import json
+from pathlib import Path
+
+import torch
+from my_models import make as plain
+
+def make(name="net"):
+    model, suffix = plain(), "json" if torch.rand(1) < 2 else "yaml"
+    if json.loads(Path(f"{name}.{suffix}").read_text())["flip"]:
+        model.module.register_forward_pre_hook(lambda module, inputs: inputs[0].flip(2))
+    return model
+"""
+
+
+def test_a_file_counts_that_code_opens_by_a_computed_path(mine: Path) -> None:
+    """Its content changes what the network answers and none of its weights, so nothing else could tell."""
+    (mine / "my_flips.py").write_text(COMPUTED)
+    (mine / "conf" / "model" / "mine.yaml").write_text("# My own\n_target_: my_flips.make\n")
+    found = []
+    for flip in ("false", "true"):
+        (mine / "net.json").write_text(f'{{"flip": {flip}}}')
+        done = sweep(mine, "first", "runtime=torch,onnxruntime", "cache=on")
+        assert "reused" not in done.stdout + done.stderr
+        found.append(accuracies(mine / "first"))
+    assert found[0] != found[1]
+    assert all(accuracy == reference for accuracy, reference in found)
+    assert "reused" in (done := sweep(mine, "first", "runtime=torch,onnxruntime", "cache=on")).stdout + done.stderr
+    sweep(mine, "second", *ONNX, "cache=on")
+    assert accuracies(mine / "second") == found[1]
+
+
 def test_a_helper_of_a_pruner_counts(mine: Path) -> None:
     found = []
     for rows in (1, 9):
