@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from forked import Forks
 
 from pq_sweep.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"  # where a process of its own finds what tests share
 SHARED = ROOT.parent / "shared" / "data"
+
+FORKS = Forks(ROOT)
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Ran = tuple[Path, subprocess.CompletedProcess[str]]
@@ -68,6 +71,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for name, reason in missing.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_unconfigure() -> None:
+    FORKS.close()
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -143,6 +150,8 @@ def python(
     arguments: Sequence[str], folder: Path, env: dict[str, str], timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run this Python with `arguments` in `folder` and return what it printed."""
+    if FORKS.can_run(arguments, env):
+        return FORKS.run(arguments, folder, env, timeout)
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 

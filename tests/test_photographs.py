@@ -20,7 +20,8 @@ TOP1 = {"resnet18": 0.962, "mobilenet_v2": 0.982, "squeezenet1_1": 0.924}  # of 
 SHORT = ("measure.batch_sizes=[1]", "measure.threads=1", "measure.iterations=5", "measure.max_s=0.1", "tracking=none")
 QUANTIZED = ("quantizer=none,fp16,int8", "runtime=onnxruntime")
 AMOUNTS = (0.5, 0.7)
-EVERY, HALF = 500, 250  # photographs; half are stratified, and pruners are further apart than that many can hide
+# Photographs; fewer than all are stratified, and pruners are further apart than half of them can hide.
+EVERY, HALF, SOME = 500, 250, 150
 
 Sweep = Callable[..., tuple[Path, list[dict[str, Any]]]]
 
@@ -90,7 +91,7 @@ class Photographs:
         right = sum(classes[answer] == Path(image).parent.name for image, answer in expected.items())
         assert len(images) == self.images
         assert dense["accuracy"]["top1"] == torch_job["accuracy"]["top1"] == right / self.images
-        assert right / self.images == pytest.approx(TOP1[self.name], abs=0 if self.images == EVERY else 0.03)
+        assert right / self.images == pytest.approx(TOP1[self.name], abs=0 if self.images == EVERY else 0.04)
         baseline = np.load(next(folder.glob("baseline/*/predictions.npy")))
         assert dict(zip(images, baseline.tolist(), strict=True)) == expected
         assert dict(zip(images, np.load(folder / "0" / "predictions.npy").tolist(), strict=True)) == expected
@@ -140,7 +141,7 @@ class TestResnet18(Photographs):
 
 
 class TestSqueezenet(Photographs):
-    name, points, images = "squeezenet1_1", 2.0, HALF
+    name, points, images = "squeezenet1_1", 2.0, SOME
 
     def test_later_sweeps_decode_nothing_and_answer_the_same(self, sweep: Sweep) -> None:
         first, (one, *_) = self.quantized(sweep)
@@ -153,7 +154,7 @@ class TestSqueezenet(Photographs):
 
 
 class TestMobilenet(Photographs):
-    name, points, images = "mobilenet_v2", 2.0, HALF
+    name, points, images = "mobilenet_v2", 2.0, SOME
 
     def test_mixed_precision(self, sweep: Sweep) -> None:
         """Two points of the calibration images are allowed, the worst layers stay, and most are in 8 bit."""
