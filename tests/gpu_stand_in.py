@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import sys
+import tempfile
 from enum import IntEnum
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -18,6 +19,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -31,6 +33,36 @@ def array_at(address: int, shape: tuple[int, ...]) -> np.ndarray:
     """Return the float32 array at an address."""
     size = int(np.prod(shape))
     return np.ctypeslib.as_array((ctypes.c_float * size).from_address(address)).reshape(shape)
+
+
+# CUDA has kernels for these, but their answers lie in the host's memory, so ONNX Runtime leaves them, and all that is
+# worked out from them, to the CPU (its core/framework/fallback_cpu_capability.cc).
+SHAPES = {"Shape", "Size"}
+FORBIDDEN = "session.disable_cpu_ep_fallback"
+ON_THE_CPU = (
+    "[ONNXRuntimeError] : 1 : FAIL : This session contains graph nodes that are assigned to the default CPU EP, but"
+    " fallback to CPU EP has been explicitly disabled by the user."
+)
+
+
+def forbids_the_cpu(settings: Any) -> bool:
+    return bool(settings.get_session_config_entry(FORBIDDEN) == "1")
+
+
+def optimized(path: Path, settings: Any, disabled: list[str]) -> tuple[Any, set[str]]:
+    """Load a graph on the CPU as it is to be loaded, and name the operators that are left when providers share it.
+
+    That is after the first level of optimization, which is the same for all of them.
+    """
+    strict = forbids_the_cpu(settings)
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    settings.add_session_config_entry(FORBIDDEN, "0")
+    with tempfile.TemporaryDirectory() as folder:
+        settings.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        session = real_session(path, settings, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
+        operators = {node.op_type for node in onnx.load(settings.optimized_model_filepath).graph.node}
+    settings.add_session_config_entry(FORBIDDEN, str(int(strict)))
+    return session, operators
 
 
 class Gpu:
@@ -54,7 +86,9 @@ class Gpu:
     def __init__(self, path: Path, settings: Any, *, providers: Any, **kwargs: Any) -> None:
         ((self.provider, self.options),) = providers
         self.settings, self.kwargs = settings, kwargs
-        self.inner = real_session(path, providers=["CPUExecutionProvider"])
+        self.inner, self.operators = optimized(path, settings, kwargs["disabled_optimizers"])
+        if self.provider == "CUDAExecutionProvider" and SHAPES & self.operators and forbids_the_cpu(settings):
+            raise RuntimeError(ON_THE_CPU)
         self.ran: list[int] = []
         Gpu.sessions.append(self)
         if self.provider == "TensorrtExecutionProvider":

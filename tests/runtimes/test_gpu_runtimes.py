@@ -10,7 +10,7 @@ import os
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -32,6 +32,8 @@ from PIL import Image
 from provider_options import DOCUMENTED
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.nn import Module
+from torchvision.models import SwinTransformer, VisionTransformer
 
 from pq_sweep.compress import quantizers
 from pq_sweep.core.cache import Cache
@@ -41,7 +43,7 @@ from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.results.shipping import render
 from pq_sweep.runtimes import RuntimeMismatch, cuda, engines, library_error, make_graph, ort, ort_session, precision_of
 from pq_sweep.runtimes.cuda import TF32_OVERRIDE, record_graph
-from pq_sweep.types import Data, Session, UserError, Workspace
+from pq_sweep.types import Data, Model, Preprocess, Session, UserError, Workspace
 
 fp16 = functools.partial(quantizers.fp16, exclude=[])
 int8 = functools.partial(quantizers.int8, calibration="minmax", images=16, exclude=[], percentile=99.9)
@@ -215,8 +217,77 @@ def test_images_and_logits_stay_on_the_device(tmp_path: Path, doubling: Path) ->
     assert not images.is_contiguous()
     assert torch.equal(session(images), images * 2)
     assert session.engine.endswith(CUDA)
-    # Kernels were chosen for each batch size before anything is timed.
-    assert Gpu.sessions[0].ran == [*SIZES, 4]
+    # Kernels were chosen for each batch size before anything is timed, and no other size is ever run.
+    assert [run.ran for run in Gpu.sessions] == [[*SIZES, 8]]
+    assert session.details["session_per_batch_size"] is False
+
+
+@pytest.fixture
+def flattening(tmp_path: Path) -> Path:
+    """A graph that works out the shape of its answer from that of its images, as transformers of torchvision do."""
+    four = numpy_helper.from_array(np.array([-1], dtype=np.int64), "rest")
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+        for name, shape in (("input", [2, 2]), ("logits", [4]))
+    ]
+    nodes = [
+        helper.make_node("Shape", ["input"], ["count"], end=1),
+        helper.make_node("Concat", ["count", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["input", "shape"], ["flat"]),
+        helper.make_node("Neg", ["flat"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "flattening", ends[:1], ends[1:], [four])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "flattening.onnx")
+    return tmp_path / "flattening.onnx"
+
+
+def test_a_graph_that_works_out_shapes_gets_a_session_for_each_batch_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flattening: Path
+) -> None:
+    """ONNX Runtime would do that on the CPU, which is forbidden."""
+    monkeypatch.setattr(ort, "library_error", lambda provider: "")
+    with pytest.raises(RuntimeMismatch, match="contains graph nodes that are assigned to the default CPU EP"):
+        ort_session(flattening, CUDA, {}, replace(workspace(tmp_path / "free"), device="cuda:0"))
+    session = on_cuda(tmp_path, flattening)
+    images = torch.arange(44.0).reshape(11, 2, 2)
+
+    assert torch.equal(session(images), -images.flatten(1))
+    assert [run.get_inputs()[0].shape[0] for run in Gpu.sessions[-2:]] == list(SIZES)
+    assert [run.ran for run in Gpu.sessions[-2:]] == [[1], [8, 8, 8]]
+    assert session.details["session_per_batch_size"] is True
+
+
+def vit() -> Module:
+    """A small network of the same code as vit_b_16."""
+    return VisionTransformer(16, 8, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8, num_classes=4)
+
+
+def swin() -> Module:
+    """A small network of the same code as swin_t."""
+    return SwinTransformer([4, 4], 8, [1, 2], [1, 1], [2, 2], num_classes=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [vit, swin])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_transformers_leave_the_cpu_nothing_to_do(
+    data: Data, tmp_path: Path, network: Callable[[], Module], precision: str
+) -> None:
+    torch.manual_seed(0)
+    model = Model(network().eval(), 4, Preprocess(size=16, resize=16, channels=3))
+    with torch.no_grad():
+        for parameter in model.module.parameters():  # torchvision begins with a last layer of zeros
+            parameter.normal_(std=0.5)
+    what = QUANTIZERS[precision]
+    graph, _ = make_graph(model, what, data, workspace(tmp_path / "graph"), form="cpu")
+    work = replace(workspace(tmp_path / "job"), device="cuda:0", batch_sizes=(1, 4))
+    session = runtime("onnxruntime").load(graph, what, work, {})
+
+    assert session.details["session_per_batch_size"] is True
+    assert [run.get_inputs()[0].shape for run in Gpu.sessions] == [[size, 3, 16, 16] for size in (1, 4)]
+    images = model.sample(6)
+    assert relative_error(torch_logits(model.module, images), session(images).numpy()) < 0.02
 
 
 def test_a_session_that_fell_back_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, doubling: Path) -> None:
