@@ -101,6 +101,7 @@ class Machine:
         self.local = threading.local()
         self.handles = itertools.count(1)
         self.default = [Stream(self, device, 0) for device in (0, 1)]
+        self.streams: dict[int, Stream] = {}  # by handle
         self.graphs: list[Graph] = []
         self.recording: tuple[Graph, Stream] | None = None
         self.capture_stream: Stream | None = None  # of torch.cuda.graph, which makes one for all devices
@@ -124,7 +125,12 @@ class Machine:
         setattr(self.local, f"stream{stream.device_index}", stream)
 
     def new_stream(self, device: Any = None) -> Stream:
-        return Stream(self, self.current if device is None else index_of(device), next(self.handles))
+        stream = Stream(self, self.current if device is None else index_of(device), next(self.handles))
+        self.streams[stream.cuda_stream] = stream
+        return stream
+
+    def stream_at(self, handle: int) -> Stream:
+        return self.streams[handle] if handle else self.default[self.current]
 
     def synchronize(self, device: Any = None) -> None:
         self.stream_of(device).synchronize()

@@ -71,14 +71,15 @@ class Torch:
         call = inferring(compiled(network, self.compile) if self.compile else network)
         if self.compile or self.cuda_graph:
             with work.stage("build"):
-                call = BySize({size: self._ready(call, model.sample(size).float()) for size in work.batch_sizes})
+                ready = {size: self._ready(call, model.sample(size).float(), work.device) for size in work.batch_sizes}
+                call = BySize(ready)
         return CallSession(call, "torch", self._engine(), work.device, artifact, details, self._release)
 
-    def _ready(self, call: Call, images: Tensor) -> Call:
+    def _ready(self, call: Call, images: Tensor, device: str) -> Call:
         """Compile the call for a batch of this size, and record it; torch.compile records at the second call."""
         for _ in range(3 if self.compile in GRAPH_MODES else 1):
             call(images)
-        return record_graph(call, images) if self.cuda_graph else call
+        return record_graph(call, images, device) if self.cuda_graph else call
 
     def _engine(self) -> str:
         import torch
