@@ -24,6 +24,7 @@ from independent import onnx_logits, relative_error, runtime, snr_db, torch_logi
 from onnx import numpy_helper
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 from pq_sweep.compress import quantizers
 from pq_sweep.compress.quantizers import quantizer
@@ -389,10 +390,10 @@ def test_logits_of_compiled_cuda_graphs_outlive_the_next_call(
     assert made == [{"mode": mode, "fullgraph": True, "dynamic": False}]
 
 
-def test_modes_with_cuda_graphs_are_those_of_the_installed_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modes_with_cuda_graphs_are_those_of_the_installed_torch() -> None:
     assert tuple(mode for mode in COMPILE_MODES if overwrites(mode)) == GRAPH_MODES
-    monkeypatch.setattr(torch._inductor.config.triton, "cudagraphs", True)  # as TORCHINDUCTOR_CUDAGRAPHS=1 does
-    assert overwrites("default")
+    with inductor.patch({"triton.cudagraphs": True}):  # as TORCHINDUCTOR_CUDAGRAPHS=1 does
+        assert overwrites("default")
 
 
 def test_what_cannot_be_compiled_is_an_error_and_not_eager(data: Data, tmp_path: Path) -> None:
