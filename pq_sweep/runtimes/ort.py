@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-import sysconfig
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 ENVIRONMENTS = "see environment.yml (V100, A100) or environment-cu13.yml"
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
+# Beside what torch loads when it is imported: cuRAND is in a package of its own, and of cuDNN torch loads one library
+# that opens the others when it needs them, while ONNX Runtime 1.20 links all of them.
+PRELOADED = ("*/lib/libcurand.so.*", "*/lib/libcudnn*.so.*")
 SHAPES = ("Shape", "Size")  # the operators by which a graph learns how many images it was given
 REASON = re.compile(
     r"(CUDA failure \d+: [^;]+|Invalid TensorRT EP option: [\w.]+|Unknown provider option: \S+"
@@ -271,13 +275,20 @@ def _is_node(event: dict[str, Any]) -> bool:
 def preload_gpu_libraries() -> None:
     """Load CUDA's libraries, which ONNX Runtime's providers link, from the installed packages.
 
-    Importing torch loads nearly all of them; cuRAND comes in a package of its own that torch does not load.
+    Importing torch loads nearly all of them, `PRELOADED` has the others. What does not load is left to the provider,
+    whose error names it.
     """
     import torch  # noqa: F401
 
-    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
-    for library in sorted(packages.glob("*/lib/libcurand.so.*")):
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    for library in sorted(path for folder in nvidia_packages() for name in PRELOADED for path in folder.glob(name)):
+        with suppress(OSError):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def nvidia_packages() -> list[Path]:
+    """Return the folders of NVIDIA's packages: one for each place where packages are installed."""
+    found = find_spec("nvidia")
+    return [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
 
 
 def library_error(provider: str) -> str:

@@ -335,17 +335,28 @@ def test_the_loader_says_why_a_provider_cannot_be_had(monkeypatch: pytest.Monkey
     assert library_error("CPUExecutionProvider") == ""
 
 
-def test_curand_is_loaded_from_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """ONNX Runtime links it, and torch brings it without loading it, or not at all."""
-    library = tmp_path / "nvidia" / "cu13" / "lib" / "libcurand.so.10"
-    library.parent.mkdir(parents=True)
-    library.touch()
-    loaded: list[tuple[str, int]] = []
-    monkeypatch.setattr(ort.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(ort.ctypes, "CDLL", lambda path, mode: loaded.append((path, mode)))
+def test_libraries_that_torch_leaves_out_are_loaded_from_their_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ONNX Runtime links them; packages may lie in several places, such as a user's and the system's."""
+    names = ("cu13/lib/libcurand.so.10", "cudnn/lib/libcudnn.so.9", "cudnn/lib/libcudnn_adv.so.9")
+    libraries = [tmp_path / place / "nvidia" / name for place, name in zip("abb", names, strict=True)]
+    for library in libraries:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.touch()
+    tried: list[tuple[str, int]] = []
+
+    def load(path: str, mode: int) -> None:
+        tried.append((path, mode))
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "a"), str(tmp_path / "b"), *sys.path])
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.setattr(ort.ctypes, "CDLL", load)
     ort.preload_gpu_libraries()
 
-    assert loaded == [(str(library), ctypes.RTLD_GLOBAL)]
+    ours = [(path, mode) for path, mode in tried if path.startswith(str(tmp_path))]
+    assert ours == [(str(library), ctypes.RTLD_GLOBAL) for library in libraries]
 
 
 # TensorRT by ONNX Runtime
