@@ -7,10 +7,10 @@ any other name is an error here.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import sys
+import tempfile
 from enum import IntEnum
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -18,11 +18,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
+from cuda_stand_in import CudaError, Machine
 
-from pq_sweep.runtimes import engines, ort
+from pq_sweep.runtimes import engines
 
 real_session = onnxruntime.InferenceSession
 
@@ -31,6 +33,36 @@ def array_at(address: int, shape: tuple[int, ...]) -> np.ndarray:
     """Return the float32 array at an address."""
     size = int(np.prod(shape))
     return np.ctypeslib.as_array((ctypes.c_float * size).from_address(address)).reshape(shape)
+
+
+# CUDA has kernels for these, but their answers lie in the host's memory, so ONNX Runtime leaves them, and all that is
+# worked out from them, to the CPU (its core/framework/fallback_cpu_capability.cc).
+SHAPES = {"Shape", "Size"}
+FORBIDDEN = "session.disable_cpu_ep_fallback"
+ON_THE_CPU = (
+    "[ONNXRuntimeError] : 1 : FAIL : This session contains graph nodes that are assigned to the default CPU EP, but"
+    " fallback to CPU EP has been explicitly disabled by the user."
+)
+
+
+def forbids_the_cpu(settings: Any) -> bool:
+    return bool(settings.get_session_config_entry(FORBIDDEN) == "1")
+
+
+def optimized(path: Path, settings: Any, disabled: list[str]) -> tuple[Any, set[str]]:
+    """Load a graph on the CPU as it is to be loaded, and name the operators that are left when providers share it.
+
+    That is after the first level of optimization, which is the same for all of them.
+    """
+    strict = forbids_the_cpu(settings)
+    settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    settings.add_session_config_entry(FORBIDDEN, "0")
+    with tempfile.TemporaryDirectory() as folder:
+        settings.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        session = real_session(path, settings, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
+        operators = {node.op_type for node in onnx.load(settings.optimized_model_filepath).graph.node}
+    settings.add_session_config_entry(FORBIDDEN, str(int(strict)))
+    return session, operators
 
 
 class Gpu:
@@ -42,6 +74,7 @@ class Gpu:
     engines: ClassVar[int] = 1
     slow_in: ClassVar[tuple[str, ...]] = ()
     builds: ClassVar[int] = 0
+    machine: ClassVar[Machine]
 
     def __new__(cls, *args: Any, providers: Any, **kwargs: Any) -> Any:
         """Leave to ONNX Runtime what is to run on the CPU."""
@@ -54,7 +87,9 @@ class Gpu:
     def __init__(self, path: Path, settings: Any, *, providers: Any, **kwargs: Any) -> None:
         ((self.provider, self.options),) = providers
         self.settings, self.kwargs = settings, kwargs
-        self.inner = real_session(path, providers=["CPUExecutionProvider"])
+        self.inner, self.operators = optimized(path, settings, kwargs["disabled_optimizers"])
+        if self.provider == "CUDAExecutionProvider" and SHAPES & self.operators and forbids_the_cpu(settings):
+            raise RuntimeError(ON_THE_CPU)
         self.ran: list[int] = []
         Gpu.sessions.append(self)
         if self.provider == "TensorrtExecutionProvider":
@@ -89,9 +124,14 @@ class Gpu:
 
     def run_with_iobinding(self, binding: Binding, options: Any) -> None:
         assert options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
-        images = binding.bound["input"]
+        images, device = binding.bound["input"], int(self.options["device_id"])
         self.ran.append(len(images))
-        binding.bound["logits"][:] = self.inner.run(None, {"input": images})[0]
+
+        def work() -> None:
+            binding.bound["logits"][:] = self.inner.run(None, {"input": images})[0]
+
+        Gpu.machine.current = device  # the provider makes its device the current one, and leaves it so
+        Gpu.machine.hand_over(work, Gpu.machine.stream_at(int(self.options["user_compute_stream"])))
 
 
 class Binding:
@@ -107,8 +147,12 @@ class Binding:
     bind_output = bind_input
 
 
-def tensorrt(version: str = "10.13.3.9") -> Any:
-    """Return a module like `tensorrt` whose engines are ONNX graphs that run on the CPU."""
+def tensorrt(machine: Machine, version: str = "10.13.3.9") -> Any:
+    """Return a module like `tensorrt` whose engines are ONNX graphs that run on the CPU.
+
+    As TensorRT's guide says, an engine belongs to the device that is current when it is loaded, and a context is no
+    longer used by anyone else once a graph was recorded with it.
+    """
     told: dict[str, Any] = {"flags": set(), "profiles": [], "contexts": [], "says": {}}
 
     class Severity(IntEnum):
@@ -195,19 +239,21 @@ def tensorrt(version: str = "10.13.3.9") -> Any:
 
     class Context:
         def __init__(self, engine: Engine) -> None:
-            self.engine = engine
+            self.engine, self.recorded = engine, False
             self.addresses: dict[str, int] = {}
             told["contexts"].append(self)
-
-            self.stream, (self.least, _, self.most) = 7, engine.profiles[0]  # what a new context starts with
+            self.least, _, self.most = engine.profiles[0]  # what a new context starts with
 
         def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+            self.engine.be_current()
+            assert machine.stream_at(stream).device_index == self.engine.device
             self.least, _, self.most = self.engine.profiles[index]
-            self.stream = stream
             return True
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             assert self.least[0] <= shape[0] <= self.most[0]
+            if self.recorded:
+                raise CudaError("a graph was recorded with this context, and its memory is the graph's")
             self.shape = shape
             return True
 
@@ -216,16 +262,22 @@ def tensorrt(version: str = "10.13.3.9") -> Any:
             return True
 
         def execute_async_v3(self, stream: int) -> bool:
-            assert stream == self.stream == 7
-            logits = self.engine.inner.run(None, {"input": array_at(self.addresses["input"], self.shape)})[0]
-            array_at(self.addresses["logits"], logits.shape)[:] = logits
+            self.engine.be_current()
+            addresses, shape = dict(self.addresses), self.shape
+
+            def work() -> None:
+                logits = self.engine.inner.run(None, {"input": array_at(addresses["input"], shape)})[0]
+                array_at(addresses["logits"], logits.shape)[:] = logits
+
+            self.recorded = machine.recording is not None
+            machine.hand_over(work, machine.stream_at(stream))
             return not told.get("cannot_run")
 
     class Engine:
         device_memory_size_v2 = 4096
 
         def __init__(self, plan: bytes) -> None:
-            content = json.loads(plan)
+            content, self.device = json.loads(plan), machine.current
             self.inner = real_session(bytes.fromhex(content["graph"]), providers=["CPUExecutionProvider"])
             self.profiles = content["profiles"]
 
@@ -237,7 +289,12 @@ def tensorrt(version: str = "10.13.3.9") -> Any:
             assert name == "input"
             return [tuple(shape) for shape in self.profiles[profile_index]]
 
+        def be_current(self) -> None:
+            if machine.current != self.device:
+                raise CudaError(f"the engine is one of cuda:{self.device}, and cuda:{machine.current} is current")
+
         def create_execution_context(self) -> Context:
+            self.be_current()
             return Context(self)
 
         def create_engine_inspector(self) -> Any:
@@ -279,14 +336,9 @@ def layer(name: str, tactic: str, form: str) -> dict[str, Any]:
     return {"Name": name, "TacticName": tactic, "Outputs": [{"Name": "output", "Format/Datatype": form}]}
 
 
-@contextlib.contextmanager
-def no_device(device: str) -> Any:
-    """Stand in for torch.cuda.device."""
-    yield
-
-
-def as_a100(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make this machine one with an A100, whose memory is the CPU's, with ONNX Runtime's providers and TensorRT 10."""
+def as_a100(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Make this machine one with A100s, whose memory is the CPU's, with ONNX Runtime's providers and TensorRT 10."""
+    machine = Machine().install(monkeypatch)
     providers = [f"{name}ExecutionProvider" for name in ("Tensorrt", "CUDA", "CPU")]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Gpu)
@@ -294,11 +346,8 @@ def as_a100(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = {"sessions": [], "ran_on": None, "elsewhere": {}, "engines": 1, "slow_in": (), "builds": 0}
     for name, value in fresh.items():
         monkeypatch.setattr(Gpu, name, value)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(Gpu, "machine", machine, raising=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(engines, "device_name", lambda device: "NVIDIA A100-SXM4-40GB")
-    monkeypatch.setattr(torch.cuda, "device", no_device)
-    monkeypatch.setattr(
-        ort, "model_input", lambda session, size, device: torch.zeros(size, *session.get_inputs()[0].shape[1:])
-    )
-    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt())
+    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt(machine))
+    return machine

@@ -70,7 +70,7 @@ def _each_size(
 
 def _paired(dense: Session, session: Session, images: Tensor, protocol: Protocol) -> tuple[Paired, Samples]:
     """Time a session in turn with one of the uncompressed model, on the device's clock."""
-    clock = HostClock() if session.device == "cpu" else CudaClock()
+    clock = HostClock() if session.device == "cpu" else CudaClock(session.device)
     return paired(lambda: session(images), lambda: dense(images), clock, protocol)
 
 
@@ -124,7 +124,7 @@ def _watched(
 
 def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Latency, Samples]:
     """Time the device, then the way from host to host, then calls that are handed over without waiting."""
-    clock, pinned = CudaClock(), images.cpu().pin_memory()
+    clock, pinned = CudaClock(session.device), images.cpu().pin_memory()
     figures, device = _watched(session, lambda: session(images), clock, protocol, len(images))
 
     def there_and_back() -> Tensor:

@@ -61,24 +61,26 @@ class HostClock:
 
 @dataclass
 class CudaClock:
-    """Device time of one call by CUDA events on the current stream, in ns, one call in flight.
+    """Device time of one call by CUDA events on the session's stream of a device, in ns, one call in flight.
 
     `enqueue_ns` is how long the host took to hand over each call: if the device waits for its host, the events do not
     time the device.
     """
 
+    device: str
     name: str = "cuda_event"
     enqueue_ns: list[int] = field(default_factory=list)
 
     def __call__(self, call: Call) -> int:
         import torch
 
+        stream = torch.cuda.current_stream(self.device)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+        start.record(stream)
         before = time.perf_counter_ns()
         call()
         self.enqueue_ns.append(time.perf_counter_ns() - before)
-        end.record()
+        end.record(stream)
         end.synchronize()
         return round(start.elapsed_time(end) * 1e6)
 

@@ -16,9 +16,10 @@ TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 
 def own_stream(device: str) -> Any:
-    """Make a new stream current on a device, unless one other than the default is current, and return it.
+    """Make a device current, and on it a stream other than the default one, and return the stream.
 
-    ONNX Runtime takes the default stream for "none given", and TensorRT waits for the whole device on it.
+    ONNX Runtime takes the default stream for "none given", and TensorRT waits for the whole device on it. Another
+    session may have made another device current meanwhile, so a stream of an earlier session does so as well.
     """
     import torch
 
@@ -26,25 +27,30 @@ def own_stream(device: str) -> Any:
     if stream.cuda_stream == 0:
         torch.cuda.synchronize(device)  # weights may still be on their way
         stream = torch.cuda.Stream(device)
-        torch.cuda.set_stream(stream)
+    torch.cuda.set_device(device)
+    torch.cuda.set_stream(stream)
     return stream
 
 
-def record_graph(call: Call, images: Tensor) -> Call:
+def record_graph(call: Call, images: Tensor, device: str) -> Call:
     """Record a call on a batch of this size as a CUDA graph, and prove that the graph answers new images correctly.
 
     A graph reads and writes fixed addresses: images are copied in and logits copied out on the device, as part of the
-    call. Raise RuntimeMismatch if the graph's logits are not those of the call.
+    call. The call itself is not made again afterwards, as what it works with now belongs to the graph. Raise
+    RuntimeMismatch if the graph's logits are not those of the call.
     """
     import torch
 
+    given = images, images.flip(0) + 1
+    expected = [call(batch) for batch in given]
     fixed, graph = images.clone(), torch.cuda.CUDAGraph()
-    torch.cuda.synchronize(images.device)
-    with torch.cuda.stream(torch.cuda.Stream(images.device)):
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(torch.cuda.Stream(device)):
         for _ in range(3):  # now libraries load, choose kernels and allocate, which must not happen while recording
             call(fixed)
-    torch.cuda.synchronize(images.device)
-    with torch.cuda.graph(graph):
+    torch.cuda.synchronize(device)
+    # Without a stream, torch records on one that it makes once, on the device that is current then.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
         logits = call(fixed)
 
     def replay(images: Tensor) -> Tensor:
@@ -52,8 +58,8 @@ def record_graph(call: Call, images: Tensor) -> Call:
         graph.replay()
         return logits.clone()
 
-    for given in (images, images.flip(0) + 1):
-        if not torch.allclose(replay(given), call(given), rtol=1e-2, atol=1e-2):
+    for batch, right in zip(given, expected, strict=True):
+        if not torch.allclose(replay(batch), right, rtol=1e-2, atol=1e-2):
             raise RuntimeMismatch(f"the CUDA graph for {len(images)} images answers differently from the model.")
     return replay
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # For so many batch sizes and live sessions together torch.compile may make separate code; its default is 8.
 MOST_COMPILED = 64
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # in these, torch.compile records CUDA graphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Torch:
 
     def __post_init__(self) -> None:
         choose("runtime.compile", self.compile or "default", COMPILE_MODES)
-        if self.cuda_graph and self.compile in ("reduce-overhead", "max-autotune"):
+        if self.cuda_graph and self.compile in GRAPH_MODES:
             raise UserError(
                 f"runtime.compile={self.compile} makes CUDA graphs itself; leave runtime.cuda_graph=true out."
             )
@@ -70,13 +71,15 @@ class Torch:
         call = inferring(compiled(network, self.compile) if self.compile else network)
         if self.compile or self.cuda_graph:
             with work.stage("build"):
-                call = BySize({size: self._ready(call, model.sample(size).float()) for size in work.batch_sizes})
+                ready = {size: self._ready(call, model.sample(size).float(), work.device) for size in work.batch_sizes}
+                call = BySize(ready)
         return CallSession(call, "torch", self._engine(), work.device, artifact, details, self._release)
 
-    def _ready(self, call: Call, images: Tensor) -> Call:
-        """Compile the call for a batch of this size, and record it."""
-        call(images)
-        return record_graph(call, images) if self.cuda_graph else call
+    def _ready(self, call: Call, images: Tensor, device: str) -> Call:
+        """Compile the call for a batch of this size, and record it; torch.compile records at the second call."""
+        for _ in range(3 if self.compile in GRAPH_MODES else 1):
+            call(images)
+        return record_graph(call, images, device) if self.cuda_graph else call
 
     def _engine(self) -> str:
         import torch
@@ -106,17 +109,32 @@ def inferring(call: Call) -> Call:
 
 
 def compiled(call: Call, mode: str) -> Call:
-    """Compile as one graph; what cannot be compiled is an error instead of falling back to eager."""
+    """Compile as one graph; what cannot be compiled is an error instead of falling back to eager.
+
+    A CUDA graph that torch.compile makes writes its logits to where the next call writes them too, so they are copied.
+    """
     import torch
 
     torch._dynamo.config.recompile_limit = MOST_COMPILED
     fast = torch.compile(call, mode=mode, fullgraph=True, dynamic=False)
+    own = torch.clone if overwrites(mode) else _as_it_is
 
     def run(images: Tensor) -> Tensor:
         try:
-            return fast(images)
+            return own(fast(images))
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"runtime.compile={mode} cannot compile this model: {reason}; leave it out.") from error
 
     return run
+
+
+def overwrites(mode: str) -> bool:
+    """Say whether code that is compiled in this mode, or in any by a setting of torch's, runs as CUDA graphs."""
+    from torch._inductor import config, list_mode_options
+
+    return bool(list_mode_options(mode).get("triton.cudagraphs", config.triton.cudagraphs))
+
+
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits

@@ -17,6 +17,7 @@ import torch
 
 from pq_sweep.core.sentences import reason
 from pq_sweep.core.weights import shared_names
+from pq_sweep.runtimes.graph import BATCH
 from pq_sweep.runtimes.names import inside, keywords_as_names, name_first, set_apart, take_out
 from pq_sweep.types import Model, UserError
 
@@ -58,7 +59,7 @@ def trace(model: Model, path: Path) -> None:
             optimize=False,
             input_names=["input"],
             output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=({0: torch.export.Dim(BATCH)},),
         )
     assert program is not None  # only the former exporter returns nothing
     if traced is not module:

@@ -30,30 +30,32 @@ class TensorRTNative(EngineBuilder):
 
     name: ClassVar[str] = "tensorrt_native"
 
+    def library(self) -> Any:
+        """Return the module that builds and runs engines."""
+        return import_tensorrt(self.name)
+
     def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session:
         """Export, check and quantize the graph, build its engine in the job's folder and load that file."""
-        import torch
-
-        tensorrt, precision = import_tensorrt(self.name), precision_of(quantizer)
+        library, precision = self.library(), precision_of(quantizer)
         use_tf32(self.tf32)
         if precision == "bf16":
             need("bf16", "quantizer=bf16 under TensorRT", work.device)
         graph, details = make_graph(model, quantizer, data, work, form="tensorrt")
         folder = JobFolder(work.folder).engine
-        messages = collector(tensorrt)
+        messages = collector(library)
+        own_stream(work.device)  # an engine belongs to the device that is current when it is built and loaded
 
         def build() -> Any:
             if not (folder / ENGINE).exists():
-                with torch.cuda.device(work.device):
-                    self._write(graph, folder, precision, model, work, messages)
-            return load(folder / ENGINE, messages)
+                self._write(library, graph, folder, precision, model, work, messages)
+            return load(library, folder / ENGINE, messages)
 
         about = self.about(graph, work, precision)
         engine = built(folder, about, work, build)
         details = details | {
             **self.described(about),
             "cuda_graph": self.cuda_graph,
-            "layers": describe_layers(engine, folder / LAYERS, tensorrt),
+            "layers": describe_layers(library, engine, folder / LAYERS),
             "sparsity_log": read_json(folder / SPARSITY),
             "activation_memory_bytes": _activation_memory(engine),
         }
@@ -61,19 +63,19 @@ class TensorRTNative(EngineBuilder):
         how = f"tensorrt {about['tensorrt']}" + (", CUDA graph" if self.cuda_graph else "")
         return CallSession(call, self.name, how, work.device, folder / ENGINE, details)
 
-    def _write(self, graph: Path, folder: Path, precision: str, model: Model, work: Workspace, messages: Any) -> None:
+    def _write(
+        self, library: Any, graph: Path, folder: Path, precision: str, model: Model, work: Workspace, messages: Any
+    ) -> None:
         """Build and write the engine and its timing cache."""
-        import tensorrt
-
-        builder = tensorrt.Builder(messages)
+        builder = library.Builder(messages)
         # A strongly typed network takes every type from the graph. No graph is written in BF16: TensorRT may choose it.
-        typed = 0 if precision == "bf16" else 1 << int(tensorrt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        typed = 0 if precision == "bf16" else 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = builder.create_network(typed)
-        parser = tensorrt.OnnxParser(network, messages)
+        parser = library.OnnxParser(network, messages)
         if not parser.parse_from_file(str(graph)):
             errors = "; ".join(str(parser.get_error(index).desc()) for index in range(parser.num_errors))
             raise RuntimeMismatch(f"TensorRT cannot read {graph.name}: {errors}")
-        config = self._config(tensorrt, builder, precision, model, work)
+        config = self._config(library, builder, precision, model, work)
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
         plan = builder.build_serialized_network(network, config)
@@ -83,13 +85,13 @@ class TensorRTNative(EngineBuilder):
         (folder / ENGINE).write_bytes(memoryview(plan))
         write_json(folder / SPARSITY, messages.sparsity)
 
-    def _config(self, tensorrt: Any, builder: Any, precision: str, model: Model, work: Workspace) -> Any:
+    def _config(self, library: Any, builder: Any, precision: str, model: Model, work: Workspace) -> Any:
         config = builder.create_builder_config()
         config.builder_optimization_level = self.optimization_level
-        config.profiling_verbosity = tensorrt.ProfilingVerbosity.DETAILED  # for the names and types of layers
+        config.profiling_verbosity = library.ProfilingVerbosity.DETAILED  # for the names and types of layers
         flags = {"TF32": self.tf32, "SPARSE_WEIGHTS": self.sparsity, "BF16": precision == "bf16"}
         for name, wanted in flags.items():
-            (config.set_flag if wanted else config.clear_flag)(getattr(tensorrt.BuilderFlag, name))
+            (config.set_flag if wanted else config.clear_flag)(getattr(library.BuilderFlag, name))
         for sizes in self.profiles(work.batch_sizes):
             profile = builder.create_optimization_profile()
             profile.set_shape("input", *(shape_of(model, size) for size in sizes))
@@ -97,28 +99,33 @@ class TensorRTNative(EngineBuilder):
         return config
 
     def _call(self, engine: Any, model: Model, work: Workspace) -> BySize:
-        """Make a context for each profile and, if wanted, record a call for each batch size."""
+        """Make a context for each profile or, if wanted, for each batch size, and record a call with it.
+
+        What a context works with belongs to the graph that was recorded with it, so each graph has its own.
+        """
         import torch
 
-        own_stream(work.device)
         calls: dict[int, Call] = {}
-        for index, (least, _, most) in enumerate(self.profiles(work.batch_sizes)):
-            context = Context(engine, index, work.device)
-            calls |= dict.fromkeys(range(least, most + 1), context)
-        if self.cuda_graph:
-            with work.stage("build"):
-                images = {size: torch.zeros(shape_of(model, size), device=work.device) for size in work.batch_sizes}
-                calls = {size: record_graph(calls[size], images[size]) for size in work.batch_sizes}
+        profiles = list(enumerate(self.profiles(work.batch_sizes)))
+        if not self.cuda_graph:
+            for index, (least, _, most) in profiles:
+                calls |= dict.fromkeys(range(least, most + 1), Context(engine, index, work.device))
+            return BySize(calls)
+        with work.stage("build"):
+            for size in work.batch_sizes:
+                fitting = next(index for index, (least, _, most) in profiles if least <= size <= most)
+                images = torch.zeros(shape_of(model, size), device=work.device)
+                calls[size] = record_graph(Context(engine, fitting, work.device), images, work.device)
         return BySize(calls)
 
 
 class Context:
-    """Runs an engine under one of its profiles, on torch's current stream; images and logits stay on the device."""
+    """Runs an engine under one of its profiles, on its device's current stream; images and logits stay there."""
 
     def __init__(self, engine: Any, profile: int, device: str) -> None:
         import torch
 
-        self.classes = engine.get_tensor_shape("logits")[-1]
+        self.classes, self.device = engine.get_tensor_shape("logits")[-1], device
         self.context = engine.create_execution_context()
         stream = torch.cuda.current_stream(device)
         if not self.context or not self.context.set_optimization_profile_async(profile, stream.cuda_stream):
@@ -132,22 +139,23 @@ class Context:
         self.context.set_input_shape("input", tuple(images.shape))
         self.context.set_tensor_address("input", images.data_ptr())
         self.context.set_tensor_address("logits", logits.data_ptr())
-        if not self.context.execute_async_v3(torch.cuda.current_stream(images.device).cuda_stream):
-            raise RuntimeMismatch(f"TensorRT could not run the engine on {len(images)} images.")
+        with torch.cuda.device(self.device):  # TensorRT itself minds no device but the current one
+            if not self.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
+                raise RuntimeMismatch(f"TensorRT could not run the engine on {len(images)} images.")
         return logits
 
 
-def collector(tensorrt: Any) -> Any:
+def collector(library: Any) -> Any:
     """Return a logger that keeps TensorRT's messages about errors and about sparse kernels."""
 
-    class Messages(tensorrt.ILogger):
+    class Messages(library.ILogger):
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
             self.sparsity: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (tensorrt.ILogger.Severity.INTERNAL_ERROR, tensorrt.ILogger.Severity.ERROR):
+            if severity in (library.ILogger.Severity.INTERNAL_ERROR, library.ILogger.Severity.ERROR):
                 self.errors.append(message)
             elif "(Sparsity)" in message:
                 self.sparsity.append(message)
@@ -155,24 +163,22 @@ def collector(tensorrt: Any) -> Any:
     return Messages()
 
 
-def load(path: Path, messages: Any) -> Any:
-    """Return the engine of a file."""
-    import tensorrt
-
-    engine = tensorrt.Runtime(messages).deserialize_cuda_engine(path.read_bytes())
+def load(library: Any, path: Path, messages: Any) -> Any:
+    """Return the engine of a file, for the device that is current."""
+    engine = library.Runtime(messages).deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise RuntimeMismatch(f"TensorRT cannot load {path.name}: {'; '.join(messages.errors)}")
     return engine
 
 
-def describe_layers(engine: Any, path: Path, tensorrt: Any) -> dict[str, Any]:
+def describe_layers(library: Any, engine: Any, path: Path) -> dict[str, Any]:
     """Write what TensorRT says about each layer, and return how many layers there are by type of output.
 
     `reformats` counts layers that only change the layout or type of a tensor, `sparse` those whose kernel is for 2:4
     sparse weights.
     """
     inspector = engine.create_engine_inspector()
-    layers = json.loads(inspector.get_engine_information(tensorrt.LayerInformationFormat.JSON))["Layers"]
+    layers = json.loads(inspector.get_engine_information(library.LayerInformationFormat.JSON))["Layers"]
     write_json(path, layers)
     known = [layer for layer in layers if isinstance(layer, dict)]
     return {

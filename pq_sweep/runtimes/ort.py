@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-import sysconfig
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pq_sweep.runtimes.cuda import own_stream, refuse_on_cpu, use_tf32
-from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch, make_graph, precision_of
-from pq_sweep.runtimes.session import Call, CallSession
+from pq_sweep.runtimes.graph import BATCH, Precisions, RuntimeMismatch, make_graph, precision_of
+from pq_sweep.runtimes.session import BySize, Call, CallSession
 from pq_sweep.types import Data, Model, Quantizer, Runtime, Session, UserError, Workspace
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 ENVIRONMENTS = "see environment.yml (V100, A100) or environment-cu13.yml"
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
+# Beside what torch loads when it is imported: cuRAND is in a package of its own, and of cuDNN torch loads one library
+# that opens the others when it needs them, while ONNX Runtime 1.20 links all of them.
+PRELOADED = ("*/lib/libcurand.so.*", "*/lib/libcudnn*.so.*")
+SHAPES = ("Shape", "Size")  # the operators by which a graph learns how many images it was given
 REASON = re.compile(
     r"(CUDA failure \d+: [^;]+|Invalid TensorRT EP option: [\w.]+|Unknown provider option: \S+"
     r"|Failed to parse provider option .*|The value for the key .*)"
@@ -67,20 +72,44 @@ class OnnxRuntime:
         """Load a graph that the quantizer wrote."""
         provider, disabled = _provider(work.device), _crashing_optimizers(quantizer, graph)
         details = details | {"disabled_optimizers": disabled}
-        options = {}
-        if work.device != "cpu":
-            use_tf32(self.tf32)
-            options = texts(self.options) | {"use_tf32": str(int(self.tf32))}
-            details |= {"tf32": self.tf32, "provider_options": options}
         with work.stage("build"):
-            session = ort_session(graph, provider, options, work, disabled)
-            call = Bound(session) if work.device != "cpu" else Unbound(session)
-            if work.device != "cpu":  # the first call of each batch size chooses kernels and allocates
-                for size in work.batch_sizes:
-                    call(model_input(session, size, work.device))
-            nodes = placed_on(provider, session, call, model_input(session, 1, work.device))
+            if work.device == "cpu":
+                call, nodes = on_cpu(graph, work, disabled)
+            else:
+                use_tf32(self.tf32)
+                options = texts(self.options) | {"use_tf32": str(int(self.tf32))}
+                fixed = works_out_shapes(graph)
+                details |= {"tf32": self.tf32, "provider_options": options, "session_per_batch_size": fixed}
+                call, nodes = on_cuda(graph, options, work, disabled, fixed=fixed)
         details |= {"nodes_per_provider": nodes}
         return CallSession(call, "onnxruntime", engine(provider), work.device, graph, details)
+
+
+def on_cpu(graph: Path, work: Workspace, disabled: tuple[str, ...]) -> tuple[Call, dict[str, int]]:
+    """Load a graph on the CPU for any number of images; return the call and how many nodes are on each provider."""
+    session = ort_session(graph, CPU, {}, work, disabled)
+    call = Unbound(session)
+    return call, placed_on(CPU, session, call, model_input(session, 1, work.device))
+
+
+def on_cuda(
+    graph: Path, options: dict[str, str], work: Workspace, disabled: tuple[str, ...], *, fixed: bool
+) -> tuple[Call, dict[str, int]]:
+    """Load a graph on CUDA and run each batch size once, which chooses kernels and allocates.
+
+    ONNX Runtime works out shapes on the CPU, where nothing may run. With `fixed`, a session for each batch size, whose
+    shapes are all known beforehand, has nothing left to work out.
+    """
+    calls: dict[int, Call] = {}
+    nodes: dict[str, int] = {}
+    for sizes in [(size,) for size in work.batch_sizes] if fixed else [work.batch_sizes]:
+        session = ort_session(graph, CUDA, options, work, disabled, batch=sizes[0] if fixed else None)
+        call = Bound(session)
+        for size in sizes:
+            call(model_input(session, size, work.device))
+        nodes = placed_on(CUDA, session, call, model_input(session, sizes[0], work.device))
+        calls |= dict.fromkeys(sizes, call)
+    return BySize(calls), nodes
 
 
 @dataclass(frozen=True)
@@ -136,12 +165,23 @@ def model_input(session: Any, size: int, device: str) -> Tensor:
 
 
 def ort_session(
-    graph: Path, provider: str, options: dict[str, str], work: Workspace, disabled: tuple[str, ...] = ()
+    graph: Path,
+    provider: str,
+    options: dict[str, str],
+    work: Workspace,
+    disabled: tuple[str, ...] = (),
+    *,
+    batch: int | None = None,
 ) -> onnxruntime.InferenceSession:
-    """Load a graph on `provider` and nothing else; raise RuntimeMismatch with the reason if that is impossible."""
+    """Load a graph on `provider` and nothing else, for just `batch` images if that is given.
+
+    Raise RuntimeMismatch with the reason if that is impossible.
+    """
     import onnxruntime
 
     settings = _settings(work)
+    if batch is not None:
+        settings.add_free_dimension_override_by_name(BATCH, batch)
     if provider != CPU:
         # Old versions ignore enable_fallback and retry without the provider; with this entry that fails as well.
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
@@ -235,13 +275,20 @@ def _is_node(event: dict[str, Any]) -> bool:
 def preload_gpu_libraries() -> None:
     """Load CUDA's libraries, which ONNX Runtime's providers link, from the installed packages.
 
-    Importing torch loads nearly all of them; cuRAND comes in a package of its own that torch does not load.
+    Importing torch loads nearly all of them, `PRELOADED` has the others. What does not load is left to the provider,
+    whose error names it.
     """
     import torch  # noqa: F401
 
-    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
-    for library in sorted(packages.glob("*/lib/libcurand.so.*")):
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    for library in sorted(path for folder in nvidia_packages() for name in PRELOADED for path in folder.glob(name)):
+        with suppress(OSError):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def nvidia_packages() -> list[Path]:
+    """Return the folders of NVIDIA's packages: one for each place where packages are installed."""
+    found = find_spec("nvidia")
+    return [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
 
 
 def library_error(provider: str) -> str:
@@ -283,11 +330,20 @@ def _provider(device: str) -> str:
     return CPU if device == "cpu" else CUDA
 
 
+def works_out_shapes(graph: Path) -> bool:
+    """Say whether a graph computes with the number of its images."""
+    return not operators_of(graph).isdisjoint(SHAPES)
+
+
+def operators_of(graph: Path) -> set[str]:
+    """Name the operators of a graph."""
+    import onnx
+
+    return {node.op_type for node in onnx.load(graph).graph.node}
+
+
 def _crashing_optimizers(quantizer: Quantizer, graph: Path) -> tuple[str, ...]:
     """Name the optimizers to leave out: this one kills the process on FP16 transformers (onnxruntime 1.31.1)."""
     if precision_of(quantizer) != "fp16":
         return ()
-    import onnx
-
-    operators = {node.op_type for node in onnx.load(graph).graph.node}
-    return ("NchwcTransformer",) if "LayerNormalization" in operators else ()
+    return ("NchwcTransformer",) if "LayerNormalization" in operators_of(graph) else ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import json
@@ -10,12 +9,10 @@ import os
 import runpy
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gpu_stand_in
@@ -24,6 +21,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from cuda_stand_in import Machine
 from gpu_stand_in import Gpu
 from independent import relative_error, runtime, snr_db, torch_logits
 from independent import workspace as uncached_workspace
@@ -32,16 +30,19 @@ from PIL import Image
 from provider_options import DOCUMENTED
 from sklearn.datasets import load_digits
 from torch import Tensor
+from torch.nn import Module
+from torchvision.models import SwinTransformer, VisionTransformer
 
 from pq_sweep.compress import quantizers
 from pq_sweep.core.cache import Cache
 from pq_sweep.core.environment import cache_home
 from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.measure.timing import CudaClock
 from pq_sweep.results.shipping import render
 from pq_sweep.runtimes import RuntimeMismatch, cuda, engines, library_error, make_graph, ort, ort_session, precision_of
 from pq_sweep.runtimes.cuda import TF32_OVERRIDE, record_graph
-from pq_sweep.types import Data, Session, UserError, Workspace
+from pq_sweep.types import Data, Model, Preprocess, Session, UserError, Workspace
 
 fp16 = functools.partial(quantizers.fp16, exclude=[])
 int8 = functools.partial(quantizers.int8, calibration="minmax", images=16, exclude=[], percentile=99.9)
@@ -66,15 +67,10 @@ def expected(images: Tensor) -> np.ndarray:
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    gpu_stand_in.as_a100(monkeypatch)
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     monkeypatch.setenv("PQ_SWEEP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(TF32_OVERRIDE, "0")
-
-
-def on_the_cpu(model_input: Any, session: Any, size: int, device: str) -> Tensor:
-    images: Tensor = model_input(session, size, "cpu")
-    return images
+    return gpu_stand_in.as_a100(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +133,11 @@ def workspace(folder: Path, threads: int = 1) -> Workspace:
     return work
 
 
-def opened(name: str, folder: Path, data: Data, what: Any = quantizers.none, **options: Any) -> Any:
+def opened(
+    name: str, folder: Path, data: Data, what: Any = quantizers.none, *, device: str = "cuda:0", **options: Any
+) -> Any:
     """Open the digits network in a runtime for the batch sizes 1 and 8; tensors lie on the CPU."""
-    work = replace(workspace(folder), batch_sizes=SIZES)
+    work = replace(workspace(folder), device=device, batch_sizes=SIZES)
     return runtime(name, **options).open(digits_cnn(), what, data, work)
 
 
@@ -172,7 +170,7 @@ def test_a_provider_that_is_not_there_is_a_mismatch(tmp_path: Path, doubling: Pa
 
 @pytest.mark.parametrize(("device", "index"), [("cuda:0", "0"), ("cuda:1", "1")])
 def test_cuda_is_told_its_device_and_nothing_else_may_run(
-    tmp_path: Path, doubling: Path, device: str, index: str
+    tmp_path: Path, doubling: Path, gpu: Machine, device: str, index: str
 ) -> None:
     ort_session(doubling, CUDA, {}, replace(workspace(tmp_path), device=device))
     (session,) = Gpu.sessions
@@ -181,7 +179,9 @@ def test_cuda_is_told_its_device_and_nothing_else_may_run(
     assert session.settings.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
     assert not session.kwargs["enable_fallback"]
     assert session.options["device_id"] == index
-    assert session.options["user_compute_stream"] == "7"
+    stream = gpu.stream_at(int(session.options["user_compute_stream"]))
+    assert stream is gpu.stream_of(device)
+    assert stream.device_index == gpu.current == int(index)
 
 
 @pytest.mark.parametrize("tf32", [False, True])
@@ -215,8 +215,77 @@ def test_images_and_logits_stay_on_the_device(tmp_path: Path, doubling: Path) ->
     assert not images.is_contiguous()
     assert torch.equal(session(images), images * 2)
     assert session.engine.endswith(CUDA)
-    # Kernels were chosen for each batch size before anything is timed.
-    assert Gpu.sessions[0].ran == [*SIZES, 4]
+    # Kernels were chosen for each batch size before anything is timed, and no other size is ever run.
+    assert [run.ran for run in Gpu.sessions] == [[*SIZES, 8]]
+    assert session.details["session_per_batch_size"] is False
+
+
+@pytest.fixture
+def flattening(tmp_path: Path) -> Path:
+    """A graph that works out the shape of its answer from that of its images, as transformers of torchvision do."""
+    four = numpy_helper.from_array(np.array([-1], dtype=np.int64), "rest")
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape])
+        for name, shape in (("input", [2, 2]), ("logits", [4]))
+    ]
+    nodes = [
+        helper.make_node("Shape", ["input"], ["count"], end=1),
+        helper.make_node("Concat", ["count", "rest"], ["shape"], axis=0),
+        helper.make_node("Reshape", ["input", "shape"], ["flat"]),
+        helper.make_node("Neg", ["flat"], ["logits"]),
+    ]
+    graph = helper.make_graph(nodes, "flattening", ends[:1], ends[1:], [four])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "flattening.onnx")
+    return tmp_path / "flattening.onnx"
+
+
+def test_a_graph_that_works_out_shapes_gets_a_session_for_each_batch_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flattening: Path
+) -> None:
+    """ONNX Runtime would do that on the CPU, which is forbidden."""
+    monkeypatch.setattr(ort, "library_error", lambda provider: "")
+    with pytest.raises(RuntimeMismatch, match="contains graph nodes that are assigned to the default CPU EP"):
+        ort_session(flattening, CUDA, {}, replace(workspace(tmp_path / "free"), device="cuda:0"))
+    session = on_cuda(tmp_path, flattening)
+    images = torch.arange(44.0).reshape(11, 2, 2)
+
+    assert torch.equal(session(images), -images.flatten(1))
+    assert [run.get_inputs()[0].shape[0] for run in Gpu.sessions[-2:]] == list(SIZES)
+    assert [run.ran for run in Gpu.sessions[-2:]] == [[1], [8, 8, 8]]
+    assert session.details["session_per_batch_size"] is True
+
+
+def vit() -> Module:
+    """A small network of the same code as vit_b_16."""
+    return VisionTransformer(16, 8, num_layers=1, num_heads=1, hidden_dim=8, mlp_dim=8, num_classes=4)
+
+
+def swin() -> Module:
+    """A small network of the same code as swin_t."""
+    return SwinTransformer([4, 4], 8, [1, 2], [1, 1], [2, 2], num_classes=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [vit, swin])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_transformers_leave_the_cpu_nothing_to_do(
+    data: Data, tmp_path: Path, network: Callable[[], Module], precision: str
+) -> None:
+    torch.manual_seed(0)
+    model = Model(network().eval(), 4, Preprocess(size=16, resize=16, channels=3))
+    with torch.no_grad():
+        for parameter in model.module.parameters():  # torchvision begins with a last layer of zeros
+            parameter.normal_(std=0.5)
+    what = QUANTIZERS[precision]
+    graph, _ = make_graph(model, what, data, workspace(tmp_path / "graph"), form="cpu")
+    work = replace(workspace(tmp_path / "job"), device="cuda:0", batch_sizes=(1, 4))
+    session = runtime("onnxruntime").load(graph, what, work, {})
+
+    assert session.details["session_per_batch_size"] is True
+    assert [run.get_inputs()[0].shape for run in Gpu.sessions] == [[size, 3, 16, 16] for size in (1, 4)]
+    images = model.sample(6)
+    assert relative_error(torch_logits(model.module, images), session(images).numpy()) < 0.02
 
 
 def test_a_session_that_fell_back_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, doubling: Path) -> None:
@@ -266,17 +335,28 @@ def test_the_loader_says_why_a_provider_cannot_be_had(monkeypatch: pytest.Monkey
     assert library_error("CPUExecutionProvider") == ""
 
 
-def test_curand_is_loaded_from_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """ONNX Runtime links it, and torch brings it without loading it, or not at all."""
-    library = tmp_path / "nvidia" / "cu13" / "lib" / "libcurand.so.10"
-    library.parent.mkdir(parents=True)
-    library.touch()
-    loaded: list[tuple[str, int]] = []
-    monkeypatch.setattr(ort.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(ort.ctypes, "CDLL", lambda path, mode: loaded.append((path, mode)))
+def test_libraries_that_torch_leaves_out_are_loaded_from_their_packages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ONNX Runtime links them; packages may lie in several places, such as a user's and the system's."""
+    names = ("cu13/lib/libcurand.so.10", "cudnn/lib/libcudnn.so.9", "cudnn/lib/libcudnn_adv.so.9")
+    libraries = [tmp_path / place / "nvidia" / name for place, name in zip("abb", names, strict=True)]
+    for library in libraries:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.touch()
+    tried: list[tuple[str, int]] = []
+
+    def load(path: str, mode: int) -> None:
+        tried.append((path, mode))
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "a"), str(tmp_path / "b"), *sys.path])
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.setattr(ort.ctypes, "CDLL", load)
     ort.preload_gpu_libraries()
 
-    assert loaded == [(str(library), ctypes.RTLD_GLOBAL)]
+    ours = [(path, mode) for path, mode in tried if path.startswith(str(tmp_path))]
+    assert ours == [(str(library), ctypes.RTLD_GLOBAL) for library in libraries]
 
 
 # TensorRT by ONNX Runtime
@@ -494,7 +574,6 @@ def test_the_script_of_a_shipped_engine_answers_as_the_network(
     Image.fromarray((load_digits().images[3] * 15.9).astype(np.uint8)).save(tmp_path / "three.png")
     monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "three.png")])
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor, raising=False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
     runpy.run_path(str(script))
 
     assert capsys.readouterr().out.splitlines()[0].split()[1] == "d"
@@ -503,7 +582,7 @@ def test_the_script_of_a_shipped_engine_answers_as_the_network(
 @pytest.mark.parametrize("name", ["tensorrt", "tensorrt_native"])
 @pytest.mark.parametrize("version", ["8.6.1", "11.4.0.106"])
 def test_an_unsupported_tensorrt_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, version: str) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", gpu_stand_in.tensorrt(version))
+    monkeypatch.setitem(sys.modules, "tensorrt", gpu_stand_in.tensorrt(Machine(), version))
 
     with pytest.raises(UserError, match=f"runtime={name} works with TensorRT 10 and found {version}; install"):
         runtime(name).require("cuda:0")
@@ -693,82 +772,89 @@ def test_a_cache_that_cannot_be_written_stops_no_job(
     assert relative_error(expected, session(images).numpy()) < 1e-5
 
 
-# Streams and CUDA graphs
+# Streams, devices and CUDA graphs
+
+ORDER = ("cuda:0", "cuda:1", "cuda:0")  # of jobs in one process
 
 
-def test_a_stream_of_its_own_begins_when_the_default_one_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_of_its_own_begins_when_the_default_one_is_done(gpu: Machine) -> None:
     """ONNX Runtime takes the default stream for none; weights may still be copied on it."""
-    told: list[str] = []
-    streams = {"current": SimpleNamespace(cuda_stream=0)}
+    gpu.default[1].take(5_000)
+    stream = cuda.own_stream("cuda:1")
 
-    def make(device: str) -> Any:
-        told.append(f"make on {device}")
-        return SimpleNamespace(cuda_stream=9)
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams["current"])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: told.append(f"wait for {device}"))
-    monkeypatch.setattr(torch.cuda, "Stream", make)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.update(current=stream))
-
-    assert cuda.own_stream("cuda:1").cuda_stream == 9
-    assert told == ["wait for cuda:1", "make on cuda:1"]
-    assert cuda.own_stream("cuda:1").cuda_stream == 9
-    assert len(told) == 2
+    assert gpu.host_ns == 5_000
+    assert stream.cuda_stream != 0
+    assert cuda.own_stream("cuda:1") is stream
 
 
-class Recording:
-    """torch.cuda.CUDAGraph: a replay does again what was done while it was recorded, or nothing if it is `stale`."""
+def test_each_session_makes_its_device_the_current_one(gpu: Machine) -> None:
+    streams = {device: cuda.own_stream(device) for device in ORDER}
 
-    def __init__(self, stale: bool) -> None:
-        self.stale = stale
-
-    def replay(self) -> None:
-        if not self.stale:
-            Recorded.logits.copy_(Recorded.doubled(Recorded.images))
+    for device, stream in streams.items():
+        assert cuda.own_stream(device) is stream
+        assert gpu.stream_of() is stream
+        assert gpu.current == int(device[-1])
 
 
-class Recorded:
-    """A call, and the tensors that it last worked on."""
+def test_device_time_is_that_of_the_device_that_works(gpu: Machine) -> None:
+    """In this order, events went to the other device's idle stream."""
 
-    images: Tensor
-    logits: Tensor
+    def work() -> None:
+        gpu.torch_op(device, device_ns=700_000)
 
-    @staticmethod
-    def doubled(images: Tensor) -> Tensor:
-        return images.flatten(1) * 2
+    for device in ORDER:
+        cuda.own_stream(device)
+        assert CudaClock(device)(work) == 700_000
+    gpu.current = 1  # as another session leaves it
+    assert CudaClock(device)(work) == 700_000
 
-    @classmethod
-    def call(cls, images: Tensor) -> Tensor:
-        cls.images, logits = images, cls.doubled(images)
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("profile", ["each", "range"])
+def test_native_engines_run_on_their_own_device(
+    data: Data, images: Tensor, expected: np.ndarray, tmp_path: Path, profile: str, cuda_graph: bool
+) -> None:
+    options = {"profile": profile, "cuda_graph": cuda_graph}
+    sessions = [
+        opened("tensorrt_native", tmp_path / str(number), data, device=device, **options)
+        for number, device in enumerate(ORDER)
+    ]
+
+    for session in sessions:
+        assert relative_error(expected, session(images).numpy()) < 1e-5
+        assert relative_error(expected[:1], session(images[:1]).numpy()) < 1e-5
+
+
+def test_sessions_of_the_provider_run_on_their_own_device(
+    data: Data, images: Tensor, expected: np.ndarray, tmp_path: Path, doubling: Path
+) -> None:
+    sessions = [opened("tensorrt", tmp_path / str(number), data, device=device) for number, device in enumerate(ORDER)]
+    on_cuda(tmp_path, doubling)
+
+    for session in sessions:
+        assert relative_error(expected, session(images).numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+@pytest.mark.parametrize("stale", [False, True])
+def test_a_cuda_graph_has_to_answer_new_images(gpu: Machine, stale: bool, device: str) -> None:
+    """On another device than the first one that recorded, too."""
+
+    def call(images: Tensor) -> Tensor:
+        logits = torch.empty(len(images), 6)
+        seen = float(images.sum()) if stale else 0.0  # by the host, which a replay leaves out
+        gpu.torch_op(device, lambda: logits.copy_(images.flatten(1) * 2 + seen))
         return logits
 
-
-@contextlib.contextmanager
-def recording(graph: Recording) -> Iterator[None]:
-    original = Recorded.doubled
-
-    def keeping(images: Tensor) -> Tensor:
-        Recorded.images, Recorded.logits = images, original(images)
-        return Recorded.logits
-
-    Recorded.doubled = staticmethod(keeping)  # type: ignore[method-assign]
-    yield
-    Recorded.doubled = staticmethod(original)  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("stale", [False, True])
-def test_a_cuda_graph_has_to_answer_new_images(monkeypatch: pytest.MonkeyPatch, stale: bool) -> None:
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recording(stale))
-    monkeypatch.setattr(torch.cuda, "graph", recording)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     images = torch.arange(12.0).reshape(2, 1, 2, 3)
+    with gpu.record(gpu_graph := torch.cuda.CUDAGraph()):
+        assert not gpu_graph.work
+    cuda.own_stream(device)
     if stale:
         with pytest.raises(RuntimeMismatch, match="the CUDA graph for 2 images answers differently from the model"):
-            record_graph(lambda given: Recorded.doubled(given), images)
+            record_graph(call, images, device)
         return
-    replay = record_graph(lambda given: Recorded.doubled(given), images)
+    replay = record_graph(call, images, device)
     first, second = replay(images), replay(images + 5)
 
     assert torch.equal(first, images.flatten(1) * 2)

@@ -56,7 +56,7 @@ class Wheel:
 
     def run(self, function: Callable[[Path], Any]) -> Any:
         """Call a function of this module where `onnxruntime` is this wheel, and return what it returns."""
-        path = os.pathsep.join(map(str, (self.folder, TESTS, Path(__file__).parent)))
+        path = os.pathsep.join(map(str, (self.folder, ROOT, TESTS, Path(__file__).parent)))
         code = f"import test_gpu_wheel as module; module.tell(module.{function.__name__})"
         done = python(["-c", code, str(self.work)], self.work, new_user() | {"PYTHONPATH": path})
         assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-2000:]}"
@@ -72,17 +72,18 @@ def once(wheel: Wheel, function: Callable[[Path], Any]) -> Any:
     return wheel.run(function)
 
 
-def pinned(environment: str) -> str:
-    (version,) = re.findall(r"onnxruntime-gpu==([\w.]+)", (ROOT / environment).read_text())
-    return version
+def pinned(environment: str) -> dict[str, str]:
+    """Return the pinned packages of an environment that the tests' own Python lacks, but for TensorRT."""
+    wanted = r"(onnxruntime-gpu|nvidia-curand)==([\w.]+)"
+    return dict(re.findall(wanted, (ROOT / environment).read_text()))
 
 
-def installed(package: str, folder: Path) -> Path:
-    """Install a package without what it needs into a folder, or skip where there is no index to take it from."""
+def installed(packages: list[str], folder: Path) -> Path:
+    """Install packages without what they need into a folder, or skip where there is no index to take them from."""
     options = ["--quiet", "--no-deps", "--target", str(folder)]
-    done = python(["-m", "pip", "install", *options, package], folder.parent, new_user(), timeout=900)
+    done = python(["-m", "pip", "install", *options, *packages], folder.parent, new_user(), timeout=900)
     if "No matching distribution" in done.stderr:
-        pytest.skip(f"needs a package index that has {package}: {done.stderr.strip().splitlines()[-1]}")
+        pytest.skip(f"needs a package index that has {packages}: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -94,10 +95,11 @@ def wheel_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
 
     @functools.cache
     def make(environment: str) -> Wheel:
-        work, version = tmp_path_factory.mktemp("wheel"), pinned(environment)
+        work, pins = tmp_path_factory.mktemp("wheel"), pinned(environment)
         folders.append(work)
         save_graph(work / "model.onnx")
-        return Wheel(version, installed(f"onnxruntime-gpu=={version}", work / "site"), work)
+        site = installed([f"{package}=={version}" for package, version in pins.items()], work / "site")
+        return Wheel(pins["onnxruntime-gpu"], site, work)
 
     yield make
     for folder in folders:
@@ -146,7 +148,7 @@ def bare(work: Path, providers: Iterable[Any], **keywords: Any) -> Any:
 def asked(work: Path, provider: str) -> dict[str, Any]:
     """Let pq_sweep open a session on the first GPU, whose streams are all that is made up."""
     job = replace(workspace(work / provider), device="cuda:0")
-    with mock.patch.object(torch.cuda, "current_stream", return_value=SimpleNamespace(cuda_stream=7)):
+    with mock.patch.object(ort, "own_stream", return_value=SimpleNamespace(cuda_stream=7)):
         return attempt(lambda: ort_session(work / "model.onnx", provider, {}, job).get_providers())
 
 
@@ -240,8 +242,13 @@ def engine_after_a_fallback(work: Path) -> dict[str, Any]:
 
 
 def try_all(work: Path) -> dict[str, Any]:
+    """Try all that ends with a refusal, on a machine that lacks some library.
+
+    With all of them, the CUDA provider of 1.20.2 would end the process: it does not survive a missing driver.
+    """
     tries = (refusals, without_the_setting, fallbacks, engine_after_a_fallback, placements, placed)
-    return {function.__name__: function(work) for function in tries}
+    with mock.patch.object(ort, "PRELOADED", ()):
+        return {function.__name__: function(work) for function in tries}
 
 
 # Falling back
@@ -315,6 +322,77 @@ def test_counting_nodes_leaves_a_session_as_it_was(wheel: Wheel) -> None:
     assert np.allclose(answer["logits"], 0.25)
 
 
+# What the providers link
+
+# Where a library comes from that a provider links: what `import torch` loads (looked up in /proc/self/maps with the
+# torch of each environment), what the driver brings, and TensorRT, whose libraries are in no package of the index.
+TORCH_LOADS = {
+    "environment.yml": {"libcublas.so.12", "libcublasLt.so.12", "libcudart.so.12", "libcudnn.so.9", "libcufft.so.11",
+                        "libcurand.so.10", "libnvrtc.so.12"},
+    "environment-cu13.yml": {"libcublas.so.13", "libcublasLt.so.13", "libcudart.so.13", "libcudnn.so.9"},
+}  # fmt: skip
+DRIVER = {"libcuda.so.1"}
+OF_TENSORRT = {"libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10"}
+
+
+def linked(capi: Path, provider: str) -> set[str]:
+    """Name the libraries that a provider links and that the system has not."""
+    done = subprocess.run(["ldd", str(capi / LIBRARIES[provider])], capture_output=True, text=True, check=True)
+    return set(re.findall(r"(\S+) => not found", done.stdout))
+
+
+@each_provider
+@pytest.mark.parametrize("environment", TORCH_LOADS)
+def test_every_library_that_a_provider_links_comes_from_somewhere(
+    wheel_of: Callable[[str], Wheel], environment: str, provider: str
+) -> None:
+    names = linked(wheel_of(environment).folder / "onnxruntime" / "capi", provider)
+    preloaded = {name for name in names if any(Path("cudnn/lib", name).match(pattern) for pattern in ort.PRELOADED)}
+
+    assert names > {"libcublas.so.12"} or names > {"libcublas.so.13"}
+    assert names - preloaded <= TORCH_LOADS[environment] | DRIVER | OF_TENSORRT
+
+
+@pytest.fixture(scope="module", params=TORCH_LOADS)
+def here(request: pytest.FixtureRequest, wheel_of: Callable[[str], Wheel]) -> Wheel:
+    """The wheel of the environment whose torch runs the tests.
+
+    With the other environment's torch it would take gigabytes more: `make test-oldest` runs with that of
+    environment.yml, `make test` with that of environment-cu13.yml.
+    """
+    (wanted,) = re.findall(r"- torch==([\w.]+)", (ROOT / request.param).read_text())
+    if torch.__version__.partition("+")[0] != wanted:
+        pytest.skip(f"needs torch {wanted} of {request.param}, and torch {torch.__version__} runs the tests")
+    return wheel_of(request.param)
+
+
+def unloaded(work: Path) -> dict[str, list[str]]:
+    """Load all that the providers link, and name what cannot be loaded.
+
+    The providers themselves stay outside: that of 1.20.2 does not survive being loaded without a driver.
+    """
+    import onnxruntime
+
+    ort.preload_gpu_libraries()
+    capi = Path(onnxruntime.__file__).parent / "capi"
+    return {provider: sorted(filter(is_missing, linked(capi, provider))) for provider in LIBRARIES}
+
+
+def is_missing(name: str) -> bool:
+    try:
+        ctypes.CDLL(name)
+    except OSError:
+        return True
+    return False
+
+
+def test_only_the_driver_and_tensorrt_are_missing_here(here: Wheel) -> None:
+    missing = here.run(unloaded)
+
+    assert set(missing[CUDA]) <= DRIVER
+    assert {"libnvinfer.so.10", "libnvonnxparser.so.10"} <= set(missing[TENSORRT]) <= OF_TENSORRT
+
+
 # Options
 
 
@@ -365,7 +443,7 @@ def reader(wheel_of: Callable[[str], Wheel]) -> Wheel:
         pytest.skip("needs a C compiler for stand-ins of the driver and TensorRT")
     wheel = wheel_of("environment-cu13.yml")
     libraries = wheel.work / "libraries"
-    installed("nvidia-curand<11", libraries)
+    libraries.mkdir()
     for name, code in STAND_INS.items():
         command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-x", "c", "-", "-o", str(libraries / name)]
         subprocess.run(command, input=code, text=True, check=True)
@@ -376,9 +454,9 @@ def reader(wheel_of: Callable[[str], Wheel]) -> Wheel:
 
 def load_errors(work: Path) -> dict[str, str]:
     """Load what the providers link and return what is still amiss with each."""
-    libraries = work / "libraries"
-    for library in (*libraries.rglob("libcurand.so.*"), *(libraries / name for name in STAND_INS)):
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    ort.preload_gpu_libraries()
+    for name in STAND_INS:
+        ctypes.CDLL(str(work / "libraries" / name), mode=ctypes.RTLD_GLOBAL)
     return {provider: ort.library_error(provider) for provider in LIBRARIES}
 
 

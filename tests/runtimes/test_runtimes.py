@@ -18,11 +18,13 @@ import onnxruntime
 import pytest
 import torch
 from conftest import TESTS, python
+from cuda_stand_in import Overwriting
 from hydra.errors import InstantiationException
 from independent import onnx_logits, relative_error, runtime, snr_db, torch_logits, workspace
 from onnx import numpy_helper
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 
 from pq_sweep.compress import quantizers
 from pq_sweep.compress.quantizers import quantizer
@@ -30,6 +32,7 @@ from pq_sweep.core.environment import resolve_device
 from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.runtimes import Auto, precision_of
+from pq_sweep.runtimes.eager import COMPILE_MODES, GRAPH_MODES, overwrites
 from pq_sweep.runtimes.session import BySize
 from pq_sweep.types import Data, Session, Stage, UserError
 
@@ -366,6 +369,33 @@ def test_a_compiled_network_answers_alike_and_was_compiled_before_it_is_timed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", COMPILE_MODES)
+def test_logits_of_compiled_cuda_graphs_outlive_the_next_call(
+    monkeypatch: pytest.MonkeyPatch, data: Data, images: Tensor, expected: np.ndarray, tmp_path: Path, mode: str
+) -> None:
+    """Evaluation joins the logits of several calls, and torch ends the life of those of earlier ones."""
+    made: list[dict[str, Any]] = []
+
+    def compiling(call: Any, **options: Any) -> Any:
+        made.append(options)
+        return Overwriting(call) if mode in GRAPH_MODES else call
+
+    monkeypatch.setattr(torch, "compile", compiling)
+    work = replace(workspace(tmp_path), batch_sizes=(1, 8))
+    session = runtime("torch", compile=mode).open(digits_cnn(), quantizers.none, data, work)
+    first, rest = session(images[:1]), session(images)
+
+    assert relative_error(expected, rest.numpy()) < 1e-5
+    assert relative_error(expected[:1], first.numpy()) < 1e-5
+    assert made == [{"mode": mode, "fullgraph": True, "dynamic": False}]
+
+
+def test_modes_with_cuda_graphs_are_those_of_the_installed_torch() -> None:
+    assert tuple(mode for mode in COMPILE_MODES if overwrites(mode)) == GRAPH_MODES
+    with inductor.patch({"triton.cudagraphs": True}):  # as TORCHINDUCTOR_CUDAGRAPHS=1 does
+        assert overwrites("default")
+
+
 def test_what_cannot_be_compiled_is_an_error_and_not_eager(data: Data, tmp_path: Path) -> None:
     model = digits_cnn()
     model.module.register_forward_hook(lambda module, given, output: print("a break in the graph"))
