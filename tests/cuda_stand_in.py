@@ -23,6 +23,7 @@ Work = Callable[[], None]
 Call = Callable[[Tensor], Tensor]
 
 EVENT_HOST_NS = 2_000
+NAME, UUIDS, MEMORY = "A100", ("aa11", "bb11"), 40_000_000_000
 
 
 class CudaError(RuntimeError):
@@ -106,6 +107,7 @@ class Machine:
         self.recording: tuple[Graph, Stream] | None = None
         self.capture_stream: Stream | None = None  # of torch.cuda.graph, which makes one for all devices
         self.pinned_on: list[int] = []
+        self.taken = [0, 0]  # bytes of each device's memory, of which torch's allocator knows none
 
     @property
     def current(self) -> int:
@@ -202,7 +204,15 @@ class Machine:
             "CUDAGraph": lambda: Graph(self),
             "graph": self.record,
             "_sleep": self.sleep,
-            "get_device_properties": lambda device: SimpleNamespace(uuid=f"uuid{index_of(device)}", clock_rate=1e6),
+            "mem_get_info": lambda device=None: (MEMORY - self.taken[self.stream_of(device).device_index], MEMORY),
+            "max_memory_allocated": lambda device=None: 0,
+            "max_memory_reserved": lambda device=None: 0,
+            "reset_peak_memory_stats": lambda device=None: None,
+            "empty_cache": lambda: None,
+            "get_device_name": lambda device=None: NAME,
+            "get_device_properties": lambda device: SimpleNamespace(
+                name=NAME, uuid=UUIDS[index_of(device)], major=8, minor=0, total_memory=MEMORY
+            ),
         }
         for name, function in functions.items():
             patch.setattr(torch.cuda, name, function)

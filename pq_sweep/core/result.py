@@ -166,12 +166,18 @@ class Paired(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(Part):
-    """Peaks of a GPU's memory in MB, by torch's allocator and by NVML."""
+    """Peaks of a GPU's memory in MB, by torch's allocator, by NVML, and by what is less free than at the beginning."""
 
     allocator_mb: float | None
     allocator_reserved_mb: float | None
     nvml_process_mb: float | None
     nvml_device_mb: float | None
+    taken_mb: float | None
+
+    @property
+    def process_mb(self) -> float | None:
+        """Return what the process holds, whichever library took it: TensorRT's and ONNX Runtime's share as well."""
+        return self.taken_mb if self.nvml_process_mb is None else self.nvml_process_mb
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,6 +49,7 @@ from pq_sweep.job.turns import Turns
 from pq_sweep.measure.accuracy import accuracy
 from pq_sweep.measure.latency import speed
 from pq_sweep.measure.layers import compressed_layers
+from pq_sweep.measure.memory import free_at_first
 from pq_sweep.measure.sizes import storage_sizes
 from pq_sweep.measure.timing import Protocol
 from pq_sweep.runtimes import precision_of
@@ -120,10 +121,15 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
 
 
 def prepare(cfg: DictConfig, stage: Stages) -> Plan:
-    """Seed the random numbers, choose device, threads and runtime, and take over what an earlier try kept."""
+    """Seed the random numbers, choose device, threads and runtime, and take over what an earlier try kept.
+
+    How much of a GPU's memory is free is looked up before anything takes some.
+    """
     torch.manual_seed(cfg.seed)
     protocol: Protocol = instantiate(cfg.measure, _convert_="all")
     device, threads = resolve_device(cfg.device), use_threads(protocol.threads)
+    if device != "cpu":
+        free_at_first(device)
     work = Workspace(stage.folder, device, threads, stage, protocol.paired, tuple(protocol.batch_sizes))
     quantizer = component(cfg.quantizer)
     runtime = possible_runtime(cfg, quantizer, device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pq_sweep.core.environment import gpu_uuid
 from pq_sweep.core.result import NOISY_LOAD, Latency, Paired, Speed
-from pq_sweep.measure.memory import device_memory, peak_memory_mb, release_memory, reset_peak_memory
+from pq_sweep.measure.memory import device_memory, release_memory, reset_peak_memory, resident_peak_mb
 from pq_sweep.measure.monitor import Monitor
 from pq_sweep.measure.timing import Call, Clock, CudaClock, HostClock, Protocol, paired, timed
 from pq_sweep.types import Data, Session, Stage
@@ -46,8 +46,11 @@ def speed(
     resettable = reset_peak_memory(session.device)
     samples: Samples = {}
     measured = _each_size("latency", latency, session, data, protocol, stage, samples)
-    peak = peak_memory_mb(session.device) if resettable else None
-    memory = None if session.device == "cpu" else device_memory(session.device, measured)
+    if session.device == "cpu":
+        memory, peak = None, resident_peak_mb() if resettable else None
+    else:
+        memory = device_memory(session.device, measured)
+        peak = memory.process_mb
     pairs = None
     if protocol.paired:
         with dense_session() as dense:

@@ -32,17 +32,29 @@ def _set_aside() -> None:
     atexit.register(gc.unfreeze)  # some libraries complain about what is left over at the end
 
 
+@cache
+def free_at_first(device: str) -> int:
+    """Return the bytes of a GPU's memory that were free when this process first asked, which it does before all else.
+
+    CUDA's own part, some hundred MB, is taken already, as asking takes it.
+    """
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 def device_memory(device: str, latencies: Mapping[str, Latency]) -> Memory:
     """Return the peaks of a GPU's memory while latency was measured at any batch size, in MB.
 
-    The peaks of torch's allocator are those since the last reset: of tensors, and of what it reserves for them.
+    The peaks of torch's allocator are those since the last reset: of tensors, and of what it reserves for them. What
+    libraries have once taken they keep, so one look at what is free is enough.
     """
     process, whole = watched_memory([figures.device_state for figures in latencies.values()])
+    taken = free_at_first(device) - torch.cuda.mem_get_info(device)[0]
     return Memory(
         allocator_mb=torch.cuda.max_memory_allocated(device) / 1e6,
         allocator_reserved_mb=torch.cuda.max_memory_reserved(device) / 1e6,
         nvml_process_mb=process,
         nvml_device_mb=whole,
+        taken_mb=taken / 1e6 if taken > 0 else None,  # others may have given back more
     )
 
 
@@ -64,10 +76,8 @@ def reset_peak_memory(device: str) -> bool:
     return True
 
 
-def peak_memory_mb(device: str) -> float:
-    """Return the peak since the last reset in MB (10^6 bytes)."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device) / 1e6
+def resident_peak_mb() -> float:
+    """Return the peak of the process's resident memory since the last reset in MB (10^6 bytes)."""
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e6

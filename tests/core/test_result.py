@@ -30,7 +30,8 @@ ON_GPU = TIMED | {
     "repeats": {"p50_ms": [1.0], "middle": 1, "spread": 0.0},
 }
 PAIR = {"pairs": 2, "speedup": 2.0, "speedup_ci95": [1.9, 2.1], "dense_p50_ms": 2.0, "p50_ms": 1.0, "unstable": []}
-MEMORY = {"allocator_mb": 1.0, "allocator_reserved_mb": 2.0, "nvml_process_mb": None, "nvml_device_mb": None}
+MEMORY = {"allocator_mb": 1.0, "allocator_reserved_mb": 2.0, "nvml_process_mb": None, "nvml_device_mb": None,
+          "taken_mb": 3.0}  # fmt: skip
 
 
 def written(part: Part) -> Any:

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from commands import SHORT
 from conftest import ROOT
+from cuda_stand_in import Machine
 from gpu_stand_in import as_a100
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
@@ -39,6 +39,7 @@ from pq_sweep.job import describe
 from pq_sweep.job.run import run
 from pq_sweep.job.stages import Stages
 from pq_sweep.measure.latency import speed
+from pq_sweep.measure.memory import free_at_first
 from pq_sweep.measure.monitor.identity import CONSTANT, IDENTITY
 from pq_sweep.results.spreadsheet import write_csv
 from pq_sweep.results.standing import Watch, remember
@@ -183,40 +184,17 @@ class Images:
 
 
 class OnCuda:
-    """A session that says it is on CUDA, and takes its time."""
+    """A session on the first GPU of a machine, on which its calls take 10 ms; the host takes as long to wait for it."""
 
     device = "cuda:0"
 
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
     def __call__(self, images: Images) -> Images:
+        self.machine.torch_op(self.device, device_ns=10_000_000)
         time.sleep(0.01)
         return images
-
-
-class Event:
-    """torch.cuda.Event without a device."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, end: Event) -> float:
-        return 10.0
-
-
-A100 = SimpleNamespace(name="A100", uuid="aa11", major=8, minor=0, total_memory=40_000_000_000)
-CUDA: dict[str, Any] = {
-    "Event": Event,
-    "synchronize": lambda *_: None,
-    "empty_cache": lambda: None,
-    "reset_peak_memory_stats": lambda device: None,
-    "max_memory_allocated": lambda device: 0,
-    "max_memory_reserved": lambda device: 0,
-    "get_device_properties": lambda device: A100,
-    "get_device_name": lambda device: A100.name,
-}
 
 
 @pytest.fixture(scope="module")
@@ -228,10 +206,12 @@ def gpu(folder: Path) -> tuple[Result, dict[str, Any]]:
     data: Any = SimpleNamespace(evaluation=[None])
     with pytest.MonkeyPatch.context() as patch:
         stand_in(folder / "driver", patch)(others=[])
-        for name, value in CUDA.items():
-            patch.setattr(torch.cuda, name, value)
+        machine = Machine().install(patch)
+        free_at_first.cache_clear()
+        free_at_first("cuda:0")
+        machine.taken[0] = 2_000_000_000
         patch.setattr("pq_sweep.measure.latency.latency_images", lambda *_: Images())
-        session: Any = OnCuda()
+        session: Any = OnCuda(machine)
         (folder / "gpu").mkdir()
         found, samples = speed(session, data, protocol, Stages(folder / "gpu", ""), lambda: nullcontext(session))
         about = describe.describe("cuda:0", 1)
