@@ -4,12 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: install sweep test test-fast test-all lint ui weights support cluster-test test-oldest gpu-check
+.PHONY: install install-tests sweep test test-fast test-all lint ui weights support cluster-test test-oldest gpu-check
 
 install: $(VENV)/installed
 
+install-tests: $(VENV)/installed-tests
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu]'
+	touch $@
+
+# What jobs do without: linters, a browser, NVIDIA's parser and builder, and others that only tests use.
+$(VENV)/installed-tests: $(VENV)/installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
 	touch $@
 
@@ -23,17 +30,17 @@ PARALLEL := --numprocesses $(WORKERS)
 test-all test-fast test-oldest: export OMP_WAIT_POLICY := PASSIVE
 
 # The linters use the core that the tests leave idle at their start and end.
-test: install
+test: install-tests
 	@$(MAKE) --no-print-directory --jobs 2 lint test-all
 
-test-all: install
+test-all: install-tests
 	$(BIN)/pytest $(PARALLEL) --durations 30 --durations-min 5
 
 # While working on something: what takes seconds; about two and a half minutes on two cores.
-test-fast: install
+test-fast: install-tests
 	$(BIN)/pytest $(PARALLEL) -m "not slow and not slurm"
 
-lint: install
+lint: install-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -46,11 +53,11 @@ weights: install
 	$(BIN)/python -m benchmarks.train_digits pq_sweep/inputs/weights/digits_cnn.safetensors
 
 # Hours of work: every model in every way. IMAGES and WEIGHTS name folders of photographs and trained weights.
-support: install
+support: install-tests
 	$(BIN)/python -m benchmarks.support docs/support.md $(if $(IMAGES),--images $(IMAGES)) $(if $(WEIGHTS),--weights $(WEIGHTS))
 
 # A real SLURM, PostgreSQL and MLflow server on the loopback; see docs/cluster.md for what to install.
-cluster-test: install
+cluster-test: install-tests
 	$(BIN)/pytest -m slurm tests/cluster
 
 # The oldest versions that pyproject.toml allows, which are those of V100 nodes, on a CPU; 8 GB of disk.

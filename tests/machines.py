@@ -25,6 +25,7 @@ def machine(**changes: Facts) -> dict[str, Facts]:
         | {"error": "Found no NVIDIA driver on your system.", "devices": []},
         "onnxruntime": provider,
         "tensorrt": {"version": None},
+        "tensorrt_rtx": {"version": None},
         "disk": {"cache": {"path": "~/cache", "free_gb": 65.0, "network": "", "error": ""}},
         "slurm": {"tools": []},
         "tracking": {"store": "sqlite:///mlflow.db", "from": "the working folder", "network": "", "error": ""},

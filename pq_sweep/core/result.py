@@ -35,9 +35,10 @@ class Part:
         found: Record = {}
         for each in fields(self):  # type: ignore[arg-type]
             value = getattr(self, each.name)
-            if value is None and each.default is None:
+            inline = each.metadata.get("inline", False)
+            if value is None and (inline or each.default is None):
                 continue
-            found |= _plain(value) if each.metadata.get("inline") else {each.name: _plain(value)}
+            found |= _plain(value) if inline else {each.name: _plain(value)}
         return found
 
 
@@ -242,15 +243,18 @@ class Ran(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Result(Part):
-    """A finished job."""
+    """A finished job, or one whose artifact was built for another machine and not run: it has no `accuracy` or `speed`.
+
+    `status` says which.
+    """
 
     status: str = "finished"
     fingerprint: str
     started: float
     seconds: float
     tries: list[Record]
-    accuracy: Compared
-    speed: Speed = field(metadata=INLINE)
+    accuracy: Compared | None
+    speed: Speed | None = field(metadata=INLINE)
     network: Network
     images: Record
     size_bytes: Sizes
@@ -266,8 +270,8 @@ class Result(Part):
     def of(cls, plain: Mapping[str, Any]) -> Self:
         """Read a result, also one that an earlier version wrote."""
         parts = {
-            "accuracy": Compared.of(plain["accuracy"]),
-            "speed": Speed.of(plain),
+            "accuracy": plain["accuracy"] and Compared.of(plain["accuracy"]),
+            "speed": Speed.of(plain) if "latency" in plain else None,
             "network": Network.of(plain["network"]),
             "size_bytes": Sizes.of(plain["size_bytes"]),
             "preparation": Preparation.of(plain),

@@ -8,13 +8,16 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from pq_sweep.doctor import Facts
 from pq_sweep.doctor.children import ChildError, alone, first_line, in_child
 from pq_sweep.doctor.machine import installed
+from pq_sweep.job.stages import Stages
+from pq_sweep.runtimes import rtx
 from pq_sweep.runtimes.ort import CPU, CUDA, ENVIRONMENTS, TENSORRT, ort_session
-from pq_sweep.types import Stage, Workspace
+from pq_sweep.types import Model, Preprocess, Stage, Workspace
 
 if TYPE_CHECKING:
     import onnx
@@ -159,6 +162,26 @@ def look_at_tensorrt() -> Facts:
     if find_spec("tensorrt") is None:
         return {"version": None}
     return {"version": in_child(__name__, "tensorrt_version")}
+
+
+def look_at_tensorrt_rtx() -> Facts:
+    """Have TensorRT-RTX build an engine, which needs no GPU, if it is installed."""
+    if find_spec(rtx.API) is None and find_spec(rtx.LIBRARIES) is None:
+        return {"version": None}
+    return in_child(__name__, "build_by_rtx")
+
+
+def build_by_rtx() -> Facts:
+    """Build an engine of a convolution, and say for which GPUs that can be done. To be called in a child."""
+    builder = rtx.TensorRTRTX(profile="each", optimization_level=0, sparsity=False, tf32=False, cuda_graph=False,
+                              build_only=True, compute_capability=None)  # fmt: skip
+    library, small = builder.library(), Preprocess(size=4, resize=4, channels=1, mean=(0.0,), std=(1.0,))
+    with tempfile.TemporaryDirectory() as folder:
+        graph = Path(folder) / "convolution.onnx"
+        graph.write_bytes(convolution().SerializeToString())
+        work = Workspace(Path(folder), "cpu", 1, Stages(Path(folder), ""))
+        builder.engine(graph, "fp32", cast(Model, SimpleNamespace(preprocess=small)), work, lambda *_: None)
+    return {"version": library.__version__, "builds_for": ["{}.{}".format(*one) for one in rtx.builds_for(library)]}
 
 
 def tensorrt_version() -> str:

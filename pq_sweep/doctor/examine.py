@@ -8,7 +8,7 @@ from functools import partial
 
 from pq_sweep.core.limits import bounded
 from pq_sweep.doctor import Facts, Section, accelerators, judge
-from pq_sweep.doctor.accelerators import look_at_onnxruntime, look_at_tensorrt
+from pq_sweep.doctor.accelerators import look_at_onnxruntime, look_at_tensorrt, look_at_tensorrt_rtx
 from pq_sweep.doctor.children import CHILD_S, alone, first_line, in_child
 from pq_sweep.doctor.machine import look_at_cpu, look_at_disk, look_at_python, look_at_slurm, look_at_tracking
 from pq_sweep.doctor.precisions import judge_precisions
@@ -22,6 +22,7 @@ LOOKS: dict[str, Callable[[], Facts]] = {
     "torch": partial(alone, accelerators.__name__, "look_at_torch"),
     "onnxruntime": look_at_onnxruntime,
     "tensorrt": look_at_tensorrt,
+    "tensorrt_rtx": look_at_tensorrt_rtx,
     "disk": look_at_disk,
     "slurm": look_at_slurm,
     "tracking": look_at_tracking,
@@ -33,6 +34,7 @@ JUDGES: dict[str, Callable[[Facts], Section]] = {
     "torch": judge.judge_torch,
     "onnxruntime": judge.judge_onnxruntime,
     "tensorrt": judge.judge_tensorrt,
+    "tensorrt_rtx": judge.judge_tensorrt_rtx,
     "disk": judge.judge_disk,
     "slurm": judge.judge_slurm,
     "tracking": judge.judge_tracking,
@@ -43,6 +45,7 @@ FAILED = {
     "torch": "install torch and torchvision again, from PyPI",
     "onnxruntime": "uninstall every package of it, then {how}",
     "tensorrt": "uninstall it, then {how}",
+    "tensorrt_rtx": "install both packages of its extra again by pip install '.[rtx]'",
 }
 
 

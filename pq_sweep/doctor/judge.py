@@ -8,6 +8,7 @@ from pq_sweep.core.hardware import Capability, capability
 from pq_sweep.doctor import Facts, Section
 from pq_sweep.doctor.accelerators import NO_TENSORRT
 from pq_sweep.runtimes.ort import CPU, CUDA
+from pq_sweep.runtimes.rtx import INSTALL, RUNS_ON
 
 LEAST_FREE_GB = 1.0
 SHOWN = 12  # partitions of a cluster
@@ -145,6 +146,17 @@ def judge_tensorrt(machine: Facts) -> Section:
     why = misfit(version, capabilities(machine))
     remedies = [f"{why}; {how}."] if why else []
     return Section("tensorrt", "problem" if remedies else "ok", {"version": version}, remedies)
+
+
+def judge_tensorrt_rtx(machine: Facts) -> Section:
+    """Judge whether TensorRT-RTX builds, and say on which of the GPUs its engines run."""
+    found = machine["tensorrt_rtx"]
+    fitting = [str(index) for index, gpu in enumerate(capabilities(machine)) if gpu in RUNS_ON]
+    if found["version"] is None:
+        advice = [f"for runtime=tensorrt_rtx {INSTALL}."] if fitting else []
+        return Section("tensorrt_rtx", "not here", {"version": "none"}, advice)
+    runs = f"builds, and runs on cuda:{','.join(fitting)}" if fitting else "builds (runtime.build_only=true), not run"
+    return Section("tensorrt_rtx", "ok", found | {"can": runs}, [])
 
 
 def misfit(version: str, found: list[Capability]) -> str | None:

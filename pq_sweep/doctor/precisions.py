@@ -6,8 +6,9 @@ from pq_sweep.core import hardware
 from pq_sweep.core.hardware import Cpu, Gpu, capability, missing
 from pq_sweep.doctor import Facts, Section
 from pq_sweep.doctor.judge import gpus_of, misfit
-from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, Torch
+from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, TensorRTRTX, Torch
 from pq_sweep.runtimes.ort import CPU, CUDA, TENSORRT
+from pq_sweep.runtimes.rtx import RUNS_ON
 
 Realiser = type[Torch | OnnxRuntime | TensorRT | TensorRTNative]
 
@@ -46,6 +47,7 @@ def _on_gpu(machine: Facts, found: Facts) -> Facts:
         "onnxruntime": _marked(OnnxRuntime, gpu) if usable and _runs_here(machine, CUDA) else [],
         "tensorrt": _built(TensorRT, gpu) if usable and _runs_here(machine, TENSORRT) else [],
         "tensorrt_native": _built(TensorRTNative, gpu) if usable and _fits(machine, gpu) else [],
+        "tensorrt_rtx": _built(TensorRTRTX, gpu) if usable and _runs_rtx(machine, gpu) else [],
         "hardware has": [feature.name for feature in features if gpu.has(feature)],
         "hardware lacks": [feature.name for feature in features if not gpu.has(feature)],
     }
@@ -58,6 +60,10 @@ def _runs_here(machine: Facts, provider: str) -> bool:
 def _fits(machine: Facts, gpu: Gpu) -> bool:
     version = machine["tensorrt"].get("version")
     return version is not None and misfit(version, [gpu.capability]) is None
+
+
+def _runs_rtx(machine: Facts, gpu: Gpu) -> bool:
+    return machine["tensorrt_rtx"].get("version") is not None and gpu.capability in RUNS_ON
 
 
 def _built(runtime: Realiser, gpu: Gpu) -> list[str]:

@@ -42,7 +42,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "percentile": (50, 100, False),
 }
 
-SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model")
+SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model",
+            "build_only")  # fmt: skip
 LISTS = ("exclude", "batch_sizes")
 TEXTS = ("uri", "experiment", "name")
 

@@ -111,6 +111,8 @@ def describe_session(session: Session, precision: str, folder: Path) -> Ran:
 def unaccelerated(ran: Ran, environment: Record) -> list[str]:
     """Return one sentence for each thing that ran without fast units for it on the device."""
     gpu = environment["gpu"]
+    if built_for := ran.details.get("compute_capability"):
+        gpu = {"name": "the GPU that it is built for", "compute_capability": built_for}
     device = Gpu(gpu["name"], capability(gpu["compute_capability"])) if gpu else Cpu(environment["device"], cpu_flags())
     options = {"sparse": bool(ran.details.get("sparsity")), "tf32": bool(ran.details.get("tf32"))}
     return lacks(ran.precision, device, **options)

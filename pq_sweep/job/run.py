@@ -25,7 +25,7 @@ from pq_sweep.core.files import write_json
 from pq_sweep.core.fingerprint import digest, fingerprint, resolved, spelled
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.opened import noting, opened
-from pq_sweep.core.result import Accuracy, Network, Result, Speed
+from pq_sweep.core.result import Accuracy, Compared, Network, Result, Speed
 from pq_sweep.core.threads import use_threads
 from pq_sweep.core.weights import structure
 from pq_sweep.inputs.finite import require_finite
@@ -93,20 +93,21 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             session = plan.runtime.open(model, plan.quantizer, data, plan.work)
         del model  # from here on only the session holds memory
         save_layers(session, baseline, stage.files)
-        accuracy, predictions = evaluate(plan, session, data, stage)
         ran = describe_session(session, precision_of(plan.quantizer), folder)
+        sizes = describe_sizes(session, baseline.result.size_bytes, formats)
         environment = describe(plan.work.device, plan.work.threads)
-        speed = measure_speed(plan, session, data, stage, ran.sha256)
+        accuracy, speed = measure(plan, session, data, baseline, stage, ran.sha256)
         result = Result(
+            status="finished" if speed else "built",
             fingerprint=plan.key,
             started=stage.started,
             seconds=time.time() - stage.started,
             tries=stage.tries,
-            accuracy=baseline.compare(accuracy, predictions, data.evaluation.labels.numpy()),
+            accuracy=accuracy,
             speed=speed,
             network=network,
             images=describe_images(data),
-            size_bytes=describe_sizes(session, baseline.result.size_bytes, formats),
+            size_bytes=sizes,
             preparation=stage.preparation,
             baseline=baseline.result,
             session=ran,
@@ -210,6 +211,18 @@ def changed(step: Callable[..., Any], model: Model, data: Data, name: str) -> Re
 def with_stage(call: partial[Any], stage: Stages) -> Callable[..., Any]:
     """Hand a component the stage if it takes one, so that it can share its intermediate results with other jobs."""
     return partial(call, stage=stage) if "stage" in signature(call.func).parameters else call
+
+
+def measure(
+    plan: Plan, session: Session, data: Data, baseline: Baseline, stage: Stages, artifact: str
+) -> tuple[Compared | None, Speed | None]:
+    """Measure accuracy and then speed, and close the session; of one that cannot be called here, there is neither."""
+    if not getattr(session, "runs", True):
+        session.close()
+        return None, None
+    accuracy, predictions = evaluate(plan, session, data, stage)
+    compared = baseline.compare(accuracy, predictions, data.evaluation.labels.numpy())
+    return compared, measure_speed(plan, session, data, stage, artifact)
 
 
 def measure_speed(plan: Plan, session: Session, data: Data, stage: Stages, artifact: str) -> Speed:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from pq_sweep.core.groups import COMPRESSING
-from pq_sweep.results.rows import Row
+from pq_sweep.results.rows import DONE, Row
 from pq_sweep.results.sweeps import REPEATING, Sweep
 
 
@@ -39,12 +39,12 @@ def _device(row: Row) -> str:
 
 
 def reference(row: Row, sweep: Sweep) -> Row | None:
-    """Return the finished job of a sweep to compare a row with: the uncompressed one that is the same in all else.
+    """Return the job of a sweep to compare a row with: the uncompressed one that is the same in all else.
 
     If there are several, one on the same device is preferred, then one with the same seed. Returns None if there is
     none, or if the row is uncompressed itself.
     """
-    if row["status"] != "finished" or is_uncompressed(row):
+    if row["status"] not in DONE or is_uncompressed(row):
         return None
     found = _references(sweep).get(_shared(row, sweep), [])
 
@@ -56,16 +56,16 @@ def reference(row: Row, sweep: Sweep) -> Row | None:
 
 @lru_cache(maxsize=4)
 def _references(sweep: Sweep) -> dict[tuple[Any, ...], list[Row]]:
-    """Return the finished jobs that compressed nothing, by the values that a job to compare has to share with them."""
+    """Return the jobs that compressed nothing, by the values that a job to compare has to share with them."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in sweep.rows:
-        if row["status"] == "finished" and is_uncompressed(row):
+        if row["status"] in DONE and is_uncompressed(row):
             found.setdefault(_shared(row, sweep), []).append(row)
     return found
 
 
 def _shared(row: Row, sweep: Sweep) -> tuple[Any, ...]:
-    same = ("model", "dataset", "runtime", "protocol", *filter(_is_of_both, sweep.options))
+    same = ("status", "model", "dataset", "runtime", "protocol", *filter(_is_of_both, sweep.options))
     return tuple(row.get(key) for key in same)
 
 

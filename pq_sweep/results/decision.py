@@ -83,7 +83,7 @@ def decide(rows: list[Row], goal: Goal) -> Decision:
 def refusal(row: Row, goal: Goal) -> str:
     """Say why a job cannot be the winner, or return ""."""
     if row["status"] != "finished":
-        return f"is {row['status']}"
+        return "was built and not run" if row["status"] == "built" else f"is {row['status']}"
     for name in dict.fromkeys([goal.minimize, *goal.limits]):
         if goal.value(row, name) is None:
             return f"has no {goal.column(name)}"

@@ -14,6 +14,8 @@ from pq_sweep.core.result import Compared, Latency, Result, Speed
 Row = dict[str, Any]
 Figures = dict[str, float | None]
 
+# Statuses of jobs that did what they were asked to; one that was built for another machine has no accuracy or latency.
+DONE = ("finished", "built")
 # The job's number in SLURM, where it ran, and how it ended if SLURM ended it.
 SLURM_COLUMNS = ("slurm_job", "node", "partition", "gpus_allotted", "slurm_state", "exit_code")
 
@@ -27,15 +29,14 @@ def batch_sizes(rows: list[Row]) -> list[int]:
 def metrics(result: Result) -> dict[str, float]:
     """Flatten a result to its figures, by the names used in MLflow and the CSV; what was not measured is left out."""
     images, prep = result.images, result.preparation.prep_s
-    flat = _accuracies(result.accuracy) | _sizes(result) | _memories(result.speed)
+    flat = _sizes(result) | (_accuracies(result.accuracy) if result.accuracy else {})
     flat |= {"prep_time_s": sum(prep.values()), "baseline_accuracy": result.baseline.top1}
     flat |= {f"size_mb/{name}": size / 1e6 for name, size in result.size_bytes.formats.items()}
     flat |= {f"prep_time_s/{stage}": seconds for stage, seconds in prep.items()}
-    flat |= _speeds(result.speed)
+    flat |= {**_memories(result.speed), **_speeds(result.speed)} if result.speed else {}
     flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
     flat["images_suspicious"] = len(images["suspicious"]) if "suspicious" in images else None
     flat["images_decoded"] = images.get("decoded")
-    flat["load_of_others"] = max((timed.load_of_others for timed in result.speed.latency.values()), default=0.0)
     return {name: value for name, value in flat.items() if value is not None}
 
 
@@ -78,6 +79,7 @@ def _memories(speed: Speed) -> Figures:
 def _speeds(speed: Speed) -> Figures:
     """Return the figures of each batch size."""
     flat: Figures = {}
+    flat["load_of_others"] = max((timed.load_of_others for timed in speed.latency.values()), default=0.0)
     for size, timed in speed.latency.items():
         flat |= {f"{name}/b{size}": value for name, value in _latencies(timed).items()}
     for size, pair in (speed.paired or {}).items():
@@ -139,13 +141,13 @@ def _finished(result: Result) -> Row:
         "runtime": session.runtime,
         "device": session.device,
         "device_name": environment["device"],
-        "status": "finished",
+        "status": result.status,
         "precision": session.precision,
         "protocol": result.config["measure"]["name"],
         "smallest_format": result.size_bytes.smallest_format,
         "tries": len(result.tries),
         "started": result.started,
-        "unstable": _unstable(result.speed),
+        "unstable": _unstable(result.speed) if result.speed else "",
         "hardware": result.hardware,
         **({} if result.notes is None else {"notes": result.notes}),
         "gpu_uuid": (environment["gpu"] or {}).get("uuid") or "",

@@ -39,6 +39,7 @@ def ship(job: JobFolder, target: Path, told: Record, figures: list[tuple[str, st
 def describe(result: Result, told: Record) -> Record:
     """Return what the card and the script say about a result."""
     session, network = result.session, result.network
+    assert result.accuracy, "a job that was not run is never recommended"
     labels = network.labels or [str(number) for number in range(network.classes)]
     return {
         "name": told["name"],

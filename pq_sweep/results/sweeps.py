@@ -15,7 +15,7 @@ from pathlib import Path
 from pq_sweep.core.folder import JobFolder, SweepFolder, is_job
 from pq_sweep.core.groups import option_of
 from pq_sweep.results.origin import known
-from pq_sweep.results.rows import Row, read_row
+from pq_sweep.results.rows import DONE, Row, read_row
 from pq_sweep.types import UserError
 
 # Options that make another run of the same job.
@@ -34,13 +34,13 @@ class Sweep:
     options: tuple[str, ...] = ()
 
     def count(self, *statuses: str) -> int:
-        """Count the jobs with one of the statuses: finished, failed, running, pending or missing."""
+        """Count the jobs with one of the statuses: finished, built, failed, running, pending or missing."""
         return sum(row["status"] in statuses for row in self.rows)
 
     @property
     def summary(self) -> str:
-        """Return how many jobs are done, failed, running, pending and missing."""
-        named = {"finished": "done", **{name: name for name in ("failed", "running", "pending", "missing")}}
+        """Return how many jobs are done, only built, failed, running, pending and missing."""
+        named = {"finished": "done", **{name: name for name in ("built", "failed", "running", "pending", "missing")}}
         return ", ".join(
             f"{self.count(status)} {name}" for status, name in named.items() if self.count(status) or name == "done"
         )
@@ -60,7 +60,7 @@ def read_sweep(folder: Path, states: dict[str, Row] | None = None) -> Sweep:
         for name in [*announced, *extra]
         for job in [known(files.job(name), announced.get(name))]
     ]
-    rows = [row if row["status"] == "finished" else row | (states or {}).get(row["job"], {}) for row in rows]
+    rows = [row if row["status"] in DONE else row | (states or {}).get(row["job"], {}) for row in rows]
     return gather(folder, rows)
 
 

@@ -10,7 +10,7 @@ from pq_sweep.core.folder import SweepFolder
 from pq_sweep.core.result import NOISY_LOAD
 from pq_sweep.results.comparison import comparable, reference, speedup
 from pq_sweep.results.decision import OBJECTIVES, on_front
-from pq_sweep.results.rows import Row, batch_sizes
+from pq_sweep.results.rows import DONE, Row, batch_sizes
 from pq_sweep.results.sweeps import Sweep
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def tables(sweep: Sweep, width: int) -> list[Table]:
         if _width(parts[-1] | {name: cells}) > width and len(parts[-1]) > len(keys):
             parts.append(dict(keys))
         parts[-1][name] = cells
-    unfinished = [row["status"] != "finished" for row in sweep.rows]
+    unfinished = [row["status"] not in DONE for row in sweep.rows]
     return [_draw(part, title if part is parts[0] else None, unfinished) for part in parts]
 
 
@@ -91,6 +91,7 @@ def show(sweep: Sweep) -> None:
         console.print(drawn)
     for line in [
         *_unfinished(sweep),
+        *_built(sweep),
         *_disturbed(sweep),
         *_unsettled(sweep),
         *_on_cpu(sweep),
@@ -110,8 +111,15 @@ def _unfinished(sweep: Sweep) -> Iterator[str]:
             log = SweepFolder(sweep.folder).job(row["job"]).log
             yield f"{job} failed at {row['stage']}: {row['error']}" + (f" Traceback: {log}" if log.exists() else "")
             yield from (f"    {line}" for line in row.get("stderr", ())[-5:])
-        elif row["status"] != "finished":
+        elif row["status"] not in DONE:
             yield f"{job} is {row['status']}" + (f", stage {row['stage']}" if row["stage"] else "")
+
+
+def _built(sweep: Sweep) -> Iterator[str]:
+    """Say which jobs did not run."""
+    jobs = [row["job"] for row in sweep.rows if row["status"] == "built"]
+    if jobs:
+        yield f"built for another machine and not run, so without accuracy and latency: job {', '.join(jobs)}"
 
 
 def _disturbed(sweep: Sweep) -> Iterator[str]:

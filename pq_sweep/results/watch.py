@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pq_sweep.core.folder import SweepFolder
+from pq_sweep.results.rows import DONE
 from pq_sweep.results.standing import Watch
 from pq_sweep.results.sweeps import Sweep
 
@@ -37,7 +38,7 @@ class Logger:
         """Log the jobs that ended since the last call; the first call only notes those that ended before."""
         with suppress(OSError):  # without the sign jobs log themselves
             self.sign.touch() if self.able else self.sign.unlink(missing_ok=True)
-        over = {row["job"] for row in sweep.rows if row["status"] in ("finished", "failed")}
+        over = {row["job"] for row in sweep.rows if row["status"] in (*DONE, "failed")}
         for name in sorted(over - (over if self.over is None else self.over)):
             self.thread.submit(self._record, sweep.folder / name)
         self.over = over

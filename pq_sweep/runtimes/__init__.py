@@ -11,6 +11,7 @@ from pq_sweep.runtimes.eager import Torch, converting, inferring
 from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.native import TensorRTNative
 from pq_sweep.runtimes.ort import OnnxRuntime, library_error, ort_session
+from pq_sweep.runtimes.rtx import TensorRTRTX
 from pq_sweep.runtimes.session import CallSession
 from pq_sweep.runtimes.tensorrt import TensorRT
 
@@ -21,6 +22,7 @@ __all__ = [
     "RuntimeMismatch",
     "TensorRT",
     "TensorRTNative",
+    "TensorRTRTX",
     "Torch",
     "converting",
     "inferring",

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, TypeVar
 from pq_sweep.core.environment import device_name
 from pq_sweep.core.files import read_json, write_json
 from pq_sweep.core.fingerprint import file_hash
-from pq_sweep.core.hardware import GPU, Gpu
+from pq_sweep.core.hardware import GPU, Capability, Gpu
 from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch
 from pq_sweep.runtimes.ort import ENVIRONMENTS
 from pq_sweep.types import Model, Runtime, Stage, UserError, Workspace, choose
@@ -57,9 +57,19 @@ class EngineBuilder:
     def resolve(self, precision: str, device: str) -> Runtime:
         return self  # type: ignore[return-value]  # `open` is the subclass's
 
+    def library(self) -> Any:
+        """Return the module that builds and runs engines."""
+        return import_tensorrt(self.name)
+
+    def target(self, device: str) -> Capability:
+        """Return the compute capability that engines are built for."""
+        import torch
+
+        return torch.cuda.get_device_capability(device)
+
     def require(self, device: str) -> None:
         """Refuse to start without a supported TensorRT, or with an option that the GPU does not support."""
-        import_tensorrt(self.name)
+        self.library()
         if self.sparsity:
             need("sparse", "runtime.sparsity=true", device)
 
@@ -71,14 +81,12 @@ class EngineBuilder:
 
     def about(self, graph: Path, work: Workspace, precision: str) -> dict[str, Any]:
         """Return all that an engine depends on."""
-        import torch
-
         return {
             "graph": file_hash(graph),
             "precision": precision,
-            "tensorrt": import_tensorrt(self.name).__version__,
+            "tensorrt": self.library().__version__,
             "gpu": device_name(work.device),
-            "compute_capability": list(torch.cuda.get_device_capability(work.device)),
+            "compute_capability": list(self.target(work.device)),
             "batch_sizes": list(work.batch_sizes),
             "builder": self.name,
             "options": {name: value for name, value in asdict(self).items() if name not in WITHOUT_EFFECT},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pq_sweep.core.files import read_json, write_json
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.runtimes.cuda import own_stream, record_graph, use_tf32
-from pq_sweep.runtimes.engines import EngineBuilder, built, import_tensorrt, need, shape_of
+from pq_sweep.runtimes.engines import EngineBuilder, built, need, shape_of
 from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.session import BySize, Call, CallSession
 from pq_sweep.types import Data, Model, Quantizer, Session, Workspace
@@ -19,7 +20,8 @@ from pq_sweep.types import Data, Model, Quantizer, Session, Workspace
 if TYPE_CHECKING:
     from torch import Tensor
 
-ENGINE, TIMING, LAYERS, SPARSITY = "model.engine", "timing.cache", "layers.json", "sparsity.json"
+ENGINE, TIMING, LAYERS = "model.engine", "timing.cache", "layers.json"
+SPARSITY, WARNINGS = "sparsity.json", "warnings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +32,37 @@ class TensorRTNative(EngineBuilder):
 
     name: ClassVar[str] = "tensorrt_native"
 
-    def library(self) -> Any:
-        """Return the module that builds and runs engines."""
-        return import_tensorrt(self.name)
-
     def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session:
         """Export, check and quantize the graph, build its engine in the job's folder and load that file."""
-        library, precision = self.library(), precision_of(quantizer)
+        precision = precision_of(quantizer)
         use_tf32(self.tf32)
         if precision == "bf16":
             need("bf16", "quantizer=bf16 under TensorRT", work.device)
         graph, details = make_graph(model, quantizer, data, work, form="tensorrt")
-        folder = JobFolder(work.folder).engine
-        messages = collector(library)
         own_stream(work.device)  # an engine belongs to the device that is current when it is built and loaded
+        engine, about = self.engine(graph, precision, model, work, load)
+        folder = JobFolder(work.folder).engine
+        details = details | {
+            **self.described(about),
+            "cuda_graph": self.cuda_graph,
+            "layers": describe_layers(self.library(), engine, folder / LAYERS),
+            "sparsity_log": read_json(folder / SPARSITY),
+            "builder_warnings": read_json(folder / WARNINGS),
+            "activation_memory_bytes": _activation_memory(engine),
+        }
+        call = self._call(engine, model, work)
+        how = f"tensorrt {about['tensorrt']}" + (", CUDA graph" if self.cuda_graph else "")
+        return CallSession(call, self.name, how, work.device, folder / ENGINE, details)
+
+    def engine(
+        self, graph: Path, precision: str, model: Model, work: Workspace, load: Callable[..., Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Build the engine of a graph in the job's folder, or find it there or in the cache.
+
+        Return what `load` makes of it, and all that it depends on.
+        """
+        library, folder = self.library(), JobFolder(work.folder).engine
+        messages = collector(library)
 
         def build() -> Any:
             if not (folder / ENGINE).exists():
@@ -51,17 +70,7 @@ class TensorRTNative(EngineBuilder):
             return load(library, folder / ENGINE, messages)
 
         about = self.about(graph, work, precision)
-        engine = built(folder, about, work, build)
-        details = details | {
-            **self.described(about),
-            "cuda_graph": self.cuda_graph,
-            "layers": describe_layers(library, engine, folder / LAYERS),
-            "sparsity_log": read_json(folder / SPARSITY),
-            "activation_memory_bytes": _activation_memory(engine),
-        }
-        call = self._call(engine, model, work)
-        how = f"tensorrt {about['tensorrt']}" + (", CUDA graph" if self.cuda_graph else "")
-        return CallSession(call, self.name, how, work.device, folder / ENGINE, details)
+        return built(folder, about, work, build), about
 
     def _write(
         self, library: Any, graph: Path, folder: Path, precision: str, model: Model, work: Workspace, messages: Any
@@ -75,6 +84,9 @@ class TensorRTNative(EngineBuilder):
         if not parser.parse_from_file(str(graph)):
             errors = "; ".join(str(parser.get_error(index).desc()) for index in range(parser.num_errors))
             raise RuntimeMismatch(f"TensorRT cannot read {graph.name}: {errors}")
+        if changed := [text for text in messages.warnings if "Defaulting to" in text]:  # as with unsigned numbers
+            raise RuntimeMismatch(f"TensorRT reads {graph.name} otherwise than it is written: {changed[0]}")
+        self._look_at(network, folder)
         config = self._config(library, builder, precision, model, work)
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
@@ -84,14 +96,20 @@ class TensorRTNative(EngineBuilder):
         (folder / TIMING).write_bytes(memoryview(config.get_timing_cache().serialize()))
         (folder / ENGINE).write_bytes(memoryview(plan))
         write_json(folder / SPARSITY, messages.sparsity)
+        write_json(folder / WARNINGS, messages.warnings)
+
+    def _look_at(self, network: Any, folder: Path) -> None:
+        """Write what can only be said of the network before it is built; the inspector tells all of an engine."""
 
     def _config(self, library: Any, builder: Any, precision: str, model: Model, work: Workspace) -> Any:
         config = builder.create_builder_config()
         config.builder_optimization_level = self.optimization_level
         config.profiling_verbosity = library.ProfilingVerbosity.DETAILED  # for the names and types of layers
         flags = {"TF32": self.tf32, "SPARSE_WEIGHTS": self.sparsity, "BF16": precision == "bf16"}
-        for name, wanted in flags.items():
-            (config.set_flag if wanted else config.clear_flag)(getattr(library.BuilderFlag, name))
+        for name in [name for name, wanted in flags.items() if wanted]:  # newer libraries lack some of them
+            config.set_flag(getattr(library.BuilderFlag, name))
+        if not self.tf32:
+            config.clear_flag(library.BuilderFlag.TF32)  # which is set at first
         for sizes in self.profiles(work.batch_sizes):
             profile = builder.create_optimization_profile()
             profile.set_shape("input", *(shape_of(model, size) for size in sizes))
@@ -146,17 +164,20 @@ class Context:
 
 
 def collector(library: Any) -> Any:
-    """Return a logger that keeps TensorRT's messages about errors and about sparse kernels."""
+    """Return a logger that keeps TensorRT's errors, its warnings, and its messages about sparse kernels."""
 
     class Messages(library.ILogger):
         def __init__(self) -> None:
             super().__init__()
             self.errors: list[str] = []
+            self.warnings: list[str] = []
             self.sparsity: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (library.ILogger.Severity.INTERNAL_ERROR, library.ILogger.Severity.ERROR):
                 self.errors.append(message)
+            elif severity == library.ILogger.Severity.WARNING:
+                self.warnings.append(message)
             elif "(Sparsity)" in message:
                 self.sparsity.append(message)
 

@@ -15,7 +15,10 @@ Call = Callable[["Tensor"], "Tensor"]
 
 @dataclass
 class CallSession:
-    """A model as a call from float32 images to float32 logits; `close` drops the call and then runs `release`."""
+    """A model as a call from float32 images to float32 logits; `close` drops the call and then runs `release`.
+
+    Without a call there is only the artifact, built for another machine.
+    """
 
     call: Call | None
     runtime: str
@@ -24,6 +27,11 @@ class CallSession:
     artifact: Path
     details: dict[str, Any]
     release: Callable[[], None] | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Say whether it can be called."""
+        return self.call is not None
 
     def __call__(self, images: Tensor) -> Tensor:
         assert self.call, "the session is closed"

@@ -58,7 +58,8 @@ class LargestAmount:
             middle = (good + bad) // 2
             row = yield amounts[middle]
             if row["status"] != "finished":
-                return f"the search ended at {PARAMETER}={amounts[middle]}, where the job {row['status']}"
+                how = "was only built" if row["status"] == "built" else row["status"]
+                return f"the search ended at {PARAMETER}={amounts[middle]}, where the job {how}"
             drops[middle] = row["accuracy_drop_points"]
             good, bad = (middle, bad) if drops[middle] <= self.max_drop else (good, middle)
         worse = f"; {amounts[bad]} loses {drops[bad]:.2f}" if bad in drops else ""

@@ -25,6 +25,7 @@ from pq_sweep.core.files import shared_file_system
 from pq_sweep.core.folder import JobFolder, SweepFolder
 from pq_sweep.core.limits import bounded
 from pq_sweep.core.sentences import reason, without_password
+from pq_sweep.results.rows import DONE
 from pq_sweep.results.standing import Watch
 from pq_sweep.tracking import table
 from pq_sweep.tracking.store import SETTINGS, Store, import_mlflow, persistent
@@ -189,7 +190,7 @@ class Mlflow:
         done = Watch(sweep).look()
         with closing(self._within(lambda: self._view(sweep))) as view:
             self._within(view.survey)
-            jobs = [SweepFolder(sweep).job(row["job"]) for row in done.rows if row["status"] in ("finished", "failed")]
+            jobs = [SweepFolder(sweep).job(row["job"]) for row in done.rows if row["status"] in (*DONE, "failed")]
             logged = sum(self._within(partial(view.upload, job)) for job in jobs)
             self._within(lambda: view.summarize(done))
         return logged, view.experiment

@@ -22,7 +22,7 @@ from pq_sweep.core.folder import JobFolder, SweepFolder
 from pq_sweep.core.groups import GROUPS
 from pq_sweep.core.result import Result
 from pq_sweep.results.origin import known
-from pq_sweep.results.rows import SLURM_COLUMNS, Row, batch_sizes, metrics, read_row
+from pq_sweep.results.rows import DONE, SLURM_COLUMNS, Row, batch_sizes, metrics, read_row
 from pq_sweep.results.sweeps import Sweep
 from pq_sweep.tracking import table
 from pq_sweep.tracking.store import Store, held
@@ -117,7 +117,7 @@ class View:
     def summarize(self, done: Sweep) -> None:
         """Log how many jobs ended how, and end the parent run unless some are still to come."""
         parent = self.parent.info.run_id
-        for status in ("finished", "failed", "missing"):
+        for status in ("finished", *(["built"] if done.count("built") else []), "failed", "missing"):
             self.client.set_tag(parent, f"pq_sweep.{status}", str(done.count(status)))
         for path in (self.files.table, self.files.manifest):
             if path.exists():
@@ -127,7 +127,7 @@ class View:
         if done.count("running") or done.count("pending"):
             self.client.update_run(parent, "RUNNING")
         else:
-            self.client.set_terminated(parent, "FINISHED" if done.count("finished") == len(done.rows) else "FAILED")
+            self.client.set_terminated(parent, "FINISHED" if done.count(*DONE) == len(done.rows) else "FAILED")
 
     def _sum_up(self, done: Sweep) -> None:
         """Log what the jobs come to: a table, the Pareto figure, the best figures, and a recommendation as note."""

@@ -9,7 +9,7 @@ import pandas as pd
 
 from pq_sweep.results.comparison import Estimate, drop, is_uncompressed, payback, reference, speedup
 from pq_sweep.results.decision import on_front
-from pq_sweep.results.rows import Row, batch_sizes
+from pq_sweep.results.rows import DONE, Row, batch_sizes
 from pq_sweep.results.sweeps import Sweep
 
 # Columns that a reader may want now and then; the page hides them at first.
@@ -61,7 +61,7 @@ def _line(row: Row, sweep: Sweep, sizes: list[int]) -> dict[str, Any]:
         "seed": row.get("seed"),
         "protocol": row.get("protocol"),
     }
-    return line | (_figures(row, sweep, sizes) if row["status"] == "finished" else {})
+    return line | (_figures(row, sweep, sizes) if row["status"] in DONE else {})
 
 
 def _figures(row: Row, sweep: Sweep, sizes: list[int]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pq_sweep.results.recommend import facts, lines, none_feasible, wanted
 from pq_sweep.results.report.charts import Figure, figures
 from pq_sweep.results.report.frame import DETAILS, NAMES, comparison, rounded
 from pq_sweep.results.report.views import View, views
-from pq_sweep.results.rows import Row, batch_sizes
+from pq_sweep.results.rows import DONE, Row, batch_sizes
 from pq_sweep.results.sweeps import Sweep
 from pq_sweep.types import UserError
 
@@ -86,7 +86,7 @@ class Report:
             table=_table(self.frame()),
             views=[{"name": view.name, "figures": drawings} for view, drawings in drawn],
             specs=json.dumps(_specs(drawn)).replace("</", "<\\/"),
-            failed=[row for row in self.sweep.rows if row["status"] != "finished"],
+            failed=[row for row in self.sweep.rows if row["status"] not in DONE],
             provenance=provenance(self.sweep),
             vega=_vega(),
         )

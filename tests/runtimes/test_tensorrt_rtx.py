@@ -1,0 +1,266 @@
+"""NVIDIA's own parser and builder take our graphs, strongly typed, and refuse those that are wrong; no GPU is needed.
+
+The code is that of `runtime=tensorrt_native`, with TensorRT-RTX's library in place of TensorRT's.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from commands import SHORT
+from conftest import Launch, new_user, only_sweep, python, refused, results
+from hydra.errors import InstantiationException
+from independent import runtime
+from mlflow import MlflowClient
+from onnx import ModelProto, helper, numpy_helper
+
+from pq_sweep.compress import quantizers
+from pq_sweep.core.cache import Cache
+from pq_sweep.core.folder import JobFolder
+from pq_sweep.inputs.datasets import digits, fake
+from pq_sweep.inputs.models import digits_cnn, torchvision_model
+from pq_sweep.job.stages import Stages
+from pq_sweep.runtimes import RuntimeMismatch, rtx
+from pq_sweep.types import Data, Model, Session, Workspace
+
+pytestmark = [
+    pytest.mark.skipif(find_spec(rtx.API) is None, reason="needs TensorRT-RTX: pip install -e '.[rtx]'"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+fp16 = partial(quantizers.fp16, exclude=[])
+int8 = partial(quantizers.int8, calibration="minmax", images=4, percentile=99.9)
+QUANTIZERS: dict[str, Any] = {
+    "fp32": quantizers.none,
+    "fp16": fp16,
+    "int8": partial(int8, exclude=[]),
+    "int8 but the ends": partial(int8, exclude=["first", "last"]),
+}
+CAPABILITIES = ("8.0", "8.9")
+
+
+@pytest.fixture(scope="module")
+def made() -> Callable[[str], tuple[Model, Data]]:
+    """Return a network with random weights, or the digits', and images for it."""
+
+    def make(name: str) -> tuple[Model, Data]:
+        torch.manual_seed(0)
+        if name == "digits_cnn":
+            return (model := digits_cnn()), digits(model)
+        model = torchvision_model(name=name, weights=None, num_classes=10)
+        return model, fake(model, images=4, calibration=4, seed=0)
+
+    return make
+
+
+def built(
+    folder: Path, model: Model, data: Data, quantizer: Any, capability: str = "8.9", **options: Any
+) -> tuple[Session, Path]:
+    """Build as a job does; jobs of this session share exported graphs through the cache."""
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Workspace(folder, "cpu", 1, Stages(folder, "", Cache({})), batch_sizes=(1, 8))
+    builder = runtime("tensorrt_rtx", build_only=True, compute_capability=capability, **options)
+    builder.require("cpu")
+    return builder.open(model, quantizer, data, work), folder / "engine"
+
+
+def check(session: Session, folder: Path, precision: str) -> None:
+    """Check that the builder had nothing to complain of, and that the types of layers are those of the precision."""
+    assert session.details["builder_warnings"] == []
+    assert session.artifact.stat().st_size > 100_000
+    assert (folder / "timing.cache").stat().st_size > 0
+    graph = onnx.load(folder.parent / "model.onnx").graph
+    types, counts = session.details["layers"]["outputs"], ops(graph)
+    assert sum(types.values()) == session.details["layers"]["count"] > len(graph.node) / 2
+    assert types.get("Int8", 0) >= counts.get("QuantizeLinear", 0)
+    assert ("Int8" in types) == precision.startswith("int8")
+    halves = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16]
+    assert ("Half" in types) == bool(halves) == (precision == "fp16")
+    assert ("Float" in types) == (precision != "fp16") or types["Half"] > 5 * types["Float"]
+
+
+def ops(graph: Any) -> dict[str, int]:
+    names = [node.op_type for node in graph.node]
+    return {name: names.count(name) for name in set(names)}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("precision", QUANTIZERS)
+def test_graphs_of_the_digits_network_are_built(
+    made: Callable[[str], tuple[Model, Data]], tmp_path: Path, precision: str, capability: str
+) -> None:
+    session, folder = built(tmp_path, *made("digits_cnn"), QUANTIZERS[precision], capability)
+    check(session, folder, precision)
+    assert capability in session.engine
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", QUANTIZERS)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_graphs_of_larger_networks_are_built(
+    made: Callable[[str], tuple[Model, Data]], tmp_path: Path, name: str, precision: str
+) -> None:
+    capability = CAPABILITIES[precision.startswith("int8")]
+    check(*built(tmp_path, *made(name), QUANTIZERS[precision], capability, optimization_level=0), precision)
+
+
+@pytest.fixture(scope="module")
+def int8_graph(made: Callable[[str], tuple[Model, Data]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("int8")
+    built(folder, *made("digits_cnn"), QUANTIZERS["int8"])
+    return JobFolder(folder).model
+
+
+def with_integer_bias(model: ModelProto) -> None:
+    """Store a bias as INT32, as ONNX Runtime's own quantizer does."""
+    graph = model.graph
+    conv = next(node for node in graph.node if node.op_type == "Conv")
+    bias = next(item for item in graph.initializer if item.name == conv.input[2])
+    values = numpy_helper.to_array(bias)
+    graph.initializer.append(numpy_helper.from_array((values * 1000).astype(np.int32), "bias_int32"))
+    graph.initializer.append(numpy_helper.from_array(np.float32(1e-3), "bias_scale"))
+    graph.node.insert(0, helper.make_node("DequantizeLinear", ["bias_int32", "bias_scale"], ["bias_float"]))
+    conv.input[2] = "bias_float"
+
+
+def zero_points(model: ModelProto, kind: type[np.generic], value: int, operator: str) -> None:
+    for number, node in enumerate([node for node in model.graph.node if node.op_type == operator]):
+        model.graph.initializer.append(numpy_helper.from_array(kind(value), f"zero_{number}"))
+        del node.input[2:]
+        node.input.append(f"zero_{number}")
+
+
+def with_zero_point(model: ModelProto) -> None:
+    activations = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    zero_points(model, np.int8, 3, "QuantizeLinear")
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in activations:
+            del node.input[2:]
+            node.input.append("zero_0")
+
+
+def with_unsigned_activations(model: ModelProto) -> None:
+    activations = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    zero_points(model, np.uint8, 0, "QuantizeLinear")
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in activations:
+            del node.input[2:]
+            node.input.append("zero_0")
+
+
+WRONG: dict[str, tuple[Callable[[ModelProto], None], str]] = {
+    "INT32 bias": (with_integer_bias, r"(?i)int32"),
+    "zero points": (with_zero_point, r"(?i)zero.?point"),
+    "unsigned activations": (with_unsigned_activations, r"(?i)uint8"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_graph_that_is_wrong_is_refused_with_its_reason(int8_graph: Path, tmp_path: Path, wrong: str) -> None:
+    change, reason = WRONG[wrong]
+    model = onnx.load(int8_graph)
+    change(model)
+    onnx.save(model, tmp_path / "model.onnx")
+    builder = runtime("tensorrt_rtx", build_only=True, compute_capability="8.9")
+    work = Workspace(tmp_path, "cpu", 1, Stages(tmp_path, ""), batch_sizes=(1,))
+    with pytest.raises(RuntimeMismatch, match=reason):
+        builder.engine(tmp_path / "model.onnx", "int8", digits_cnn(), work, lambda *_: None)
+
+
+def test_an_engine_in_the_cache_is_not_built_again(made: Callable[[str], tuple[Model, Data]], tmp_path: Path) -> None:
+    first, _ = built(tmp_path / "first", *made("digits_cnn"), QUANTIZERS["fp16"])
+    stage = Stages(tmp_path / "second", "", Cache({}))
+    (tmp_path / "second").mkdir()
+    work = Workspace(tmp_path / "second", "cpu", 1, stage, batch_sizes=(1, 8))
+    again = runtime("tensorrt_rtx", build_only=True, compute_capability="8.9")
+    second = again.open(*made("digits_cnn")[:1], QUANTIZERS["fp16"], made("digits_cnn")[1], work)
+    assert "build" in stage.from_cache
+    assert first.artifact.read_bytes() == second.artifact.read_bytes()
+    other, _ = built(tmp_path / "other", *made("digits_cnn"), QUANTIZERS["fp16"], "12.0")
+    assert other.artifact.read_bytes() != first.artifact.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_job_that_is_only_built_says_so_and_has_no_figures_of_speed(launch: Launch, tmp_path: Path) -> None:
+    done = launch("-m", "runtime=tensorrt_rtx", "runtime.build_only=true", "quantizer=none,int8", "device=cpu", *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 done, 2 built" in done.stdout
+    assert "built for another machine and not run, so without accuracy and latency: job 0, 1" in done.stdout
+    sweep = only_sweep(tmp_path)
+    for job, result in enumerate(results(sweep)):
+        assert result["status"] == "built"
+        assert result["accuracy"] is None
+        assert "latency" not in result
+        assert result["size_bytes"]["compressed"] == (sweep / str(job) / "engine" / "model.engine").stat().st_size
+        assert result["prep_s"]["build"] > 0
+        assert result["session"]["compute_capability"] == "8.9"
+        assert result["hardware"] == []
+    rows = list(csv.DictReader((sweep / "results.csv").open()))
+    assert [row["status"] for row in rows] == ["built", "built"]
+    assert all(float(row["engine_size_mb"]) > 0 and not row.get("accuracy") for row in rows)
+    again = launch("-m", "runtime=tensorrt_rtx", "runtime.build_only=true", "quantizer=none,int8", "device=cpu", *SHORT,
+                   f"hydra.sweep.dir={sweep}")  # fmt: skip
+    assert (again.stdout + again.stderr).count("reused") >= 2
+    (run,) = [run for run in stored_runs(tmp_path) if run.data.tags.get("pq_sweep.job") == "1"]
+    assert run.data.tags["pq_sweep.status"] == "built"
+    assert run.data.metrics["engine_size_mb"] > 0
+    assert "accuracy" not in run.data.metrics
+    report = python(["-m", "pq_sweep.report", str(sweep)], tmp_path, new_user())
+    assert report.returncode == 0, report.stderr
+    recommended = python(["-m", "pq_sweep.recommend", str(sweep)], tmp_path, new_user())
+    assert recommended.returncode != 0
+    assert "Traceback" not in recommended.stderr
+
+
+def stored_runs(folder: Path) -> list[Any]:
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    return list(client.search_runs([each.experiment_id for each in client.search_experiments()]))
+
+
+def options(**given: Any) -> Any:
+    return runtime("tensorrt_rtx", **given)
+
+
+def test_what_cannot_be_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = refused(lambda: options().resolve("fp32", "cpu"))
+    assert text.startswith("runtime=tensorrt_rtx runs on CUDA devices and this is device=cpu; use device=cuda, or")
+    with pytest.raises(InstantiationException) as caught:  # which jobs and checks take the sentence out of
+        options(compute_capability=8.9)
+    assert "only for runtime.build_only=true" in str(caught.value.__cause__)
+    for given, part in (
+        ("9.0", "is not known to TensorRT-RTX 1."),
+        ("7.0", "valid are: 7.5, 8.0, 8.6, 8.9, 12.0, 12.1."),
+        ("Ada", "is not valid; give one such as 8.9."),
+    ):
+        assert part in refused(lambda given=given: options(build_only=True, compute_capability=given).require("cpu"))
+    assert "needs compute capability 8.0 or later, not 7.5" in refused(
+        lambda: options(build_only=True, compute_capability="7.5", sparsity=True).require("cpu")
+    )
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (8, 0), (9, 0), (10, 0)])
+def test_gpus_of_data_centres_are_refused(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(rtx, "device_name", lambda device: "some GPU")
+    text = refused(lambda: options().require("cuda:0"))
+    assert text.startswith("runtime=tensorrt_rtx is for GPUs of compute capability 7.5, 8.6, 8.9, 12.0, 12.1 and this")
+    assert text.endswith("; use runtime=tensorrt_native or runtime=tensorrt.")
+    options(build_only=True).require("cpu")
+
+
+@pytest.mark.parametrize("lacking", [rtx.API, rtx.LIBRARIES])
+def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    monkeypatch.setattr(rtx, "find_spec", lambda name: None if name == lacking else find_spec(name))
+    text = refused(rtx.import_rtx.__wrapped__)
+    assert text == (
+        f"runtime=tensorrt_rtx needs TensorRT-RTX and {lacking} is missing; install it by pip install -e '.[rtx]'."
+    )
