@@ -26,6 +26,7 @@ from gpu_stand_in import Gpu
 from independent import relative_error, runtime, snr_db, torch_logits
 from independent import workspace as uncached_workspace
 from onnx import TensorProto, helper, numpy_helper
+from packaging.version import Version
 from PIL import Image
 from provider_options import DOCUMENTED
 from sklearn.datasets import load_digits
@@ -42,6 +43,7 @@ from pq_sweep.measure.timing import CudaClock
 from pq_sweep.results.shipping import render
 from pq_sweep.runtimes import RuntimeMismatch, cuda, engines, library_error, make_graph, ort, ort_session, precision_of
 from pq_sweep.runtimes.cuda import TF32_OVERRIDE, record_graph
+from pq_sweep.runtimes.tensorrt import DISABLED
 from pq_sweep.types import Data, Model, Preprocess, Session, UserError, Workspace
 
 fp16 = functools.partial(quantizers.fp16, exclude=[])
@@ -416,6 +418,23 @@ def test_tensorrt_takes_int8_weights_of_both_signs(
 
     assert snr_db(expected, session(images).numpy()) > 20
     assert session.runtime == "tensorrt"
+
+
+def test_onnxruntime_adds_nothing_to_a_graph_that_tensorrt_refuses(
+    monkeypatch: pytest.MonkeyPatch, data: Data, tmp_path: Path, graphs: Any
+) -> None:
+    """Since 1.31 it quantizes biases to INT32, unless it is told not to."""
+    monkeypatch.setattr(ort, "library_error", lambda provider: "")
+    work = replace(workspace(tmp_path / "job"), device="cuda:0")
+    options = runtime("tensorrt").provider_options(["int8"], {}, tmp_path / "engine", tmp_path)
+    graph, _ = graphs("int8", 1.0)
+    if Version(gpu_stand_in.INSTALLED) >= Version("1.31"):
+        with pytest.raises(RuntimeMismatch, match=r"TensorRT EP failed to parse \S*bias"):
+            ort_session(graph, TENSORRT, options, work)
+    ort_session(graph, TENSORRT, options, work, DISABLED)
+
+    details = opened("tensorrt", tmp_path / "again", data, int8).details
+    assert details["disabled_optimizers"] == list(DISABLED)
 
 
 @pytest.mark.parametrize("engines", [0, 2])
