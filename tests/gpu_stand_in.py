@@ -161,13 +161,17 @@ class Binding:
     bind_output = bind_input
 
 
+ONLY_IN_10 = ("BF16", "FP16", "INT8")  # flags of builders; TensorRT 11 takes every type from the graph
+
+
 def tensorrt(machine: Machine, version: str = "10.13.3.9") -> Any:
     """Return a module like `tensorrt` whose engines are ONNX graphs that run on the CPU.
 
     As TensorRT's guide says, an engine belongs to the device that is current when it is loaded, and a context is no
     longer used by anyone else once a graph was recorded with it.
     """
-    told: dict[str, Any] = {"flags": set(), "profiles": [], "contexts": [], "says": {}}
+    flags = ("TF32", "SPARSE_WEIGHTS", *(ONLY_IN_10 if version.startswith("10.") else ()))
+    told: dict[str, Any] = {"flags": {"TF32"}, "profiles": [], "contexts": [], "says": {}}
 
     class Severity(IntEnum):
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
@@ -339,7 +343,7 @@ def tensorrt(machine: Machine, version: str = "10.13.3.9") -> Any:
         __version__=version, told=told, ILogger=ILogger, Logger=Logger, Builder=Builder, OnnxParser=OnnxParser,
         Runtime=Runtime,
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
-        BuilderFlag=SimpleNamespace(TF32="TF32", SPARSE_WEIGHTS="SPARSE_WEIGHTS", BF16="BF16"),
+        BuilderFlag=SimpleNamespace(**{name: name for name in flags}),
         ProfilingVerbosity=SimpleNamespace(DETAILED="DETAILED"), LayerInformationFormat=SimpleNamespace(JSON="JSON"),
     )  # fmt: skip
     return module

@@ -41,7 +41,17 @@ from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.measure.timing import CudaClock
 from pq_sweep.results.shipping import render
-from pq_sweep.runtimes import RuntimeMismatch, cuda, engines, library_error, make_graph, ort, ort_session, precision_of
+from pq_sweep.runtimes import (
+    RuntimeMismatch,
+    cuda,
+    engines,
+    library_error,
+    make_graph,
+    native,
+    ort,
+    ort_session,
+    precision_of,
+)
 from pq_sweep.runtimes.cuda import TF32_OVERRIDE, record_graph
 from pq_sweep.runtimes.tensorrt import DISABLED
 from pq_sweep.types import Data, Model, Preprocess, Session, UserError, Workspace
@@ -520,6 +530,22 @@ def test_types_of_a_native_engine_are_those_of_the_graph(
     assert (told()["level"], told()["verbosity"]) == (4, "DETAILED")
     assert session.details["optimization_level"] == 4
     cuda.use_tf32(False)
+
+
+def test_a_builder_without_flags_for_types_builds_what_the_graph_says(
+    monkeypatch: pytest.MonkeyPatch, data: Data, images: Tensor, gpu: Machine, tmp_path: Path
+) -> None:
+    """TensorRT 11, and TensorRT-RTX, have no flag for BF16, FP16 and INT8; here they are taken for supported."""
+    library = gpu_stand_in.tensorrt(gpu, "11.4.0.106")
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    monkeypatch.setattr(native, "import_tensorrt", lambda name: library)
+    monkeypatch.setattr(engines, "import_tensorrt", lambda name: library)
+    session = opened("tensorrt_native", tmp_path, data, fp16, sparsity=True)
+
+    assert session(images).isfinite().all()
+    assert library.told["flags"] == {"SPARSE_WEIGHTS"}
+    with pytest.raises(UserError, match=r"TensorRT 11\.4\.0\.106 takes types from the graph alone.*use runtime=torch"):
+        opened("tensorrt_native", tmp_path / "bf16", data, quantizers.bf16)
 
 
 def test_a_native_engine_is_described(data: Data, tmp_path: Path) -> None:
