@@ -186,8 +186,8 @@ class Machine:
             self.hand_over(work, self.stream_of(device), device_ns=device_ns, host_ns=host_ns)
 
     def sleep(self, cycles: int) -> None:
-        """torch.cuda._sleep on a GPU of 1 GHz."""
-        self.stream_of(self.current).take(cycles)
+        """torch.cuda._sleep on a GPU of 2 GHz."""
+        self.stream_of(self.current).take(cycles // 2)
 
     def install(self, patch: pytest.MonkeyPatch) -> Machine:
         """Put the machine in the place of torch.cuda, whose tensors lie on the CPU."""

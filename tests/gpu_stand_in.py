@@ -23,10 +23,11 @@ import onnxruntime
 import pytest
 import torch
 from cuda_stand_in import CudaError, Machine
+from onnx import numpy_helper
 
 from pq_sweep.runtimes import engines
 
-real_session = onnxruntime.InferenceSession
+real_session, INSTALLED = onnxruntime.InferenceSession, onnxruntime.__version__
 
 
 def array_at(address: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -49,8 +50,8 @@ def forbids_the_cpu(settings: Any) -> bool:
     return bool(settings.get_session_config_entry(FORBIDDEN) == "1")
 
 
-def optimized(path: Path, settings: Any, disabled: list[str]) -> tuple[Any, set[str]]:
-    """Load a graph on the CPU as it is to be loaded, and name the operators that are left when providers share it.
+def optimized(path: Path, settings: Any, disabled: list[str]) -> tuple[Any, onnx.GraphProto]:
+    """Load a graph on the CPU as it is to be loaded, and return what is left of it when providers share it.
 
     That is after the first level of optimization, which is the same for all of them.
     """
@@ -60,9 +61,20 @@ def optimized(path: Path, settings: Any, disabled: list[str]) -> tuple[Any, set[
     with tempfile.TemporaryDirectory() as folder:
         settings.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         session = real_session(path, settings, providers=["CPUExecutionProvider"], disabled_optimizers=disabled)
-        operators = {node.op_type for node in onnx.load(settings.optimized_model_filepath).graph.node}
+        graph = onnx.load(settings.optimized_model_filepath).graph
     settings.add_session_config_entry(FORBIDDEN, str(int(strict)))
-    return session, operators
+    return session, graph
+
+
+def parse(graph: onnx.GraphProto) -> None:
+    """Refuse what TensorRT's parser does not take of a Q/DQ graph: other than INT8, or a zero point other than 0."""
+    stored = {item.name: numpy_helper.to_array(item) for item in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            value, zero = (stored.get(name) for name in (node.input[0], *node.input[2:], "")[:2])
+            whole = [array for array in (value, zero) if array is not None and array.dtype.kind in "iu"]
+            if any(array.dtype != np.int8 for array in whole) or (zero is not None and zero.any()):
+                raise RuntimeError(f"[ONNXRuntimeError] : 11 : EP_FAIL : TensorRT EP failed to parse {node.name}")
 
 
 class Gpu:
@@ -87,12 +99,14 @@ class Gpu:
     def __init__(self, path: Path, settings: Any, *, providers: Any, **kwargs: Any) -> None:
         ((self.provider, self.options),) = providers
         self.settings, self.kwargs = settings, kwargs
-        self.inner, self.operators = optimized(path, settings, kwargs["disabled_optimizers"])
-        if self.provider == "CUDAExecutionProvider" and SHAPES & self.operators and forbids_the_cpu(settings):
+        self.inner, graph = optimized(path, settings, kwargs["disabled_optimizers"])
+        shapes = SHAPES & {node.op_type for node in graph.node}
+        if self.provider == "CUDAExecutionProvider" and shapes and forbids_the_cpu(settings):
             raise RuntimeError(ON_THE_CPU)
         self.ran: list[int] = []
         Gpu.sessions.append(self)
         if self.provider == "TensorrtExecutionProvider":
+            parse(graph)
             self._build()
 
     def _build(self) -> None:
@@ -147,13 +161,17 @@ class Binding:
     bind_output = bind_input
 
 
+ONLY_IN_10 = ("BF16", "FP16", "INT8")  # flags of builders; TensorRT 11 takes every type from the graph
+
+
 def tensorrt(machine: Machine, version: str = "10.13.3.9") -> Any:
     """Return a module like `tensorrt` whose engines are ONNX graphs that run on the CPU.
 
     As TensorRT's guide says, an engine belongs to the device that is current when it is loaded, and a context is no
     longer used by anyone else once a graph was recorded with it.
     """
-    told: dict[str, Any] = {"flags": set(), "profiles": [], "contexts": [], "says": {}}
+    flags = ("TF32", "SPARSE_WEIGHTS", *(ONLY_IN_10 if version.startswith("10.") else ()))
+    told: dict[str, Any] = {"flags": {"TF32"}, "profiles": [], "contexts": [], "says": {}}
 
     class Severity(IntEnum):
         INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
@@ -325,7 +343,7 @@ def tensorrt(machine: Machine, version: str = "10.13.3.9") -> Any:
         __version__=version, told=told, ILogger=ILogger, Logger=Logger, Builder=Builder, OnnxParser=OnnxParser,
         Runtime=Runtime,
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
-        BuilderFlag=SimpleNamespace(TF32="TF32", SPARSE_WEIGHTS="SPARSE_WEIGHTS", BF16="BF16"),
+        BuilderFlag=SimpleNamespace(**{name: name for name in flags}),
         ProfilingVerbosity=SimpleNamespace(DETAILED="DETAILED"), LayerInformationFormat=SimpleNamespace(JSON="JSON"),
     )  # fmt: skip
     return module

@@ -173,8 +173,7 @@ def look_at_tensorrt_rtx() -> Facts:
 
 def build_by_rtx() -> Facts:
     """Build an engine of a convolution, and say for which GPUs that can be done. To be called in a child."""
-    builder = rtx.TensorRTRTX(profile="each", optimization_level=0, sparsity=False, tf32=False, cuda_graph=False,
-                              build_only=True, compute_capability=None)  # fmt: skip
+    builder = rtx.TensorRTRTX(sparsity=False, tf32=False, cuda_graph=False, build_only=True, compute_capability=None)
     library, small = builder.library(), Preprocess(size=4, resize=4, channels=1, mean=(0.0,), std=(1.0,))
     with tempfile.TemporaryDirectory() as folder:
         graph = Path(folder) / "convolution.onnx"

@@ -115,14 +115,19 @@ def _watched(
     """Time a call and add what its device did meanwhile: on a throttled or shared device no median is settled."""
     monitor = Monitor(session.device, gpu_uuid(session.device))
     figures, samples = timed(call, clock, protocol, batch_size, monitor)
-    energy = monitor.result.get("energy_j")
-    share = figures.duration_s / monitor.result.get("sampled_s", monitor.result["seconds"])
     doubts = [word for word in monitor.result["verdicts"] if word in UNSETTLING]
     return Latency(
         **vars(figures) | {"unstable": figures.unstable + doubts},
-        energy_per_image_j=energy and energy * share / (len(samples) * batch_size),
+        energy_per_image_j=_energy(monitor, figures.duration_s, len(samples) * batch_size),
         device_state=monitor.result,
     ), samples
+
+
+def _energy(monitor: Monitor, seconds: float, images: int) -> float | None:
+    """Return the energy in J of each of the images that took so many seconds of what a monitor watched."""
+    energy = monitor.result.get("energy_j")
+    share = seconds / monitor.result.get("sampled_s", monitor.result["seconds"])
+    return energy and energy * share / images
 
 
 def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Latency, Samples]:
@@ -134,24 +139,34 @@ def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Late
         return session(pinned.to(session.device, non_blocking=True)).cpu()
 
     host, way = timed(there_and_back, HostClock(), protocol, len(images), nullcontext())
+    throughput, energy = _pipelined(session, images, len(device), figures.duration_s)
     enqueue = float(np.median(clock.enqueue_ns[-len(device) :])) / 1e6
     return replace(
         figures,
+        energy_per_image_j=energy,
         host_to_host=host,
         enqueue_ms=enqueue,
         host_bound=enqueue > HOST_BOUND * figures.p50_ms,  # trtexec's rule: the device waits for its host
-        pipelined_throughput=_pipelined(session, images, len(device)),
+        pipelined_throughput=throughput,
     ), {"device": device, "host": way}
 
 
-def _pipelined(session: Session, images: Tensor, calls: int) -> float:
-    """Return images per second of calls on the current stream of which only the last is waited for."""
+def _pipelined(session: Session, images: Tensor, calls: int, seconds: float) -> tuple[float, float | None]:
+    """Return images per second and the energy of an image in J, of calls of which only the last is waited for.
+
+    There are so many calls at least, and they take so many seconds at least. This is where energy is counted, as a
+    device whose calls are timed one by one rests between them.
+    """
+    done, monitor = 0, Monitor(session.device, gpu_uuid(session.device))
     torch.cuda.synchronize(session.device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        session(images)
-    torch.cuda.synchronize(session.device)
-    return calls * len(images) / (time.perf_counter() - start)
+    with monitor:
+        start = time.perf_counter()
+        while done < calls or time.perf_counter() - start < seconds:
+            session(images)
+            done += 1
+        torch.cuda.synchronize(session.device)
+        taken = time.perf_counter() - start
+    return done * len(images) / taken, _energy(monitor, taken, done * len(images))
 
 
 def latency_images(data: Data, batch_size: int, device: str) -> Tensor:

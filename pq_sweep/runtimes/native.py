@@ -15,7 +15,7 @@ from pq_sweep.runtimes.cuda import own_stream, record_graph, use_tf32
 from pq_sweep.runtimes.engines import EngineBuilder, built, need, shape_of
 from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.session import BySize, Call, CallSession
-from pq_sweep.types import Data, Model, Quantizer, Session, Workspace
+from pq_sweep.types import Data, Model, Quantizer, Session, UserError, Workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,9 +77,7 @@ class TensorRTNative(EngineBuilder):
     ) -> None:
         """Build and write the engine and its timing cache."""
         builder = library.Builder(messages)
-        # A strongly typed network takes every type from the graph. No graph is written in BF16: TensorRT may choose it.
-        typed = 0 if precision == "bf16" else 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        network = builder.create_network(typed)
+        network = builder.create_network(typing_flag(library, precision))
         parser = library.OnnxParser(network, messages)
         if not parser.parse_from_file(str(graph)):
             errors = "; ".join(str(parser.get_error(index).desc()) for index in range(parser.num_errors))
@@ -105,11 +103,11 @@ class TensorRTNative(EngineBuilder):
         config = builder.create_builder_config()
         config.builder_optimization_level = self.optimization_level
         config.profiling_verbosity = library.ProfilingVerbosity.DETAILED  # for the names and types of layers
-        flags = {"TF32": self.tf32, "SPARSE_WEIGHTS": self.sparsity, "BF16": precision == "bf16"}
-        for name in [name for name, wanted in flags.items() if wanted]:  # newer libraries lack some of them
-            config.set_flag(getattr(library.BuilderFlag, name))
         if not self.tf32:
-            config.clear_flag(library.BuilderFlag.TF32)  # which is set at first
+            config.clear_flag(library.BuilderFlag.TF32)  # the only flag that is set by default
+        wanted = {"SPARSE_WEIGHTS": self.sparsity, "BF16": precision == "bf16"}
+        for name in (name for name, is_wanted in wanted.items() if is_wanted):
+            config.set_flag(getattr(library.BuilderFlag, name))  # not every version has every flag
         for sizes in self.profiles(work.batch_sizes):
             profile = builder.create_optimization_profile()
             profile.set_shape("input", *(shape_of(model, size) for size in sizes))
@@ -161,6 +159,21 @@ class Context:
             if not self.context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
                 raise RuntimeMismatch(f"TensorRT could not run the engine on {len(images)} images.")
         return logits
+
+
+def typing_flag(library: Any, precision: str) -> int:
+    """Return the flags of a network: strongly typed, which takes every type from the graph, but for BF16.
+
+    No graph is written in BF16: TensorRT may choose it layer by layer, up to version 10.
+    """
+    if precision != "bf16":
+        return 1 << int(library.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    if not hasattr(library.BuilderFlag, "BF16"):
+        raise UserError(
+            f"TensorRT {library.__version__} takes types from the graph alone, and quantizer=bf16 writes none in BF16;"
+            " use runtime=torch."
+        )
+    return 0
 
 
 def collector(library: Any) -> Any:

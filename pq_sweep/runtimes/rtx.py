@@ -32,15 +32,19 @@ LIBRARIES, API = "onnxruntime_ep_nv_tensorrt_rtx", "tensorrt_rtx_bindings"
 class TensorRTRTX(TensorRTNative):
     """TensorRT-RTX; with `build_only` an engine is built for a compute capability and not run."""
 
+    profile: str = "each"
+    optimization_level: int = 3
     build_only: bool
     compute_capability: str | float | None
 
     name: ClassVar[str] = "tensorrt_rtx"
     # There is no BF16: such a graph is not written, and TensorRT-RTX takes every type from the graph.
-    precisions: ClassVar[Precisions] = dict.fromkeys(("cpu", "cuda"), ("fp32", "fp16", "int8", "mixed"))
+    precisions: ClassVar[Precisions] = {"cpu": (), "cuda": ("fp32", "fp16", "int8", "mixed")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.build_only:  # which any machine can
+            object.__setattr__(self, "precisions", dict.fromkeys(("cpu", "cuda"), self.precisions["cuda"]))
         if self.compute_capability is not None and not self.build_only:
             raise UserError(
                 f"runtime.compute_capability={self.compute_capability} is only for runtime.build_only=true, as an"

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Call = Callable[["Tensor"], "Tensor"]
+BATCH = "batch"  # the name of the dimension that counts images in every graph
 
 
 @dataclass

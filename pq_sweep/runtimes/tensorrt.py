@@ -25,6 +25,8 @@ from pq_sweep.runtimes.session import BySize, Call, CallSession
 from pq_sweep.types import Data, Model, Quantizer, Session, UserError, Workspace
 
 BF16_OPTION_SINCE = (1, 23)
+# ONNX Runtime 1.31 quantizes biases to INT32 before a provider gets the graph, which TensorRT's parser refuses.
+DISABLED = ("WeightBiasQuantization",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,10 @@ class TensorRT(EngineBuilder):
         """Return all that an engine depends on."""
         import onnxruntime
 
-        return super().about(graph, work, precision) | {"onnxruntime": onnxruntime.__version__}
+        return super().about(graph, work, precision) | {
+            "onnxruntime": onnxruntime.__version__,
+            "disabled_optimizers": list(DISABLED),
+        }
 
     def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session:
         """Export, check and quantize the graph, and build its engines in the job's folder."""
@@ -65,6 +70,7 @@ class TensorRT(EngineBuilder):
         calls, nodes, engines = built(folder, about, work, lambda: self._build(graph, permissions, folder, model, work))
         details = details | {
             **self.described(about),
+            "disabled_optimizers": list(DISABLED),
             "nodes_per_provider": nodes,
             "engine_bytes": {str(size): path.stat().st_size for size, path in engines.items()},
         }
@@ -83,7 +89,7 @@ class TensorRT(EngineBuilder):
                 zip(("min", "opt", "max"), (shape_of(model, size) for size in (least, best, most)), strict=True)
             )
             options = self.provider_options(permissions, shapes, folder / f"b{most}", folder)
-            session = ort_session(graph, TENSORRT, options, work)
+            session = ort_session(graph, TENSORRT, options, work, DISABLED)
             engines[most] = one_engine(folder / f"b{most}", permissions)
             calls[most] = Bound(session)
             nodes = placed_on(TENSORRT, session, calls[most], model_input(session, most, work.device))

@@ -26,6 +26,7 @@ from gpu_stand_in import Gpu
 from independent import relative_error, runtime, snr_db, torch_logits
 from independent import workspace as uncached_workspace
 from onnx import TensorProto, helper, numpy_helper
+from packaging.version import Version
 from PIL import Image
 from provider_options import DOCUMENTED
 from sklearn.datasets import load_digits
@@ -40,8 +41,19 @@ from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.measure.timing import CudaClock
 from pq_sweep.results.shipping import render
-from pq_sweep.runtimes import RuntimeMismatch, cuda, engines, library_error, make_graph, ort, ort_session, precision_of
+from pq_sweep.runtimes import (
+    RuntimeMismatch,
+    cuda,
+    engines,
+    library_error,
+    make_graph,
+    native,
+    ort,
+    ort_session,
+    precision_of,
+)
 from pq_sweep.runtimes.cuda import TF32_OVERRIDE, record_graph
+from pq_sweep.runtimes.tensorrt import DISABLED
 from pq_sweep.types import Data, Model, Preprocess, Session, UserError, Workspace
 
 fp16 = functools.partial(quantizers.fp16, exclude=[])
@@ -418,6 +430,23 @@ def test_tensorrt_takes_int8_weights_of_both_signs(
     assert session.runtime == "tensorrt"
 
 
+def test_onnxruntime_adds_nothing_to_a_graph_that_tensorrt_refuses(
+    monkeypatch: pytest.MonkeyPatch, data: Data, tmp_path: Path, graphs: Any
+) -> None:
+    """Since 1.31 it quantizes biases to INT32, unless it is told not to."""
+    monkeypatch.setattr(ort, "library_error", lambda provider: "")
+    work = replace(workspace(tmp_path / "job"), device="cuda:0")
+    options = runtime("tensorrt").provider_options(["int8"], {}, tmp_path / "engine", tmp_path)
+    graph, _ = graphs("int8", 1.0)
+    if Version(gpu_stand_in.INSTALLED) >= Version("1.31"):
+        with pytest.raises(RuntimeMismatch, match=r"TensorRT EP failed to parse \S*bias"):
+            ort_session(graph, TENSORRT, options, work)
+    ort_session(graph, TENSORRT, options, work, DISABLED)
+
+    details = opened("tensorrt", tmp_path / "again", data, int8).details
+    assert details["disabled_optimizers"] == list(DISABLED)
+
+
 @pytest.mark.parametrize("engines", [0, 2])
 def test_tensorrt_has_to_build_one_engine(
     monkeypatch: pytest.MonkeyPatch, data: Data, tmp_path: Path, engines: int
@@ -501,6 +530,22 @@ def test_types_of_a_native_engine_are_those_of_the_graph(
     assert (told()["level"], told()["verbosity"]) == (4, "DETAILED")
     assert session.details["optimization_level"] == 4
     cuda.use_tf32(False)
+
+
+def test_a_builder_without_flags_for_types_builds_what_the_graph_says(
+    monkeypatch: pytest.MonkeyPatch, data: Data, images: Tensor, gpu: Machine, tmp_path: Path
+) -> None:
+    """TensorRT 11, and TensorRT-RTX, have no flag for BF16, FP16 and INT8; here they are taken for supported."""
+    library = gpu_stand_in.tensorrt(gpu, "11.4.0.106")
+    monkeypatch.setitem(sys.modules, "tensorrt", library)
+    monkeypatch.setattr(engines, "import_tensorrt", lambda name: library)
+    monkeypatch.setattr(engines, "import_tensorrt", lambda name: library)
+    session = opened("tensorrt_native", tmp_path, data, fp16, sparsity=True)
+
+    assert session(images).isfinite().all()
+    assert library.told["flags"] == {"SPARSE_WEIGHTS"}
+    with pytest.raises(UserError, match=r"TensorRT 11\.4\.0\.106 takes types from the graph alone.*use runtime=torch"):
+        opened("tensorrt_native", tmp_path / "bf16", data, quantizers.bf16)
 
 
 def test_a_native_engine_is_described(data: Data, tmp_path: Path) -> None:
