@@ -84,7 +84,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             baseline = load_baseline(cfg, model, data, plan.work, plan.protocol)
         pruning, recovery = compress(plan, model, data, stage)
         network, formats = look_at_network(model, data, baseline, stage)
-        notes = describe_notes(model, data, pruning, recovery)
+        notes = describe_notes(model, data, network, pruning, recovery)
         session = plan.runtime.open(model, plan.quantizer, data, plan.work)
         del model  # from here on only the session holds memory
         save_layers(session, baseline, stage.files)
