@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from pq_sweep.compress.idle import left_out, misfits
 from pq_sweep.core.outputs import entries, holds_logits, named, training_key
-from pq_sweep.core.sentences import reason
+from pq_sweep.core.sentences import listed, reason
 from pq_sweep.core.weights import parameters_once, prunable
 from pq_sweep.types import Data, Model, Record, UserError
 
@@ -74,13 +75,14 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
     pruned = [getattr(part, name) for part, name in prunable(module, every_weight=True)]
     masks = [(weight, weight != 0) for weight in pruned if (weight == 0).any()]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
-    taken = dict[str, None]()
+    unfit = misfits(model)
+    taken = dict.fromkeys(_left_out(unfit))
     steps = max(1, len(split) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs=epochs, steps_per_epoch=steps)
     with _led("finetune"):
         module.train()
     size = min(batch_size, len(split))
-    with _enough_values(module, "finetune", size):
+    with _enough_values(module, "finetune", size), left_out(unfit):
         for epoch in tqdm(range(1, epochs + 1), desc="fine-tuning", unit="epoch", disable=None, leave=False):
             # A last, smaller batch is left out, since BatchNorm could not train on a single image.
             order = torch.randperm(len(split)).tolist()[: steps * batch_size]
@@ -89,9 +91,7 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
                 optimizer.zero_grad()
                 with _led("finetune"):
                     logits = _training_logits(module(images), len(images), model.num_classes, taken)
-                    loss = nn.functional.cross_entropy(data.logits(logits), labels)
-                    _refuse_constant(loss)
-                    loss.backward()
+                    loss = _backward(data.logits(logits), labels)
                 optimizer.step()
                 schedule.step()
                 _apply(masks)
@@ -102,6 +102,12 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
     for note in notes:
         log.warning(note)
     return {"notes": notes}
+
+
+def _left_out(parts: dict[str, nn.Module]) -> list[str]:
+    names = listed(list(parts))
+    sentence = f"recovery=finetune left out {names}, which runs in training mode alone and no longer fits the others."
+    return [sentence] if parts else []
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -134,13 +140,16 @@ def _training_logits(output: Any, images: int, classes: int, notes: dict[str, No
     return found.float().reshape(images, classes)
 
 
-def _refuse_constant(loss: Tensor) -> None:
-    """Refuse a network that hides its parameters from training."""
+def _backward(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute gradients of the loss, which is returned, or refuse a network that hides its parameters from training."""
+    loss = nn.functional.cross_entropy(logits, labels)
     if not loss.requires_grad:
         raise UserError(
             "recovery=finetune cannot train this network, whose logits have no gradient (look for no_grad,"
             " inference_mode or detach in its forward); take that out, or use recovery=none."
         )
+    loss.backward()
+    return loss
 
 
 def _refuse_divergence(module: nn.Module, losses: list[Tensor], epoch: int, of: int, lr: float) -> None:

@@ -74,7 +74,7 @@ def _require_parameter(layer: nn.Module, name: str, what: str) -> None:
 def _require_values(tensor: Tensor, name: str, what: str) -> None:
     """Refuse a tensor whose values are not there, cannot change, or are not what they seem."""
     if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer) or tensor.is_meta:
-        raise UserError(f"{name} of {what} has no values yet; load weights before it is returned.")
+        raise UserError(f"{name} of {what} has no values yet; load weights first.")
     if tensor.is_inference():
         raise UserError(
             f"{name} of {what} was made under torch.inference_mode(), where weights cannot change; make it outside."

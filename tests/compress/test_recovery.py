@@ -445,6 +445,45 @@ def test_what_is_not_plain_in_training_mode_is_refused(shape: Callable[[Tensor, 
     assert words in text
 
 
+class Trunk(nn.Module):
+    """A trunk with an auxiliary classifier beside it that runs in training mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm, self.more, self.head = (
+            nn.Conv2d(3, 8, 1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 8, 1),
+            nn.Linear(128, 2),
+        )
+        self.aux = nn.Sequential(nn.Flatten(), nn.Linear(128, 2))
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.norm(self.body(x)).relu()
+        logits = self.head(self.more(features).relu().flatten(1))
+        return (logits, self.aux(features)) if self.training else logits
+
+
+def test_an_auxiliary_classifier_that_removal_has_not_seen_is_left_out() -> None:
+    model, split = Model(Trunk().eval(), 2, PIXEL), noise(8, seed=1)
+    removal.remove(model, toy_data(None), amount=0.5, importance="magnitude", p=2, global_ranking=False, round_to=None)
+    before = state_of(model)
+    notes = tune(model, split)
+    assert notes[0].startswith("recovery=finetune left out aux, which runs in training mode alone and no longer fits")
+    changed = {key for key, value in state_of(model).items() if not torch.equal(value, before[key])}
+    assert {key.partition(".")[0] for key in changed} == {"body", "norm", "more", "head"}
+    assert int(model.module.norm.num_batches_tracked) == 2
+    assert "forward" not in vars(model.module.aux)
+
+
+def test_looking_for_what_no_longer_fits_leaves_a_network_as_it_was() -> None:
+    """Statistics are those of a training without that look."""
+    model = Model(Trunk().eval(), 2, PIXEL)
+    tune(model, noise(8, seed=1))
+    assert int(model.module.norm.num_batches_tracked) == 2
+
+
 class Untrainable(nn.Sequential):
     def train(self, mode: bool = True) -> nn.Module:
         if mode:
