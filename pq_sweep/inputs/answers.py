@@ -37,7 +37,7 @@ def _checked(model: Model, what: str) -> list[str]:
         )
     kept.require_same_tensors(what)
     notes += state.judged(kept, partial(run, model, images, what), what)
-    if not state.alike(again, first):
+    if not state.alike(again, first, state.OTHER_WAY):
         raise UserError(
             f"{what} answers the same images differently each time, even in eval mode; give dropout and noise"
             " training=self.training."

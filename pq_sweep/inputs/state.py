@@ -30,6 +30,8 @@ LOOKED_AT, DEPTH = 100, 3
 # Passes in which answers have to stay the same if something changes, and where counters are then put.
 PASSES, FAR = 8, (10**6 - 1, 10**6)
 NEW = object()
+# Shares of the largest logit by which answers may differ that are computed by the same or by other kernels.
+SAME_WAY, OTHER_WAY = 1e-4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -165,8 +167,8 @@ def forget(module: nn.Module) -> None:
     module.eval()
 
 
-def alike(one: Tensor, other: Tensor, share: float = 1e-5) -> bool:
-    """Say whether answers are the same up to this share of the largest: a GPU may sum in another order."""
+def alike(one: Tensor, other: Tensor, share: float = SAME_WAY) -> bool:
+    """Say whether answers are the same up to this share of the largest: sums may run in another order."""
     return one.shape == other.shape and float((one - other).abs().max()) <= share * float(other.abs().max())
 
 
@@ -175,7 +177,7 @@ def same_answers(answer: Callable[[], Tensor], what: str) -> Iterator[None]:
     """Raise a UserError if a network answers otherwise after all that is inside than before."""
     before = answer()
     yield
-    if not alike(answer(), before, 1e-3):
+    if not alike(answer(), before, OTHER_WAY):
         raise UserError(
             f"{what} answers the same images otherwise after it has answered others; let answers depend on nothing but"
             " weights and images."
@@ -230,11 +232,18 @@ def _is_data(value: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    return copy(value) if isinstance(value, list | dict | set | deque) else value
+    return copy(value) if type(value) in (list, dict, set, deque) else value
 
 
 def _mark(value: Any, depth: int = DEPTH) -> Any:
-    """Return something that differs if a value has changed."""
+    """Return something that differs if a value has changed, and for what does not let itself be read its identity."""
+    try:
+        return _read(value, depth)
+    except Exception:
+        return id(value)
+
+
+def _read(value: Any, depth: int) -> Any:
     if isinstance(value, SCALARS):
         return repr(value)
     if isinstance(value, Tensor):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refused
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import stochastic_depth
@@ -284,6 +285,20 @@ def test_what_is_kept_of_old_weights_is_refused_or_forgotten() -> None:
         model.module.head.weight.zero_()
     assert accepted_change(model, "the network", "mend it") == []
     assert torch.equal(model.module.kept["fused"], torch.ones(10, 64))
+
+
+def test_attributes_that_cannot_be_read_are_no_hindrance() -> None:
+    class Odd(dict[str, Any]):
+        def items(self) -> Any:
+            raise KeyError("no value yet")
+
+    options = OmegaConf.create({"depth": "???", "width": 3})
+    me: list[Any] = []
+    me.append(me)
+    assert (
+        accepted(Net(options=options, odd=Odd(a=1), me=me, files=iter([1]), kind=Net, table={1: {2: {3: {}}}})).notes
+        == ()
+    )
 
 
 def test_counters_are_left_as_the_passes_leave_them() -> None:
