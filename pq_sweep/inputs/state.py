@@ -88,7 +88,10 @@ class Kept:
 
 
 def judged(kept: Kept, answer: Callable[[], Tensor], what: str) -> list[str]:
-    """Refuse a network whose answers depend on what it changes when it answers, or return a note on that."""
+    """Refuse a network whose answers depend on what it changes when it answers, or return a note on that.
+
+    What it computes once and keeps, and what it remembers of the last images, needs no note.
+    """
     if not (changes := kept.changes()):
         return []
     if drawing := [name for name, place in changes.items() if isinstance(place.read(), GENERATORS)]:
@@ -96,18 +99,20 @@ def judged(kept: Kept, answer: Callable[[], Tensor], what: str) -> list[str]:
             f"{what} draws random numbers from {drawing[0]} when it answers, even in eval mode, so that no two answers"
             " are alike; draw only if self.training."
         )
-    names = listed(list(changes))
+    names, since = listed(list(changes)), Kept(kept.module)
     if not _stays_same(changes, answer):
         raise UserError(
             f"{what} changes {names} when it answers, and with it what it answers next; let answers depend on nothing"
             " but weights and images."
         )
+    going_on = listed(list(since.changes()))
     if _is_stale(kept, changes, answer):
         raise UserError(
             f"{what} keeps {names} from its first answer on, and does not compute it anew when its weights change, as"
             " by pruning; compute it at each call, or forget it in train()."
         )
-    return [f"The network changes {names} when it answers; its answers stayed the same in {PASSES} passes."]
+    note = f"The network changes {going_on} when it answers; its answers stayed the same in {PASSES} passes."
+    return [note] if going_on else []
 
 
 def _stays_same(changes: dict[str, Place], answer: Callable[[], Tensor]) -> bool:
