@@ -21,6 +21,7 @@ from torch_pruning.pruner import function
 from torchvision.models.shufflenetv2 import InvertedResidual as ShuffleBlock
 from torchvision.models.swin_transformer import PatchMerging, PatchMergingV2, ShiftedWindowAttention
 
+from pq_sweep.compress.gradients import followed
 from pq_sweep.types import UserError
 
 Score = Callable[[Any], Tensor | None]
@@ -66,18 +67,32 @@ STAND_INS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
 
 @contextmanager
 def traceable(module: nn.Module) -> Iterator[None]:
-    """Let stand-ins run for a while, and end a trace that recurses too deep, which could otherwise take hours."""
-    standing = [(part, run) for part in module.modules() for kind, run in STAND_INS.items() if isinstance(part, kind)]
-    for part, run in standing:
-        vars(part)["forward"] = partial(run, part)
+    """Let stand-ins run for a while, and end a trace that recurses too deep, which could otherwise take hours.
+
+    Nothing in the network's code may cut the trace.
+    """
+    standing = {part: partial(run, part) for part in module.modules()
+                for kind, run in STAND_INS.items() if isinstance(part, kind)}  # fmt: skip
+    standing[module] = partial(_run_followed, standing.get(module, module.forward))
+    before = {part: vars(part).get("forward") for part in standing}
+    for part, run in standing.items():
+        vars(part)["forward"] = run
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unwrapped parameters detected")
             warnings.filterwarnings("error", "Maximum recursive depth")
             yield
     finally:
-        for part, _ in standing:
-            vars(part).pop("forward", None)
+        for part, own in before.items():
+            if own is None:
+                del vars(part)["forward"]
+            else:
+                vars(part)["forward"] = own
+
+
+def _run_followed(forward: Callable[..., Any], *images: Any) -> Any:
+    with followed():
+        return forward(*images)
 
 
 class NormShrinker(function.LayernormPruner):

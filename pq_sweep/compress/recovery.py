@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from pq_sweep.core.sentences import reason
+from pq_sweep.compress.idle import left_out, misfits
+from pq_sweep.core.outputs import entries, holds_logits, named, training_key
+from pq_sweep.core.sentences import listed, reason
 from pq_sweep.core.weights import parameters_once, prunable
 from pq_sweep.types import Data, Model, Record, UserError
 
@@ -72,11 +75,14 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
     pruned = [getattr(part, name) for part, name in prunable(module, every_weight=True)]
     masks = [(weight, weight != 0) for weight in pruned if (weight == 0).any()]
     optimizer = torch.optim.AdamW(parameters, lr=lr)
+    unfit = misfits(model)
+    taken = dict.fromkeys(_left_out(unfit))
     steps = max(1, len(split) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs=epochs, steps_per_epoch=steps)
-    module.train()
+    with _led("finetune"):
+        module.train()
     size = min(batch_size, len(split))
-    with _enough_values(module, "finetune", size):
+    with _enough_values(module, "finetune", size), left_out(unfit):
         for epoch in tqdm(range(1, epochs + 1), desc="fine-tuning", unit="epoch", disable=None, leave=False):
             # A last, smaller batch is left out, since BatchNorm could not train on a single image.
             order = torch.randperm(len(split)).tolist()[: steps * batch_size]
@@ -84,19 +90,24 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
             for images, labels in split.batches(batch_size, parameters[0].device, order):
                 optimizer.zero_grad()
                 with _led("finetune"):
-                    loss = nn.functional.cross_entropy(data.logits(module(images)), labels)
-                    _refuse_constant(loss)
-                    loss.backward()
+                    logits = _training_logits(module(images), len(images), model.num_classes, taken)
+                    loss = _backward(data.logits(logits), labels)
                 optimizer.step()
                 schedule.step()
                 _apply(masks)
                 losses.append(loss.detach())
             _refuse_divergence(module, losses, epoch, epochs, lr)
     module.eval()
-    notes = _untrained(module)
+    notes = [*taken, *_untrained(module)]
     for note in notes:
         log.warning(note)
     return {"notes": notes}
+
+
+def _left_out(parts: dict[str, nn.Module]) -> list[str]:
+    names = listed(list(parts))
+    sentence = f"recovery=finetune left out {names}, which runs in training mode alone and no longer fits the others."
+    return [sentence] if parts else []
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
@@ -110,13 +121,35 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def _refuse_constant(loss: Tensor) -> None:
-    """Refuse a network that hides its parameters from training."""
+def _training_logits(output: Any, images: int, classes: int, notes: dict[str, None]) -> Tensor:
+    """Return the logits among what a network gives in training mode, where auxiliary classifiers may answer too.
+
+    Adds to `notes` which entry was taken.
+    """
+    found = output
+    if not isinstance(output, Tensor) and (key := training_key(output, images, classes)) is not None:
+        found = entries(output)[key]
+        notes[f"recovery=finetune trained {named(key)} alone of what the network gives in training mode."] = None
+    if not holds_logits(found, images, classes):
+        keys = ", ".join(str(key) for key in entries(output))
+        kind = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else f"{type(found).__name__} ({keys})"
+        raise UserError(
+            f"recovery=finetune needs logits ({images}, {classes}) and the network gives {kind} in training mode; let"
+            " it give its logits alone, first, or by the name logits, or use recovery=none."
+        )
+    return found.float().reshape(images, classes)
+
+
+def _backward(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute gradients of the loss, which is returned, or refuse a network that hides its parameters from training."""
+    loss = nn.functional.cross_entropy(logits, labels)
     if not loss.requires_grad:
         raise UserError(
-            "recovery=finetune cannot train this network, whose logits have no gradient (look for no_grad or detach in"
-            " its forward); take that out, or use recovery=none."
+            "recovery=finetune cannot train this network, whose logits have no gradient (look for no_grad,"
+            " inference_mode or detach in its forward); take that out, or use recovery=none."
         )
+    loss.backward()
+    return loss
 
 
 def _refuse_divergence(module: nn.Module, losses: list[Tensor], epoch: int, of: int, lr: float) -> None:
@@ -182,9 +215,11 @@ def _led(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        inference = "nference tensor" in str(error)
+        advice = "take inference_mode out of its forward" if inference else "use another recovery.batch_size"
         raise UserError(
-            f"recovery={name} cannot run this network in training mode ({type(error).__name__}: {reason(error)}); use"
-            " another recovery.batch_size, or recovery=none."
+            f"recovery={name} cannot run this network in training mode ({type(error).__name__}: {reason(error)});"
+            f" {advice}, or recovery=none."
         ) from error
 
 

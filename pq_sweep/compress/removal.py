@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pq_sweep.compress.blocks import Score, refresh, rounding, shrinkers, stays, traceable
 from pq_sweep.compress.choices import IMPORTANCES
+from pq_sweep.compress.gradients import followed
 from pq_sweep.compress.pruners import require_parameters, told
 from pq_sweep.compress.ranking import Pruner
 from pq_sweep.compress.shared import shared_layers
@@ -77,14 +78,9 @@ def _unlike_asked(pruner: Pruner, importance: str, removed: bool) -> list[str]:
     if removed:
         return notes
     if not pruner.channels:
-        why = (
-            f"{names} share parameters or run more than once"
-            if names
-            else "no convolution or linear layer comes before the classifier"
-        )
         raise UserError(
-            f"pruner=remove finds no channels that may leave ({why}); use a pruner that sets zeros, such as"
-            " pruner=l1_global."
+            f"pruner=remove finds no channels that may leave ({_why_none(pruner, names)}); use a pruner that sets"
+            " zeros, such as pruner=l1_global."
         )
     if pruner.nearest.wanted:
         raise UserError(
@@ -92,6 +88,15 @@ def _unlike_asked(pruner: Pruner, importance: str, removed: bool) -> list[str]:
             f" round_to={pruner.round_to}; try a larger amount or a smaller round_to."
         )
     return [*notes, f"pruner=remove took nothing: pruner.amount={pruner.pruning_ratio} is less than half a channel."]
+
+
+def _why_none(pruner: Pruner, shared: str) -> str:
+    """Say why no layer has channels that may leave."""
+    if shared:
+        return f"{shared} share parameters or run more than once"
+    none = "no convolution or linear layer comes before the classifier"
+    layers = [part for part in pruner.model.modules() if isinstance(part, LAYERS)]
+    return f"{none}, or none that can be followed to it, as through numpy" if len(layers) > 1 else none
 
 
 def replay(model: Model, record: Record) -> None:
@@ -225,7 +230,8 @@ def _gradients(model: Model, data: Data, *, absolute: bool) -> list[Tensor]:
     totals = [torch.zeros_like(parameter) for parameter in parameters]
     images = data.calibrating().batches(1 if absolute else 64, parameters[0].device)
     for batch, labels in tqdm(images, desc="gradients", disable=None, leave=False):
-        loss = nn.functional.cross_entropy(data.logits(model.module(batch)), labels, reduction="sum")
+        with followed():
+            loss = nn.functional.cross_entropy(data.logits(model.module(batch)), labels, reduction="sum")
         for total, grad in zip(totals, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True):
             if grad is not None:
                 total += grad.abs() if absolute else grad

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pq_sweep.compress.gradients import followed
 from pq_sweep.core.weights import Memory, memory
 from pq_sweep.types import Model
 
@@ -34,8 +34,9 @@ def _places(model: Model) -> dict[Memory, set[int]]:
     hooks = [part.register_forward_pre_hook(uses.enter) for part in parts]
     hooks += [part.register_forward_hook(uses.leave) for part in parts]
     try:
-        with uses, torch.enable_grad():
-            model.module(model.sample())
+        images = model.sample()
+        with followed(), uses:
+            model.module(images)
     finally:
         for hook in hooks:
             hook.remove()

@@ -77,7 +77,10 @@ class Compared(Accuracy):
 
 @dataclass(frozen=True, kw_only=True)
 class Counts(Part):
-    """The size of a network itself: its parameters, zeros, shapes and multiply-accumulate operations."""
+    """The size of a network itself: its parameters, zeros, shapes and multiply-accumulate operations.
+
+    `uncounted` are operations that no multiply-accumulates are counted for, if there are any.
+    """
 
     params: int
     nonzero_params: int
@@ -85,6 +88,7 @@ class Counts(Part):
     sparsity: float
     structure: str
     macs: int
+    uncounted: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import re
+import sysconfig
+import traceback
+from pathlib import Path
 
 # Names that a sentence gives before it says how many more there are.
 NAMED = 3
+PACKAGE = Path(__file__).parents[1]
+# Code below these folders, or with a name such as <string>, is not the user's own.
+INSTALLED = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), str(PACKAGE), "<")
 
 
 def without_password(text: str) -> str:
@@ -24,3 +30,10 @@ def listed(names: list[str], most: int = NAMED) -> str:
     """Return names as a sentence lists them: the first few, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def own_line(error: BaseException) -> str:
+    """Return the innermost line of the user's own code that an error came through: "my_nets.py, line 12"."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith(INSTALLED)]
+    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""

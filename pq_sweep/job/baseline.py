@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pq_sweep.core.folder import BaselineFolder, JobFolder
 from pq_sweep.core.opened import opened
 from pq_sweep.core.result import Accuracy, Compared, Reference
 from pq_sweep.core.weights import network_state
+from pq_sweep.inputs.state import same_answers
 from pq_sweep.measure.accuracy import accuracy
 from pq_sweep.measure.layers import Layers, dense_layers
 from pq_sweep.measure.network import count
@@ -111,7 +113,8 @@ def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: 
     use_tf32(False)
     network = inferring(converting(model.module, torch.float32, torch.preserve_format))
     session = CallSession(network, "torch", f"torch {torch.__version__} eager", device, folder.weights, {})
-    found, predictions = accuracy(session, data, protocol.evaluation_batch(device))
+    with same_answers(partial(session, model.sample(2)), "the network"):
+        found, predictions = accuracy(session, data, protocol.evaluation_batch(device))
     np.save(folder.predictions, predictions)
     write_json(folder.layers, dense_layers(model))
     return Reference(**vars(found), **vars(count(model)), size_bytes=folder.weights.stat().st_size)

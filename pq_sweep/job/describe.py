@@ -13,6 +13,7 @@ from pq_sweep.core.environment import command_line, device_name, git_state, gpu_
 from pq_sweep.core.fingerprint import file_hash
 from pq_sweep.core.hardware import Cpu, Gpu, capability, cpu_flags, cpu_name, lacks
 from pq_sweep.core.result import Counts, Network, Ran, Sizes
+from pq_sweep.core.sentences import listed
 from pq_sweep.measure.network import count
 from pq_sweep.measure.sizes import compressed_size
 from pq_sweep.types import Data, Model, Record, Session
@@ -75,12 +76,14 @@ def describe_images(data: Data) -> Record:
     return {name: len(part) if part else 0 for name, part in parts.items()} | data.record()
 
 
-def describe_notes(model: Model, data: Data, *records: Record | None) -> list[str]:
+def describe_notes(model: Model, data: Data, network: Network, *records: Record | None) -> list[str]:
     """Return a sentence for each thing that was done to what the user brought, or that came out unlike what was asked.
 
     Pruner and recovery add to them by the `notes` of their records.
     """
     found = [note for record in records for note in (record or {}).get("notes", ())]
+    if network.uncounted:
+        found.append(f"Multiply-accumulates leave out what the network computes by {listed(network.uncounted)}.")
     return list(dict.fromkeys([*model.notes, *data.notes, *found]))
 
 

@@ -27,10 +27,9 @@ from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.opened import noting, opened
 from pq_sweep.core.result import Accuracy, Compared, Network, Result, Speed
 from pq_sweep.core.threads import use_threads
-from pq_sweep.core.weights import structure
-from pq_sweep.inputs.finite import require_finite
 from pq_sweep.inputs.own_data import accepted_data
-from pq_sweep.inputs.own_model import accepted_model, require_logits, settled
+from pq_sweep.inputs.own_model import accepted_change, accepted_model, settled
+from pq_sweep.inputs.usable import require_usable
 from pq_sweep.job.baseline import Baseline, load_baseline
 from pq_sweep.job.check import check, impossible, refuse
 from pq_sweep.job.describe import (
@@ -88,7 +87,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             baseline = load_baseline(cfg, model, data, plan.work, plan.protocol)
         pruning, recovery = compress(plan, model, data, stage)
         network, formats = look_at_network(model, data, baseline, stage)
-        notes = describe_notes(model, data, pruning, recovery)
+        notes = describe_notes(model, data, network, pruning, recovery)
         with noting(cfg.quantizer, cfg.runtime):
             session = plan.runtime.open(model, plan.quantizer, data, plan.work)
         del model  # from here on only the session holds memory
@@ -172,17 +171,14 @@ def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Recor
     """Prune and recover the network in place, and return the records of both."""
 
     def change(name: str, group: str) -> Any:
-        config, before = plan.cfg[group], structure(model)
+        config = plan.cfg[group]
         origin = origin_of(config, data, plan.work.device)
         with noting(config):
             step = partial(changed, with_stage(component(config), stage), model, data, f"{group}={config._target_}")
             record = change_once(stage, name, model, step, origin)
-        model.module.eval()  # a function of the user's may leave it as training needs it
+        note_files(plan.cfg, stage)
         what = f"the network after {group}={config._target_}"
-        require_finite(model.module, what, f"change the options of {group}")
-        if structure(model) != before:
-            require_logits(model, what)
-        return record
+        return with_notes(record, accepted_change(model, what, f"change the options of {group}, or what it does"))
 
     records = change("prune", "pruner"), change("recover", "recovery")
     if plan.protocol.repeats > 1:
@@ -204,7 +200,12 @@ def changed(step: Callable[..., Any], model: Model, data: Data, name: str) -> Re
         raise UserError(
             f"{name} returns what JSON cannot hold ({error}); put plain numbers and texts into it."
         ) from error
-    notes = settled(model.module)
+    require_usable(model.module, f"the network after {name}")
+    return with_notes(record, settled(model.module))
+
+
+def with_notes(record: Record | None, notes: list[str]) -> Record | None:
+    """Add sentences for the row to what a step reports."""
     return {**(record or {}), "notes": [*(record or {}).get("notes", ()), *notes]} if notes else record
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sysconfig
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from pq_sweep.core.files import read_json, write_json
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.opened import Opened, merged, unchanged
 from pq_sweep.core.result import Preparation
+from pq_sweep.core.sentences import own_line
 from pq_sweep.types import About, Record, Stopped
 
 if TYPE_CHECKING:
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from pq_sweep.types import Cache
 
 log = logging.getLogger(__name__)
-
-PACKAGE = Path(__file__).parents[1]
-
 
 # The stages that make the compressed model.
 PREP = ("prune", "recover", "trace", "export", "calibrate", "sensitivity", "quantize", "build")
@@ -49,8 +46,6 @@ ADVICE = {
     "build": "choose another runtime, or leave the layer out by quantizer.exclude",
     "accuracy": "choose another runtime, as this one cannot run the network on these images",
 }
-# Code below these folders, or with a name such as <string>, is not the user's own.
-INSTALLED = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), str(PACKAGE), "<")
 # Errors of these packages are sentences of ours, or handled below.
 OURS = ("pq_sweep", "submitit")
 
@@ -120,7 +115,9 @@ class Stages:
 
     def note_opened(self, found: Opened) -> None:
         """Write which files components opened, in this try or an earlier one: the result holds while they are so."""
-        write_json(self.files.opened, merged(read_json(self.files.opened) or {}, found))
+        whole = merged(read_json(self.files.opened) or {}, found)
+        if any(whole.values()):
+            write_json(self.files.opened, whole)
 
     def has(self, name: str) -> bool:
         """Say whether a part is finished and its files still have the sizes that they had then."""
@@ -235,15 +232,8 @@ def lead(error: BaseException, stage: str) -> str:
     """Return a sentence, without its full stop, that says what can be done about an error of a library's."""
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return "the memory is too small; lower measure.batch_sizes or measure.eval_batch_size, or take another device"
-    name, line = stage.partition(" ")[0], _own_line(error)
+    name, line = stage.partition(" ")[0], own_line(error)
     return f"the stage {name} failed{line and f' in {line}'}; {ADVICE.get(name, 'see in job.log where')}"
-
-
-def _own_line(error: BaseException) -> str:
-    """Return the innermost line of the user's own code that an error came through: "my_nets.py, line 12"."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not frame.filename.startswith(INSTALLED)]
-    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}" if own else ""
 
 
 def is_leaving(error: BaseException) -> bool:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.nn import Module
 
 from pq_sweep.core.environment import device_name
-from pq_sweep.core.weights import load_state, network_state, structure
+from pq_sweep.core.weights import load_state, network_state, network_structure
 from pq_sweep.job.stages import Stages
 from pq_sweep.types import Cache, Data, Model, Record
 
@@ -88,15 +88,22 @@ def _share_slow(stage: Stages, cache: Cache, name: str, about: Record, record: A
 
 def _change(stage: Stages, name: str, model: Model, step: Callable[[], Any]) -> Any:
     """Run a step and keep what it made of the network if that took long and can be restored."""
-    path, before = stage.files.kept(name), structure(model)
+    path, before = stage.files.kept(name), _beside_weights(model)
     order = {part: [*part._parameters] for part in model.module.modules()}
     with stage(name):
         record = step()
     _reorder(order)
-    restorable = "history" in (record or {}) or structure(model) == before
+    restorable = "history" in (record or {}) or _beside_weights(model) == before
     if restorable and stage.seconds[name] >= WORTH_KEEPING_S:
         stage.keep_in_job(name, partial(_save, model, path, record), path)
     return record
+
+
+def _beside_weights(model: Model) -> Any:
+    """Return what a network is beside its state_dict, which alone is saved: a step may have changed its code too."""
+    parts = list(model.module.modules())
+    hooks = [[*part._forward_hooks.values(), *part._forward_pre_hooks.values()] for part in parts]
+    return network_structure(model), hooks, [type(part).forward for part in parts]
 
 
 def _reorder(names: dict[Module, list[str]]) -> None:

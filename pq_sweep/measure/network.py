@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from pq_sweep.core.result import Counts
 from pq_sweep.core.weights import parameters_once, prunable, structure
+from pq_sweep.measure.arithmetic import arithmetic
 from pq_sweep.types import Model
 
 
@@ -16,6 +15,10 @@ def count(model: Model, known: Counts | None = None) -> Counts:
     before it was changed: if all shapes are the same, so is the arithmetic.
     """
     shapes = structure(model)
+    if known and known.structure == shapes:
+        macs, uncounted = known.macs, known.uncounted
+    else:
+        macs, uncounted = arithmetic(model)
     parameters = parameters_once(model.module)
     weights = [getattr(part, name) for part, name in prunable(model.module)]
     total = sum(weight.numel() for weight in weights)
@@ -26,22 +29,6 @@ def count(model: Model, known: Counts | None = None) -> Counts:
         weights=total,
         sparsity=zeros / total if total else 0.0,
         structure=shapes,
-        macs=known.macs if known and known.structure == shapes else macs(model),
+        macs=macs,
+        uncounted=uncounted or None,
     )
-
-
-def macs(model: Model) -> int:
-    """Count the multiply-accumulates of one image in convolutions and matrix products."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # The counter does not know the single operator of attention's fast path; torch 2.10's does not know its fused
-    # kernel either.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model.module(model.sample(1))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-    return int(counter.get_total_flops() // 2)

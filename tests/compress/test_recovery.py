@@ -12,6 +12,7 @@ import torch
 from conftest import refused
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.models import GoogLeNetOutputs, InceptionOutputs
 
 from pq_sweep.compress import pruners, recovery, removal
 from pq_sweep.inputs.datasets import digits, image_folder
@@ -392,6 +393,117 @@ def test_a_network_that_trains_as_a_whole_has_no_notes(data: Data) -> None:
 
 
 # --- training that leaves the numbers --------------------------------------------------------------------------------
+
+
+class Supervised(nn.Module):
+    """Gives its logits alone in eval mode, and what `shape` makes of them and of others in training mode."""
+
+    def __init__(self, shape: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.aux = nn.Linear(48, 16), nn.Linear(16, 2), nn.Linear(16, 2)
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.body(x.flatten(1)).relu()
+        return self.shape(self.head(features), self.aux(features)) if self.training else self.head(features)
+
+
+GIVEN: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
+    "tuple": (lambda y, aux: (y, aux), "entry 0"),
+    "list": (lambda y, aux: [y, None, aux], "entry 0"),
+    "inception": (lambda y, aux: InceptionOutputs(y, aux), "logits"),
+    "googlenet": (lambda y, aux: GoogLeNetOutputs(y, aux, aux), "logits"),
+    "dictionary": (lambda y, aux: {"aux": aux, "logits": y}, "logits"),
+    "one of its shape": (lambda y, aux: {"loss": y.sum(), "out": y}, "out"),
+    "map": (lambda y, aux: (y[..., None, None], aux), "entry 0"),
+}
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_the_logits_of_a_network_with_auxiliary_classifiers_are_trained(case: str) -> None:
+    shape, name = GIVEN[case]
+    plain, model = (Model(Supervised(each).eval(), 2, PIXEL) for each in (lambda y, aux: y, shape))
+    tune(plain, noise(8, seed=1))
+    first = tune(model, noise(8, seed=1))[0]
+    assert first == f"recovery=finetune trained {name} alone of what the network gives in training mode."
+    assert same(state_of(plain), state_of(model))
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        (lambda y, aux: {"main": y, "aux": aux}, "the network gives dict (main, aux) in training mode; let it give"),
+        (lambda y, aux: (y.sum(), y, aux), "the network gives tuple (0, 1, 2) in training mode"),
+        (lambda y, aux: y.sum(), "the network gives a tensor () in training mode"),
+        (lambda y, aux: None, "the network gives NoneType () in training mode"),
+    ],
+)
+def test_what_is_not_plain_in_training_mode_is_refused(shape: Callable[[Tensor, Tensor], Any], words: str) -> None:
+    text = refused(lambda: tune(Model(Supervised(shape).eval(), 2, PIXEL), noise(8, seed=1)))
+    assert text.startswith("recovery=finetune needs logits (4, 2) and ")
+    assert words in text
+
+
+class Trunk(nn.Module):
+    """A trunk with an auxiliary classifier beside it that runs in training mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm, self.more, self.head = (
+            nn.Conv2d(3, 8, 1),
+            nn.BatchNorm2d(8),
+            nn.Conv2d(8, 8, 1),
+            nn.Linear(128, 2),
+        )
+        self.aux = nn.Sequential(nn.Flatten(), nn.Linear(128, 2))
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.norm(self.body(x)).relu()
+        logits = self.head(self.more(features).relu().flatten(1))
+        return (logits, self.aux(features)) if self.training else logits
+
+
+def test_an_auxiliary_classifier_that_removal_has_not_seen_is_left_out() -> None:
+    model, split = Model(Trunk().eval(), 2, PIXEL), noise(8, seed=1)
+    removal.remove(model, toy_data(None), amount=0.5, importance="magnitude", p=2, global_ranking=False, round_to=None)
+    before = state_of(model)
+    notes = tune(model, split)
+    assert notes[0].startswith("recovery=finetune left out aux, which runs in training mode alone and no longer fits")
+    changed = {key for key, value in state_of(model).items() if not torch.equal(value, before[key])}
+    assert {key.partition(".")[0] for key in changed} == {"body", "norm", "more", "head"}
+    assert int(model.module.norm.num_batches_tracked) == 2
+    assert "forward" not in vars(model.module.aux)
+
+
+def test_looking_for_what_no_longer_fits_leaves_a_network_as_it_was() -> None:
+    """Statistics are those of a training without that look."""
+    model = Model(Trunk().eval(), 2, PIXEL)
+    tune(model, noise(8, seed=1))
+    assert int(model.module.norm.num_batches_tracked) == 2
+
+
+class Untrainable(nn.Sequential):
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode:
+            raise NotImplementedError("Only for inference.")
+        return super().train(mode)
+
+
+class InferenceInside(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            x = self[1](self[0](x))
+        return self[2](x)
+
+
+def test_a_network_that_refuses_training_is_told_so() -> None:
+    parts = (nn.Flatten(), nn.Linear(48, 16), nn.Linear(16, 2))
+    text = refused(lambda: tune(Model(Untrainable(*parts).eval(), 2, PIXEL), noise(8, seed=1)))
+    assert text.startswith("recovery=finetune cannot run this network in training mode (NotImplementedError: Only for")
+    text = refused(lambda: tune(Model(InferenceInside(*parts).eval(), 2, PIXEL), noise(8, seed=1)))
+    assert text.endswith("; take inference_mode out of its forward, or recovery=none.")
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

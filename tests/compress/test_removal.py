@@ -637,6 +637,130 @@ def test_gradients_that_are_zero_are_refused(importance: str) -> None:
     assert "cannot rank the channels of 2, whose weights or gradients are all zero" in text
 
 
+# --- code that forbids gradients -------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(128, 10)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()).relu().flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+class NoGrad(Plain):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Inference(Plain):
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class InferenceInside(Plain):
+    def features(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return super().features(x)
+
+
+class NoGradInside(Plain):
+    def features(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.first.weight.clamp_(-10, 10)
+            return super().features(x)
+
+
+class Detached(Plain):
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x.data).detach()
+
+
+class Switched(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        torch.set_grad_enabled(False)
+        try:
+            return super().forward(x)
+        finally:
+            torch.set_grad_enabled(True)
+
+
+@torch.compile
+def compiled(x: Tensor) -> Tensor:
+    return x.relu()
+
+
+class Compiled(Plain):
+    def features(self, x: Tensor) -> Tensor:
+        return compiled(self.second(compiled(self.first(x)))).flatten(1)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        NoGrad,
+        Inference,
+        InferenceInside,
+        NoGradInside,
+        Switched,
+        Detached,
+        pytest.param(Compiled, marks=pytest.mark.slow),
+    ],
+)
+def test_code_that_forbids_gradients_does_not_matter(kind: type[Plain], importance: str, data: Data) -> None:
+    model, plain = (Model(each().eval(), 10, SMALL) for each in (kind, Plain))
+    record, expected = remove(model, data, importance=importance), remove(plain, data, importance=importance)
+    assert record == expected
+    assert same(state_of(model), state_of(plain))
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    with torch.inference_mode():
+        assert torch.is_inference_mode_enabled()
+
+
+class SharedInside(Plain):
+    """Runs a layer twice where gradients are forbidden."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Conv2d(8, 8, 1)
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        return self.second(self.twice(self.twice(self.first(x).relu()).relu())).relu().flatten(1)
+
+
+def test_layers_shared_where_gradients_are_forbidden_are_kept(data: Data) -> None:
+    model = Model(SharedInside().eval(), 10, SMALL)
+    record = remove(model, data)
+    assert record["notes"][0].startswith("pruner=remove kept the channels of twice")
+    assert (len(model.module.first.weight), len(model.module.second.weight)) == (8, 4)  # type: ignore[arg-type]
+
+
+def test_a_network_through_which_nothing_can_be_followed_is_told_so(data: Data) -> None:
+    class Numpy(Plain):
+        def features(self, x: Tensor) -> Tensor:
+            return torch.tensor(super().features(x).tolist())
+
+    text = refused(lambda: remove(Model(Numpy().eval(), 10, SMALL), data))
+    assert "before the classifier, or none that can be followed to it, as through numpy)" in text
+
+
+def test_a_forward_of_the_networks_own_is_put_back(data: Data) -> None:
+    model = Model(Plain().eval(), 10, SMALL)
+    own = model.module.forward = partial(Plain.forward, model.module)  # type: ignore[method-assign]
+    remove(model, data)
+    assert model.module.forward is own
+
+
 class OwnShuffle(nn.Module):
     """A shuffle whose sizes torch-pruning does not know, around a convolution of its own."""
 

@@ -14,7 +14,7 @@ from test_environments import environment_of
 
 from pq_sweep.core.hardware import CPU, CPUINFO, GPU, Cpu, Gpu, capability, cpu_flags, lacks, missing
 from pq_sweep.doctor.judge import has_kernels
-from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, Torch
+from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, TensorRTRTX, Torch
 
 V100 = Gpu("V100", (7, 0))
 T4 = Gpu("T4", (7, 5))
@@ -26,7 +26,8 @@ GRAVITON = Cpu("Neoverse-V1", frozenset({"asimd", "asimdhp", "asimddp", "i8mm", 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8_dynamic", "mixed")
 PAGE = (ROOT / "docs" / "hardware.md").read_text()
 COLUMNS = {"FP16": "fp16", "INT8": "int8", "BF16": "bf16", "TF32": "tf32", "2:4": "sparse", "FP8": "fp8"}
-RUNTIMES = {"torch": Torch, "onnxruntime": OnnxRuntime, "tensorrt": TensorRT, "tensorrt_native": TensorRTNative}
+RUNTIMES = {runtime.name: runtime for runtime in (TensorRT, TensorRTNative, TensorRTRTX)}
+RUNTIMES |= {"torch": Torch, "onnxruntime": OnnxRuntime}
 SETS = ("environment.yml", "environment-cu13.yml")
 
 Table = dict[str, dict[str, str]]

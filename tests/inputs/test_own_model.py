@@ -195,8 +195,8 @@ REFUSED = {
     "a path": (lambda: model_of("net.pt"), "module of mine.make gives 'net.pt'"),
     "classes as text": (lambda: model_of(Net(), "10"), "num_classes='10'; give a whole number"),
     "names": (lambda: Model(Net(), 10, SMALL, ("a", "b")), "2 names of classes and num_classes=10"),
-    "script": (lambda: model_of(torch.jit.script(nn.Flatten())), "gives TorchScript, which"),
-    "trace": (lambda: model_of(torch.jit.trace(Net().eval(), torch.zeros(1, 1, 8, 8))), "gives TorchScript, which"),
+    "script": (lambda: model_of(torch.jit.script(nn.Flatten())), "holds TorchScript, which"),
+    "trace": (lambda: model_of(torch.jit.trace(Net().eval(), torch.zeros(1, 1, 8, 8))), "holds TorchScript, which"),
     "no parameters": (lambda: model_of(nn.Flatten()), "has no parameters"),
     "lazy": (lambda: model_of(lazy()), "1.weight of the network of mine.make has no values yet"),
     "meta": (lambda: model_of(Net().to("meta")), "conv.weight of the network of mine.make has no values yet"),
@@ -206,7 +206,7 @@ REFUSED = {
     "no candidate": (lambda: model_of(Net(lambda y: {"out": y.sum()})), "gives dict (out: a float32 tensor ()) where"),
     "nothing back": (lambda: model_of(Net(lambda y: None)), "gives NoneType (nothing) where one tensor (B, 10)"),
     "numbers": (lambda: model_of(Net(lambda y: y.argmax(1))), "return the logits, not the class numbers"),
-    "maps": (lambda: model_of(Net(lambda y: y[..., None, None])), "a float32 tensor (2, 10, 1, 1) for two images"),
+    "maps": (lambda: model_of(Net(lambda y: y[..., None, None].expand(-1, -1, 2, 1))), "tensor (2, 10, 2, 1) for two"),
     "channels": (lambda: model_of(Net(), preprocess=replace(SMALL, channels=3)), "(size=8, channels=3)"),
     "size": (lambda: model_of(Net(), preprocess=replace(SMALL, size=16, resize=16)), "images (2, 1, 16, 16)"),
     "fixed batch": (lambda: model_of(TwoAtATime()), "fails on float32 images (1, 1, 8, 8)"),
@@ -224,7 +224,7 @@ REFUSED = {
     "statistics": (lambda: model_of(spoilt("norm.running_var", float("inf"))), "not finite, in norm.running_var"),
     "overflow": (lambda: model_of(Net(lambda y: y * 1e38 * 1e38)), "logits that are not finite"),
     "counting": (lambda: model_of(Counting()), "changes calls when it answers, even in eval mode"),
-    "dropping": (lambda: model_of(AlwaysDropping()), "answers the same images differently each time"),
+    "dropping": (lambda: model_of(AlwaysDropping()), "draws random numbers when it answers"),
     "of the batch": (lambda: model_of(OfTheBatch()), "answers an image differently beside other images"),
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ from pq_sweep.core.result import Result
 from pq_sweep.core.weights import prunable
 from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
-from pq_sweep.inputs.own_model import require_logits
+from pq_sweep.inputs.own_model import accepted_change
 from pq_sweep.job import run as job
 from pq_sweep.job.stages import PREP, Stages, told_of
 from pq_sweep.types import Data, Model, Split, UserError
@@ -576,6 +576,79 @@ def test_masks_that_a_pruner_leaves_on_are_folded() -> None:
     assert "fc1.weight" in record["notes"][0]
 
 
+def gives(output: Any) -> Any:
+    """Return a pruner that has the network give what `output` makes of its logits."""
+
+    def prune(model: Model, data: Data) -> None:
+        forward = model.module.forward
+        model.module.forward = lambda images: output(forward(images))
+
+    return prune
+
+
+def of_type(dtype: torch.dtype) -> Any:
+    return lambda model, data: model.module.to(dtype) and None
+
+
+def sparse(model: Model, data: Data) -> None:
+    model.module.fc2.weight = torch.nn.Parameter(model.module.fc2.weight.detach().to_sparse())
+
+
+def dynamic(model: Model, data: Data) -> None:
+    torch.ao.quantization.quantize_dynamic(model.module, {torch.nn.Linear}, inplace=True)
+
+
+def weightless(model: Model, data: Data) -> None:
+    model.module.fc2.to("meta")
+
+
+def spoilt(model: Model, data: Data) -> None:
+    model.module.fc2.weight.data[0] = math.nan
+
+
+def after(step: Any) -> list[str]:
+    """Return the notes on what a pruner of one's own leaves behind."""
+    model, name = digits_cnn(), "the network after pruner=mine"
+    record = job.changed(step, model, NO_IMAGES, "pruner=mine") or {"notes": []}
+    notes = [*record["notes"], *accepted_change(model, name, "change what it does")]
+    assert model.module(model.sample(3)).shape == (3, 10)
+    assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
+    return notes
+
+
+@pytest.mark.parametrize(
+    ("step", "note"),
+    [
+        (gives(lambda y: {"logits": y}), "Of what the network gives, logits was taken as its logits."),
+        (gives(lambda y: y[..., None]), "The network's logits (2, 10, 1) were brought to the shape (images, classes)."),
+        (of_type(torch.bfloat16), "The network's bfloat16 weights were converted to float32."),
+        (sparse, "fc2.weight, stored sparsely, became dense with the same values."),
+    ],
+)
+def test_what_a_step_leaves_with_one_plain_meaning_is_put_right(step: Any, note: str) -> None:
+    assert after(step) == [note]
+
+
+@pytest.mark.parametrize(
+    ("step", "sentence"),
+    [
+        (
+            gives(lambda y: {"a": y, "b": y}),
+            "the network after pruner=mine gives dict (a: a float32 tensor (2, 10), b:",
+        ),
+        (gives(lambda y: y.half() @ y.T), "fails on float32 images (2, 1, 8, 8) (RuntimeError in test_job.py, line "),
+        (gives(lambda y: y.nothing), "'Tensor' object has no attribute 'nothing'); change what it does."),
+        (gives(torch.nn.functional.dropout), "the network after pruner=mine draws random numbers when it answers"),
+        (weightless, "fc2.weight of the network after pruner=mine has no values yet"),
+        (spoilt, "the network after pruner=mine has values that are not finite, in fc2.weight; change what it does."),
+        (dynamic, "the network after pruner=mine is quantized already, first in fc1 (Linear)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_what_a_step_breaks_is_refused_in_one_sentence(step: Any, sentence: str) -> None:
+    assert sentence in refused(lambda: after(step))
+
+
 def test_a_record_that_no_file_can_hold_is_refused() -> None:
     step = lambda model, data: {"kept": torch.ones(2)}  # noqa: E731
     text = refused(lambda: job.changed(step, digits_cnn(), NO_IMAGES, "pruner=mine"))
@@ -585,7 +658,7 @@ def test_a_record_that_no_file_can_hold_is_refused() -> None:
 def test_a_network_that_lost_classes_is_named() -> None:
     model = digits_cnn()
     model.module.fc2 = torch.nn.Linear(model.module.fc2.in_features, 5)
-    text = refused(lambda: require_logits(model, "the network after pruner=mine"))
+    text = refused(lambda: accepted_change(model, "the network after pruner=mine", "change it"))
     assert text.startswith(
         "the network after pruner=mine gives a float32 tensor (2, 5) for two images where float32 logits"
     )

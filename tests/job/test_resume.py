@@ -655,6 +655,28 @@ def test_what_cannot_be_put_back_is_repeated(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.kept.pt"))
 
 
+def flip(model: Model) -> None:
+    forward = model.module.forward
+    model.module.forward = lambda images: forward(images.flip(3))
+
+
+def hook(model: Model) -> None:
+    model.module.register_forward_hook(lambda part, images, logits: -logits)
+
+
+@pytest.mark.usefixtures("keep_everything")
+@pytest.mark.parametrize("step", [flip, hook])
+def test_what_no_state_dict_holds_is_repeated(tmp_path: Path, step: Callable[[Model], None]) -> None:
+    """A pruner of one's own that changes what the network computes, and none of its weights."""
+    answers = []
+    for _ in range(2):
+        model = digits_cnn()
+        change_once(stages(tmp_path), "prune", model, lambda model=model: step(model))
+        answers.append(model.module(model.sample()))
+    assert torch.equal(*answers)
+    assert not torch.equal(answers[0], digits_cnn().module(model.sample()))
+
+
 def test_what_is_quick_is_repeated(tmp_path: Path) -> None:
     model = digits_cnn()
     for _ in range(2):

@@ -20,14 +20,17 @@ from cuda_stand_in import Machine
 from independent import torch_threads
 from protocols import protocol
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d, roi_align
 
 from pq_sweep.core.result import Latency
 from pq_sweep.core.threads import use_threads
 from pq_sweep.inputs.models import digits_cnn
+from pq_sweep.job.describe import describe_network, describe_notes
 from pq_sweep.job.stages import Stages
 from pq_sweep.measure import accuracy as scores
 from pq_sweep.measure import latency as clocked
 from pq_sweep.measure import memory, network, timing
+from pq_sweep.measure.arithmetic import FORMULAS, arithmetic
 from pq_sweep.measure.timing import HostClock, summarise
 from pq_sweep.types import Data, Model, Preprocess, Split
 
@@ -460,7 +463,77 @@ ATTENTION_MACS = 3 * TOKENS * WIDTH**2 + 2 * TOKENS**2 * WIDTH + TOKENS * WIDTH*
     ids=["linear", "without bias", "conv", "strided", "depthwise", "batch norm", "attention", "weights", "encoder"],
 )
 def test_macs_are_those_counted_by_hand(module: nn.Module, channels: int, size: int, expected: int) -> None:
-    assert network.macs(model_of(module, channels, size)) == expected
+    assert arithmetic(model_of(module, channels, size)) == (expected, [])
+
+
+class Rows(nn.Module):
+    """A layer over the rows of an image with one channel."""
+
+    def __init__(self, layer: nn.Module, call: Any = lambda layer, x: layer(x)[0]) -> None:
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.layer, x[:, 0])
+
+
+ROWS = [
+    (nn.LSTM(8, 6, batch_first=True), 8 * 4 * (8 * 6 + 6 * 6)),
+    (nn.LSTM(8, 6, 2, batch_first=True, bidirectional=True), 8 * 2 * 4 * (8 * 6 + 6 * 6 + 12 * 6 + 6 * 6)),
+    (nn.LSTM(8, 6, proj_size=3, batch_first=True), 8 * (4 * (8 * 6 + 3 * 6) + 6 * 3)),
+    (nn.GRU(8, 6, batch_first=True), 8 * 3 * (8 * 6 + 6 * 6)),
+    (nn.RNN(8, 6, batch_first=True), 8 * (8 * 6 + 6 * 6)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:TF32", "ignore:LSTM with projections")
+@pytest.mark.parametrize("whole", [True, False], ids=["one operator", "steps"])
+@pytest.mark.parametrize(("layer", "expected"), ROWS, ids=["LSTM", "both ways", "projected", "GRU", "RNN"])
+def test_macs_of_recurrent_layers_are_counted(layer: nn.Module, expected: int, whole: bool) -> None:
+    with torch.backends.mkldnn.flags(enabled=whole):
+        assert arithmetic(model_of(Rows(layer), 1, 8)) == (expected, [])
+
+
+@pytest.mark.parametrize(("layer", "expected"), ROWS, ids=["LSTM", "both ways", "projected", "GRU", "RNN"])
+def test_macs_of_cudnns_recurrent_layers_are_the_same(layer: nn.Module, expected: int) -> None:
+    """cuDNN computes all layers in one operator, which takes all weights."""
+    shapes = [weight.shape for weight in layer.parameters()]
+    assert FORMULAS[torch.ops.aten._cudnn_rnn](torch.Size([1, 8, 8]), shapes, 4) == 2 * expected
+
+
+@pytest.mark.parametrize(
+    ("layer", "call", "expected"),
+    [
+        (nn.Bilinear(8, 8, 5), lambda layer, x: layer(x, x), 8 * 5 * 8 * 8),
+        (nn.Linear(8, 5), lambda layer, x: layer.weight @ x[0, 0], 5 * 8),
+        (nn.Linear(8, 5), lambda layer, x: torch.addmv(layer.bias, layer.weight, x[0, 0]), 5 * 8),
+        (nn.Linear(8, 5), lambda layer, x: layer.weight[0] @ x[0, 0], 8),
+        (nn.Linear(8, 5), lambda layer, x: torch.cdist(x, layer.weight), 8 * 5 * 8),
+        (nn.Linear(8, 40), lambda layer, x: torch.cdist(x.repeat(1, 5, 1), layer.weight), 40 * 40 * 8),
+        (nn.Linear(8, 5), lambda layer, x: torch.addbmm(x[0], x, x), 8 * 8 * 8),
+        (nn.Conv2d(1, 4, 3), lambda layer, x: deform_conv2d(x[:, None], x.new_zeros(1, 18, 6, 6), layer.weight), 1296),
+    ],
+    ids=["bilinear", "vector", "biased vector", "dot", "distances", "many distances", "sum of products", "deformable"],
+)
+def test_macs_of_other_products_are_counted(layer: nn.Module, call: Any, expected: int) -> None:
+    assert arithmetic(model_of(Rows(layer, call), 1, 8)) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda layer, x: torch.fft.rfft(x).real, "aten._fft_r2c"),
+        (lambda layer, x: roi_align(x[:, None], [x.new_zeros(1, 4)], 2), "torchvision.roi_align"),
+    ],
+)
+def test_operations_that_are_not_counted_are_named(call: Any, name: str) -> None:
+    model = model_of(Rows(nn.Linear(8, 8), lambda layer, x: call(layer, layer(x))), 1, 8)
+    found = network.count(model)
+    assert (found.macs, found.uncounted) == (8 * 8 * 8, [name])
+    assert network.count(model, found).uncounted == [name]
+    described = describe_network(model, data_of(torch.zeros(1), 1), found)
+    (note,) = describe_notes(model, data_of(torch.zeros(1), 1), described, None)
+    assert note == f"Multiply-accumulates leave out what the network computes by {name}."
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -468,7 +541,7 @@ def test_counting_macs_leaves_attention_as_it_was(fast: bool) -> None:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(fast)
     try:
-        network.macs(model_of(Encoder(), 16, 5))
+        arithmetic(model_of(Encoder(), 16, 5))
         assert torch.backends.mha.get_fastpath_enabled() is fast
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

@@ -47,7 +47,6 @@ from pq_sweep.runtimes import (
     engines,
     library_error,
     make_graph,
-    native,
     ort,
     ort_session,
     precision_of,
