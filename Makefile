@@ -28,6 +28,8 @@ sweep: install
 WORKERS ?= 3
 PARALLEL := --numprocesses $(WORKERS)
 test-all test-fast test-oldest: export OMP_WAIT_POLICY := PASSIVE
+# Hundreds of processes would compile the same code.
+test-all test-fast test-oldest: export PYTHONDONTWRITEBYTECODE :=
 
 # The linters use the core that the tests leave idle at their start and end.
 test: install-tests
@@ -36,9 +38,9 @@ test: install-tests
 test-all: install-tests
 	$(BIN)/pytest $(PARALLEL) --durations 30 --durations-min 5
 
-# While working on something: what takes seconds; about two and a half minutes on two cores.
+# While working on something: what takes seconds; less than two minutes on two cores.
 test-fast: install-tests
-	$(BIN)/pytest $(PARALLEL) -m "not slow and not slurm"
+	$(BIN)/pytest $(PARALLEL) --numprocesses 2 -m "not slow and not slurm"
 
 lint: install-tests
 	$(BIN)/ruff check .

@@ -12,13 +12,15 @@ import argparse
 import copy
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,10 @@ from pq_sweep.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMM = "timm."
-TECHNIQUES = ("zero-fill", "remove", "export", "fp16", "int8", "remove + int8")
+TENSORRT = "TensorRT builds"
+TECHNIQUES = ("zero-fill", "remove", "export", "fp16", "int8", "remove + int8", TENSORRT)
+BUILT = ("none", "fp16", "int8")  # quantizers of the graphs that TensorRT-RTX builds
+CAPABILITIES = ("8.0", "8.9")  # what it builds them for
 AMOUNT = 0.5
 IMAGES = 16
 Cell = dict[str, Any]
@@ -44,10 +49,12 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of class folders of images")
     parser.add_argument("--records", type=Path, help="keep the records here, and go on from them")
     parser.add_argument("--only", nargs="*", help="models to try instead of all")
+    parser.add_argument("--column", choices=TECHNIQUES, help="try this alone, and keep the table's other cells")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(try_model(options.one, options.weights, options.images)))
+        chosen = [options.column] if options.column else TECHNIQUES
+        print(json.dumps(try_model(options.one, options.weights, options.images, chosen)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         records = options.records or Path(scratch)
@@ -56,8 +63,31 @@ def main() -> None:
             if not (records / f"{name}.json").exists():
                 (records / f"{name}.json").write_text(json.dumps(in_own_process(name, options)))
         found = {path.stem: json.loads(path.read_text()) for path in sorted(records.glob("*.json"))}
+    if options.column:
+        found = joined(read_table(options.table), found)
     options.table.parent.mkdir(parents=True, exist_ok=True)
     options.table.write_text(table(found))
+
+
+def read_table(path: Path) -> dict[str, Cell]:
+    """Return the cells of a table that was written before, as their texts."""
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in path.open() if line.startswith("| ")]
+    return {
+        name: {
+            "weights": weights,
+            "cells": {what: {"text": cell} for what, cell in zip(TECHNIQUES, cells, strict=False)},
+        }
+        for name, weights, *cells in rows
+        if name not in ("model", "---")
+    }
+
+
+def joined(before: dict[str, Cell], found: dict[str, Cell]) -> dict[str, Cell]:
+    """Return the records of a table with the cells that were tried now."""
+    return {
+        name: {"weights": record["weights"], "cells": record["cells"] | found.get(name, {"cells": {}})["cells"]}
+        for name, record in before.items()
+    }
 
 
 def model_names() -> list[str]:
@@ -67,17 +97,18 @@ def model_names() -> list[str]:
 
 def in_own_process(name: str, options: argparse.Namespace) -> Cell:
     """Try a model in a process of its own, so that a crash does not end the others."""
-    given = [f"--{key}={value}" for key in ("weights", "images") if (value := getattr(options, key))]
+    given = [f"--{key}={value}" for key in ("weights", "images", "column") if (value := getattr(options, key))]
     command = [sys.executable, "-m", "benchmarks.support", "unused", "--one", name, *given]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    return {"weights": "?", "cells": {technique: {"error": reason} for technique in TECHNIQUES}}
+    chosen = [options.column] if options.column else TECHNIQUES
+    return {"weights": "?", "cells": {technique: {"error": reason} for technique in chosen}}
 
 
-def try_model(name: str, weights: Path | None, images: Path | None) -> Cell:
-    """Compress one model in every way; the FP32 network in torch is the reference."""
+def try_model(name: str, weights: Path | None, images: Path | None, techniques: Iterable[str]) -> Cell:
+    """Compress one model in several ways; the FP32 network in torch is the reference."""
     import torch
     from hydra.utils import instantiate
 
@@ -99,7 +130,7 @@ def try_model(name: str, weights: Path | None, images: Path | None) -> Cell:
     if not (trained or packaged):
         settle(model, data)
     with tempfile.TemporaryDirectory() as folder:
-        cells = {technique: attempt(technique, model, data, Path(folder)) for technique in TECHNIQUES}
+        cells = {technique: attempt(technique, model, data, Path(folder)) for technique in techniques}
     return {"weights": "packaged" if packaged else "trained" if trained else "random", "cells": cells}
 
 
@@ -141,7 +172,9 @@ def settle(model: Any, data: Any) -> None:
 def attempt(technique: str, model: Any, data: Any, folder: Path) -> Cell:
     """Run one cell; if that fails, the cell holds the error."""
     try:
-        return run(technique, copy.deepcopy(model), data, folder)
+        return (
+            build(model, data, folder) if technique == TENSORRT else run(technique, copy.deepcopy(model), data, folder)
+        )
     except UserError as error:
         return {"refused": " ".join(str(error).split())}
     except Exception as error:
@@ -167,6 +200,28 @@ def run(technique: str, model: Any, data: Any, folder: Path) -> Cell:
     assert logits.shape == reference.shape, f"{tuple(logits.shape)} logits instead of {tuple(reference.shape)}"
     assert logits.isfinite().all(), "the logits are not finite"
     return {"size": artifact.stat().st_size / original, "snr_db": snr_db(reference, logits), "seconds": seconds}
+
+
+def build(model: Any, data: Any, folder: Path) -> Cell:
+    """Have NVIDIA's parser and builder make an engine of each graph for TensorRT, and count them."""
+    from pq_sweep.core.cache import Cache
+    from pq_sweep.job.stages import Stages
+    from pq_sweep.types import Workspace
+
+    start, sizes = time.perf_counter(), {}
+    for quantizer, capability in product(BUILT, CAPABILITIES):
+        place = folder / f"{quantizer} {capability}"
+        place.mkdir()
+        work = Workspace(place, "cpu", 1, Stages(place, "", Cache({"of": str(folder)})))
+        options = ["runtime.build_only=true", f"runtime.compute_capability='{capability}'"]
+        limit = [f"quantizer.images={IMAGES}"] if quantizer == "int8" else []
+        runtime = component("runtime", "tensorrt_rtx", *options)()
+        session = runtime.open(model, component("quantizer", quantizer, *limit), data, work)
+        if warnings := session.details["builder_warnings"]:
+            raise RuntimeError(f"{quantizer} for {capability}: {warnings[0]}")
+        sizes[quantizer] = session.artifact.stat().st_size
+        shutil.rmtree(place)
+    return {"engines": len(BUILT) * len(CAPABILITIES), "bytes": sizes, "seconds": time.perf_counter() - start}
 
 
 def try_pruning(name: str, model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, Any]:
@@ -261,12 +316,16 @@ def lines(records: dict[str, Cell]) -> Iterator[str]:
     yield f"| {' | '.join(['model', 'weights', *TECHNIQUES])} |\n"
     yield f"| {' | '.join(['---'] * (2 + len(TECHNIQUES)))} |\n"
     for name, record in records.items():
-        cells = (text(record["cells"][technique]) for technique in TECHNIQUES)
+        cells = (text(record["cells"].get(technique, {"text": "-"})) for technique in TECHNIQUES)
         yield f"| {' | '.join([name, record['weights'], *cells])} |\n"
 
 
 def text(cell: Cell) -> str:
     """Draw one cell."""
+    if "text" in cell:
+        return str(cell["text"])
+    if "engines" in cell:
+        return f"{cell['engines']} engines {cell['seconds']:.1f} s, {cell['bytes']['int8'] / 1e6:.1f} MB"
     if "refused" in cell:
         return f"refused: {cell['refused']}".replace("|", "/")
     if "error" in cell:
@@ -281,7 +340,8 @@ def versions() -> dict[str, str]:
     import torchvision
 
     return {"torch": torch.__version__, "torchvision": torchvision.__version__,
-            "onnxruntime": onnxruntime.__version__, "machine": platform.machine()}  # fmt: skip
+            "onnxruntime": onnxruntime.__version__, "machine": platform.machine(),
+            "rtx": version("tensorrt-rtx-cu13-bindings")}  # fmt: skip
 
 
 HEADER = """\
@@ -296,6 +356,9 @@ logits against the FP32 network's (200 dB: equal).
   signal-to-noise ratio is that of a network that nobody has repaired.
 - `export`, `fp16` and `int8` run the ONNX graph under ONNX Runtime; `int8` is calibrated on {images} images. With
   `remove + int8` the ratio is against the FP32 network that was left after removal.
+- `TensorRT builds`: NVIDIA's own parser and builder, those of TensorRT-RTX {rtx}, made engines of the FP32, FP16 and
+  INT8 graphs for compute capability 8.0 and 8.9 without a warning. The seconds are of all of them with the export, the
+  size is that of the INT8 engine for 8.9. None of them ran: that needs a GPU.
 - Weights are `trained` where they were at hand; `random` ones (BatchNorm measured on images) show that a technique
   works, not how well: for accuracy, run a sweep.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from onnx import numpy_helper
 from torch import Tensor, nn
 
@@ -29,9 +31,13 @@ def workspace(folder: Path, threads: int = 1) -> Workspace:
 
 def runtime(name: str, **options: Any) -> Any:
     """Return a runtime as a job makes it, with options that differ from its defaults."""
+    return instantiate(_config(name), _convert_="all", **options)
+
+
+@cache
+def _config(runtime: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        config = compose("config", overrides=[f"runtime={name}"]).runtime
-    return instantiate(config, _convert_="all", **options)
+        return compose("config", overrides=[f"runtime={runtime}"]).runtime
 
 
 def onnx_logits(path: Path, images: Tensor, batch: int = 50) -> np.ndarray:
