@@ -131,6 +131,7 @@ def test_a_gpu_is_identified(driver: Driver, monkeypatch: pytest.MonkeyPatch) ->
         "cuda_driver": "13.2",
         "memory_mb": 40_000,
         "ecc": True,
+        "compute_mode": "default",
         "persistence": False,
         "power_limit_w": 400,
         "sm_max_mhz": 1410,
