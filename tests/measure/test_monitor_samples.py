@@ -88,6 +88,12 @@ def test_reasons_are_named_and_judged(bits: list[int], names: list[str], verdict
         ([{"sm_mhz": 600}, {}, {}], []),  # the median counts
         ([{"sm_mhz": 210, "throttle_reasons": 1}] * 3, []),  # idle
         ([{"sm_mhz": 210, "throttle_reasons": 1}] * 3 + [{"sm_mhz": 900}], ["throttled"]),
+        ([{"sm_mhz": 705, "throttle_reasons": 0x4}] * 3, ["power_capped"]),  # a T4 at its 70 W
+        ([{"sm_mhz": 585, "throttle_reasons": 0x2}] * 3, []),  # a T4 at the clock that it comes with
+        ([{"sm_mhz": 705, "throttle_reasons": 0x10}] * 3, []),  # as slow as the slowest of its group
+        ([{"sm_mhz": 705, "throttle_reasons": 0x4}] + [{"sm_mhz": 705}] * 2, ["throttled", "power_capped"]),
+        ([{"sm_mhz": 705, "throttle_reasons": 0x44}] * 3, ["throttled", "power_capped"]),
+        ([{"sm_mhz": 705, "throttle_reasons": 0x400}] * 3, ["throttled"]),  # no reason to be slow
     ],
 )
 def test_a_low_clock_counts_while_the_gpu_is_busy(inside: list[dict[str, Any]], verdicts: list[str]) -> None:
