@@ -160,8 +160,8 @@ def nvmlDeviceGetEccMode(handle):
 def nvmlDeviceGetPersistenceMode(handle):
     return 0
 
-def nvmlDeviceGetComputeMode(device):
-    return gpu_of(device).get("compute_mode", 0)
+def nvmlDeviceGetComputeMode(handle):
+    return gpu_of(handle).get("compute_mode", 0)
 
 def nvmlDeviceGetApplicationsClock(handle, type):
     raise NVMLError("Not Supported")

@@ -76,6 +76,7 @@ class Samples:
             unavailable,
         )
         window = {"samples": len(self._inside), "sampled_s": self.rows[-1]["t_s"] - self.rows[0]["t_s"]}
+        window |= {"look_ms": spread([row["look_s"] * 1e3 for row in self._inside])}
         end = {"verdicts": self.verdicts(), "unavailable": unavailable, "rows": thin(self.rows)}
         return self.constants | window | found | end
 
