@@ -125,6 +125,7 @@ def prepare(cfg: DictConfig, stage: Stages) -> Plan:
     protocol: Protocol = instantiate(cfg.measure, _convert_="all")
     device, threads = resolve_device(cfg.device), use_threads(protocol.threads)
     if device != "cpu":
+        torch.cuda.set_device(device)  # for what asks for no device in particular, such as the state of random numbers
         free_at_first(device)
     require_shareable(device, protocol.repeats)
     work = Workspace(stage.folder, device, threads, stage, protocol.paired, tuple(protocol.batch_sizes))
