@@ -202,7 +202,8 @@ def _pinning(fetch: Callable[[list[int]], Tensor], device: Any) -> Callable[[lis
 
     def fetch_pinned(indices: list[int]) -> Tensor:
         images = fetch(indices)
-        pinned = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+        with torch.cuda.device(device):  # in a new thread the first GPU is current, which may be someone else's
+            pinned = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
         pinned.numpy()[...] = images.numpy()  # torch would start threads for it, which spin while they wait for more
         return pinned
 

@@ -25,7 +25,7 @@ import torch
 from cuda_stand_in import CudaError, Machine
 from onnx import numpy_helper
 
-from pq_sweep.runtimes import engines
+from pq_sweep.runtimes import cuda, engines
 
 real_session, INSTALLED = onnxruntime.InferenceSession, onnxruntime.__version__
 
@@ -365,6 +365,7 @@ def as_a100(monkeypatch: pytest.MonkeyPatch) -> Machine:
     for name, value in fresh.items():
         monkeypatch.setattr(Gpu, name, value)
     monkeypatch.setattr(Gpu, "machine", machine, raising=False)
+    monkeypatch.setattr(cuda, "FIRST_CHOICE", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(engines, "device_name", lambda device: "NVIDIA A100-SXM4-40GB")
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt(machine))

@@ -160,6 +160,9 @@ def nvmlDeviceGetEccMode(handle):
 def nvmlDeviceGetPersistenceMode(handle):
     return 0
 
+def nvmlDeviceGetComputeMode(handle):
+    return gpu_of(handle).get("compute_mode", 0)
+
 def nvmlDeviceGetApplicationsClock(handle, type):
     raise NVMLError("Not Supported")
 

@@ -192,6 +192,15 @@ def test_pip_finds_an_environment_whose_parts_fit(name: str, pip: Path, resolved
     assert {package for package in found if package.startswith("onnxruntime")} == {"onnxruntime-gpu"}
     (cuda,) = {suffix[0] for package in found if (suffix := re.findall(r"-cu(\d+)", package))}
     assert environment.tensorrt.endswith(cuda)
+    # What ONNX Runtime's providers link and torch does not load is loaded from these.
+    assert {re.sub(r"-cu\d+$", "", package) for package in found} >= {"nvidia-cudnn", "nvidia-curand"}
+
+
+@pytest.mark.slow
+def test_pip_misses_a_version_that_does_not_exist(pip: Path) -> None:
+    for package in ("onnxruntime-gpu==1.20.99", "tensorrt-cu12==10.4.99"):
+        with pytest.raises(AssertionError, match=f"No matching distribution found for {package}"):
+            resolve(pip, "--no-deps", package)
 
 
 @pytest.mark.slow

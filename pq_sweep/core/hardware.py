@@ -14,6 +14,9 @@ from typing import ClassVar
 
 Capability = tuple[int, int]
 
+# NVML's compute modes, in its order: any number of processes, one thread, none, or one process may use a GPU at a time.
+COMPUTE_MODES = ("default", "exclusive_thread", "prohibited", "exclusive_process")
+
 CPUINFO = Path("/proc/cpuinfo")
 
 WMMA = "NVIDIA, PTX ISA 9, wmma.mma, target ISA notes; TensorRT 10 support matrix, hardware and precision"

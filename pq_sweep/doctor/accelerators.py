@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from pq_sweep.core.hardware import COMPUTE_MODES
 from pq_sweep.doctor import Facts
 from pq_sweep.doctor.children import ChildError, alone, first_line, in_child
 from pq_sweep.doctor.machine import installed
@@ -52,8 +53,8 @@ def _gpu(nvml: Any, handle: Any) -> Facts:
         except nvml.NVMLError:
             return None
 
-    memory, mig, persistence = map(ask, ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMigMode",
-                                         "nvmlDeviceGetPersistenceMode"))  # fmt: skip
+    memory, mig, persistence, mode = map(ask, ("nvmlDeviceGetMemoryInfo", "nvmlDeviceGetMigMode",
+                                               "nvmlDeviceGetPersistenceMode", "nvmlDeviceGetComputeMode"))  # fmt: skip
     return {
         "name": nvml.nvmlDeviceGetName(handle),
         "uuid": nvml.nvmlDeviceGetUUID(handle),
@@ -61,6 +62,7 @@ def _gpu(nvml: Any, handle: Any) -> Facts:
         "memory_gb": round(memory.total / 1e9, 1) if memory else None,
         "mig": bool(mig[0]) if mig else None,
         "persistence": None if persistence is None else bool(persistence),
+        "compute_mode": None if mode is None else COMPUTE_MODES[mode],
     }
 
 

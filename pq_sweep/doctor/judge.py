@@ -48,6 +48,12 @@ def judge_gpu(machine: Facts) -> Section:
         for name, gpu in gpus.items()
         if gpu["mig"]
     ]
+    remedies += [
+        f"{name} lets one process in at a time (compute mode EXCLUSIVE_PROCESS), so measure=rigorous fails, and so do"
+        " jobs side by side; set it to DEFAULT (nvidia-smi -c 0)."
+        for name, gpu in gpus.items()
+        if gpu.get("compute_mode") == "exclusive_process"
+    ]
     return Section("gpu", "ok" if gpus else "not here", details, remedies)
 
 

@@ -110,7 +110,7 @@ def _take_or_measure(
 def _measure(model: Model, data: Data, device: str, protocol: Protocol, folder: BaselineFolder) -> Reference:
     """Evaluate the model in FP32 under torch, and save its state_dict for its size; return its figures."""
     torch.save(model.module.state_dict(), folder.weights)
-    use_tf32(False)
+    use_tf32(False, device)
     network = inferring(converting(model.module, torch.float32, torch.preserve_format))
     session = CallSession(network, "torch", f"torch {torch.__version__} eager", device, folder.weights, {})
     with same_answers(partial(session, model.sample(2)), "the network"):

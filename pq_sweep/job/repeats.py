@@ -17,13 +17,14 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
+from pq_sweep.core.environment import gpu_uuid
 from pq_sweep.core.files import tail
 from pq_sweep.core.fingerprint import SEEN
 from pq_sweep.core.result import Memory, Speed
 from pq_sweep.core.sources import search_path
 from pq_sweep.job.stages import Stages
 from pq_sweep.measure.timing import middle
-from pq_sweep.types import Record
+from pq_sweep.types import Record, UserError
 
 if TYPE_CHECKING:
     from pq_sweep.measure.latency import Samples
@@ -34,6 +35,18 @@ Tell = Callable[[dict[str, Any]], None]
 
 class RepeatFailed(RuntimeError):
     """A fresh process measured nothing; the end of what it wrote to stderr is in the notes."""
+
+
+def require_shareable(device: str, repeats: int) -> None:
+    """Refuse to measure in fresh processes on a GPU that lets a single process in, as this one is in already."""
+    from pq_sweep.measure.monitor import identify
+
+    if repeats == 1 or device == "cpu" or identify(gpu_uuid(device)).get("compute_mode") != "exclusive_process":
+        return
+    raise UserError(
+        f"measure.repeats={repeats} needs fresh processes, and {device} is in compute mode EXCLUSIVE_PROCESS, which"
+        " lets no other in beside this one; use measure.repeats=1, or set the GPU to DEFAULT (nvidia-smi -c 0)."
+    )
 
 
 def share_network(stage: Stages, model: Model) -> None:

@@ -41,7 +41,7 @@ from pq_sweep.job.describe import (
     describe_sizes,
     unaccelerated,
 )
-from pq_sweep.job.repeats import measure_apart, share_network
+from pq_sweep.job.repeats import measure_apart, require_shareable, share_network
 from pq_sweep.job.stages import Stages
 from pq_sweep.job.steps import change_once, origin_of
 from pq_sweep.job.turns import Turns
@@ -129,7 +129,9 @@ def prepare(cfg: DictConfig, stage: Stages) -> Plan:
     protocol: Protocol = instantiate(cfg.measure, _convert_="all")
     device, threads = resolve_device(cfg.device), use_threads(protocol.threads)
     if device != "cpu":
+        torch.cuda.set_device(device)  # for what asks for no device in particular, such as the state of random numbers
         free_at_first(device)
+    require_shareable(device, protocol.repeats)
     work = Workspace(stage.folder, device, threads, stage, protocol.paired, tuple(protocol.batch_sizes))
     quantizer = component(cfg.quantizer)
     runtime = possible_runtime(cfg, quantizer, device)

@@ -132,7 +132,9 @@ def _energy(monitor: Monitor, seconds: float, images: int) -> float | None:
 
 def _on_cuda(session: Session, images: Tensor, protocol: Protocol) -> tuple[Latency, Samples]:
     """Time the device, then the way from host to host, then calls that are handed over without waiting."""
-    clock, pinned = CudaClock(session.device), images.cpu().pin_memory()
+    clock = CudaClock(session.device)
+    with torch.cuda.device(session.device):
+        pinned = images.cpu().pin_memory()
     figures, device = _watched(session, lambda: session(images), clock, protocol, len(images))
 
     def there_and_back() -> Tensor:

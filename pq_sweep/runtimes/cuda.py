@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
+FIRST_CHOICE: dict[str, bool] = {}  # what libraries that read the environment once have read in this process
 
 
 def own_stream(device: str) -> Any:
@@ -70,27 +71,37 @@ def refuse_on_cpu(device: str, options: dict[str, bool]) -> None:
         raise UserError(f"runtime.{given[0]}=true needs a GPU; leave it out with device=cpu.")
 
 
-def use_tf32(allowed: bool) -> None:
-    """Let torch round FP32 products to TF32, or not; refuse TF32 if the environment forbids it."""
+def use_tf32(allowed: bool, device: str) -> None:
+    """Let torch round FP32 products to TF32 on a device, or not; refuse what the environment makes impossible."""
     import torch
 
-    if allowed and os.environ.get(TF32_OVERRIDE) == "0":
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    told = os.environ.get(TF32_OVERRIDE)
+    if device == "cpu" or told is None:
+        return
+    if allowed and told == "0":
         raise UserError(
             f"runtime.tf32=true is impossible with {TF32_OVERRIDE}=0, which the environment or an earlier job with"
             " runtime=tensorrt runtime.tf32=false of this process has set; run it as a sweep of its own."
         )
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    if not allowed and told != "0":
+        raise UserError(
+            f"FP32 is impossible on {device} with {TF32_OVERRIDE}={told}, with which NVIDIA's libraries round it to"
+            " TF32 whatever they are told; unset it, as runtime.tf32=true works without it."
+        )
 
 
-def override_tf32(allowed: bool) -> None:
+def override_tf32(allowed: bool, device: str) -> None:
     """Do as `use_tf32` for libraries that only look at the environment, such as TensorRT under ONNX Runtime.
 
-    They read it once, so the choice of the first such job holds for the whole process.
+    They read it once, so the choice of the first such job holds for the whole process. To allow TF32 nothing is set:
+    they do so by themselves, and other libraries of the process would round FP32 as well, from then on.
     """
-    use_tf32(allowed)
-    wanted = "1" if allowed else "0"
-    if os.environ.setdefault(TF32_OVERRIDE, wanted) != wanted:
+    use_tf32(allowed, device)
+    if FIRST_CHOICE.setdefault("tf32", allowed) is not allowed:
         raise UserError(
-            f"runtime.tf32=false is impossible with {TF32_OVERRIDE}={os.environ[TF32_OVERRIDE]}, which the environment"
-            " or an earlier job of this process has set; run it as a sweep of its own."
+            f"runtime=tensorrt runtime.tf32={str(allowed).lower()} is impossible after a job of this process with the"
+            " contrary, as TensorRT looks at its environment once; run it as a sweep of its own."
         )
+    if not allowed:
+        os.environ[TF32_OVERRIDE] = "0"

@@ -55,7 +55,7 @@ class Torch:
                 f"runtime=torch converts every layer, so quantizer.exclude={excluded} needs runtime=onnxruntime."
             )
         dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision_of(quantizer)]
-        use_tf32(self.tf32)
+        use_tf32(self.tf32, work.device)
         layout = torch.channels_last if self.channels_last else torch.preserve_format
         with work.stage("quantize"):
             module = model.module.to(work.device, dtype).to(memory_format=layout)

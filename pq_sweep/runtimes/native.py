@@ -35,7 +35,7 @@ class TensorRTNative(EngineBuilder):
     def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session:
         """Export, check and quantize the graph, build its engine in the job's folder and load that file."""
         precision = precision_of(quantizer)
-        use_tf32(self.tf32)
+        use_tf32(self.tf32, work.device)
         if precision == "bf16":
             need("bf16", "quantizer=bf16 under TensorRT", work.device)
         graph, details = make_graph(model, quantizer, data, work, form="tensorrt")

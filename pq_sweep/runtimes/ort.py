@@ -76,7 +76,7 @@ class OnnxRuntime:
             if work.device == "cpu":
                 call, nodes = on_cpu(graph, work, disabled)
             else:
-                use_tf32(self.tf32)
+                use_tf32(self.tf32, work.device)
                 options = texts(self.options) | {"use_tf32": str(int(self.tf32))}
                 fixed = works_out_shapes(graph)
                 details |= {"tf32": self.tf32, "provider_options": options, "session_per_batch_size": fixed}

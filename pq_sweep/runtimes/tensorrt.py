@@ -59,7 +59,7 @@ class TensorRT(EngineBuilder):
         """Export, check and quantize the graph, and build its engines in the job's folder."""
         precision = precision_of(quantizer)
         import_tensorrt(self.name)  # loads the libraries that the provider links
-        override_tf32(self.tf32)
+        override_tf32(self.tf32, work.device)
         if precision == "bf16":
             need("bf16", "quantizer=bf16 under TensorRT", work.device)
             need_bf16_option()

@@ -62,6 +62,7 @@ nvmlDeviceGetUUID = lambda index: f"GPU-{index}"
 nvmlDeviceGetCudaComputeCapability = lambda index: GPUS[index][1]
 nvmlDeviceGetMemoryInfo = lambda index: SimpleNamespace(total=34_359_738_368)
 nvmlDeviceGetPersistenceMode = lambda index: 1
+nvmlDeviceGetComputeMode = lambda index: 3 * (GPUS[index][1] < (8, 0))
 
 def nvmlDeviceGetMigMode(index):
     if GPUS[index][1] < (8, 0):
@@ -77,12 +78,13 @@ def test_the_drivers_gpus_are_told(here: Path) -> None:
     assert (found["driver"], found["newest_cuda"]) == ("580.95.05", "13.1")
     assert found["gpus"] == [
         {"name": "Tesla V100", "uuid": "GPU-0", "compute_capability": "7.0", "memory_gb": 34.4}
-        | {"mig": None, "persistence": True},
+        | {"mig": None, "persistence": True, "compute_mode": "exclusive_process"},
         {"name": "NVIDIA A100", "uuid": "GPU-1", "compute_capability": "8.0", "memory_gb": 34.4}
-        | {"mig": True, "persistence": True},
+        | {"mig": True, "persistence": True, "compute_mode": "default"},
     ]
-    (sentence,) = advice("gpu", machine(gpu=found))
-    assert sentence.startswith("gpu 1 is in MIG mode")
+    divided, exclusive = advice("gpu", machine(gpu=found))
+    assert divided.startswith("gpu 1 is in MIG mode")
+    assert exclusive.startswith("gpu 0 lets one process in at a time")
 
 
 @pytest.mark.parametrize(

@@ -42,11 +42,18 @@ def resnet50() -> Model:
 
 @contextmanager
 def opened(
-    folder: Path, model: Model, runtime: str, quantizer: str = "none", *, sizes: tuple[int, ...], **options: Any
+    folder: Path,
+    model: Model,
+    runtime: str,
+    quantizer: str = "none",
+    *,
+    sizes: tuple[int, ...],
+    device: str = DEVICE,
+    **options: Any,
 ) -> Iterator[Session]:
     """Open a session that times `sizes`, and close it afterwards."""
     folder.mkdir(exist_ok=True)
-    work = Workspace(folder, DEVICE, 1, Stages(folder, ""), batch_sizes=sizes)
+    work = Workspace(folder, device, 1, Stages(folder, ""), batch_sizes=sizes)
     data = fake(model, images=1, calibration=0, seed=0)
     session = able(runtime, **options).open(model, choice("quantizer", quantizer), data, work)
     try:

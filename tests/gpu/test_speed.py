@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from random_networks import fresh
 
 from gpu.cuda import DEVICE, opened, resnet50
-from pq_sweep.measure.timing import CudaClock
+from pq_sweep.core.environment import gpu_uuid
+from pq_sweep.measure.monitor import Monitor
+from pq_sweep.measure.timing import CudaClock, HostClock
 
 pytestmark = pytest.mark.gpu
 
@@ -77,6 +80,24 @@ def test_device_time_of_a_small_network_is_not_that_of_its_host(tmp_path: Path, 
     record_property("device_over_host", f"{device / host:.3f}")
 
     assert device < 0.8 * host  # ten kernels of a few microseconds, which Python takes far longer to hand over
+
+
+def test_watching_a_gpu_leaves_the_slowest_calls_alone(tmp_path: Path, record_property: Record) -> None:
+    taken: dict[bool, list[int]] = {True: [], False: []}
+    with opened(tmp_path, fresh(), "torch", sizes=(1,)) as session:
+        images, clock = torch.randn(1, 1, 8, 8, device=DEVICE), HostClock()
+
+        def call() -> None:
+            session(images)
+            torch.cuda.synchronize()
+
+        for number in range(6):
+            with Monitor(DEVICE, gpu_uuid(DEVICE)) if number % 2 else nullcontext():
+                taken[bool(number % 2)] += [clock(call) for _ in range(2000)]
+    watched, alone = (statistics.quantiles(taken[is_watched], n=100)[-1] for is_watched in (True, False))
+    record_property("p99_watched_over_alone", f"{watched / alone:.3f}")
+
+    assert watched < 1.5 * alone
 
 
 def test_fp16_is_faster_than_fp32_in_large_batches(tmp_path: Path, record_property: Record) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import python, refused
+from cuda_stand_in import Machine
 from image_folders import (
     IMAGENETTE,
     TINY,
@@ -840,15 +841,15 @@ class TestAhead:
         assert set(source.threads) == {current_thread()}
 
     def test_page_locked_images_are_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What pages are locked for is a GPU, so that here they are not."""
-        locked, empty = [], torch.empty
-        monkeypatch.setattr(
-            torch, "empty", lambda *size, pin_memory, **kw: locked.append(pin_memory) or empty(*size, **kw)
-        )
-        source = Source()
-        images = types._pinning(source.raw, "cuda:1")([3, 1])
-        assert locked == [True]
-        assert torch.equal(images, source.raw([3, 1]))
+        """What pages are locked for is a GPU, so that here they are not.
+
+        Locking makes a context on the current device, which in a new thread is the first one: someone else's, maybe.
+        """
+        machine, source = Machine().install(monkeypatch), Source()
+        batches = [images for images, _ in source.split.batches(2, "cuda:1")]
+        assert set(source.threads) > {current_thread()}
+        assert machine.pinned_on == [1] * 4
+        assert torch.equal(torch.cat(batches), source.finish(source.raw(list(range(8)))))
         assert types._pinning(source.raw, "cpu") == source.raw
 
     @pytest.mark.gpu

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refused
+from cuda_stand_in import Machine
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -32,6 +33,7 @@ from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.inputs.own_model import accepted_change
 from pq_sweep.job import run as job
 from pq_sweep.job.stages import PREP, Stages, told_of
+from pq_sweep.measure import memory
 from pq_sweep.types import Data, Model, Split, UserError
 
 BRIEF = (
@@ -429,6 +431,21 @@ def test_what_only_cuda_can_is_refused_where_there_is_none(
     """With device=auto the grid's check cannot know; the job has to."""
     with pytest.raises(UserError, match=message):
         run(tmp_path / "sweep" / "0", *overrides)
+
+
+def test_the_gpu_of_a_job_is_the_current_one_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Random numbers of fine-tuning are those of the current device, and so is whatever a user's code asks for."""
+    machine = Machine().install(monkeypatch)
+    memory.free_at_first.cache_clear()
+    for device in ("cuda:1", "cuda:0", "cuda:1"):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", overrides=[*BRIEF, f"device={device}", "runtime=torch"])
+        plan = job.prepare(cfg, Stages(tmp_path, ""))
+        assert plan.work.device == device
+        assert machine.current == int(device[-1])
+    machine.taken[1] = 5_000_000_000
+    assert memory.free_at_first("cuda:1") == 40_000_000_000  # looked up before anything was taken
+    memory.free_at_first.cache_clear()
 
 
 def test_a_job_that_succeeds_later_replaces_its_error(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,9 @@ import pytest
 import torch
 from commands import LAUNCH, SHORT, launch_in
 from conftest import ROOT, new_user
+from cuda_stand_in import Machine
 from hydra import compose, initialize_config_dir
+from nvml_stand_in import stand_in
 
 from pq_sweep.core.fingerprint import file_hash
 from pq_sweep.core.result import Memory, Speed
@@ -27,9 +29,10 @@ from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job import repeats
 from pq_sweep.job import run as job
 from pq_sweep.job.fresh import KeptStages, check_artifact
-from pq_sweep.job.repeats import RepeatFailed, combine, share_network
+from pq_sweep.job.repeats import RepeatFailed, combine, require_shareable, share_network
 from pq_sweep.job.stages import Stages
 from pq_sweep.measure.timing import DRIFT
+from pq_sweep.types import UserError
 
 PROGRESS = "progress.json"
 
@@ -206,6 +209,19 @@ def test_peaks_of_memory_are_the_highest_of_all_repeats() -> None:
     assert combined.peak_memory_mb == 70.0
     assert combined.memory == Memory.of({"nvml_process_mb": 5.0})
     assert combine([found(1.0, None, None)]).peak_memory_mb is None
+
+
+@pytest.mark.parametrize(("mode", "repeats", "refused"), [(0, 3, False), (3, 1, False), (3, 3, True)])
+def test_a_gpu_for_one_process_has_no_room_for_repeats(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: int, repeats: int, refused: bool
+) -> None:
+    """The job's own process holds it to the end."""
+    Machine().install(monkeypatch)
+    stand_in(tmp_path / "driver", monkeypatch)(gpus=[{"uuid": "GPU-aa11", "name": "A100", "compute_mode": mode}])
+    require_shareable("cpu", repeats)
+    expected = pytest.raises(UserError, match=r"repeats=3 needs fresh processes, and cuda:0 is in .* EXCLUSIVE_PROCESS")
+    with expected if refused else nullcontext():
+        require_shareable("cuda:0", repeats)
 
 
 # --- the same network -------------------------------------------------------------------------------------------------

@@ -154,4 +154,5 @@ def test_energy_is_counted_while_the_device_does_not_rest(monkeypatch: pytest.Mo
     assert found.host_bound
     assert found.energy_per_image_j == pytest.approx(300 / found.pipelined_throughput, rel=0.1)
     assert session.calls >= 3 * 20
+    assert machine.pinned_on == [1]
     assert {name: len(values) for name, values in samples.items()} == {"device": 20, "host": 20}

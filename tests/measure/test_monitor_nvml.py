@@ -116,6 +116,12 @@ def test_memory_and_processes_need_to_know_the_instance(driver: Driver) -> None:
     }
 
 
+@pytest.mark.parametrize(("look_s", "pause_s"), [(0.0, 0.1), (0.0005, 0.1), (0.001, 0.1), (0.02, 2.0)])
+def test_looks_take_less_than_a_hundredth_of_the_time(look_s: float, pause_s: float) -> None:
+    """Else they might be in the slowest hundredth of the calls that are timed meanwhile, which is what p99 tells."""
+    assert nvml.pause({"look_s": look_s}) == pytest.approx(pause_s)
+
+
 # --- identity ---------------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +137,7 @@ def test_a_gpu_is_identified(driver: Driver, monkeypatch: pytest.MonkeyPatch) ->
         "cuda_driver": "13.2",
         "memory_mb": 40_000,
         "ecc": True,
+        "compute_mode": "default",
         "persistence": False,
         "power_limit_w": 400,
         "sm_max_mhz": 1410,

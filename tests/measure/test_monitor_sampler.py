@@ -75,6 +75,15 @@ def test_a_gpu_is_sampled_by_another_process(driver: Driver) -> None:
     json.dumps(found, allow_nan=False)
 
 
+def test_a_driver_that_answers_slowly_is_asked_seldom(driver: Driver) -> None:
+    driver(power={"hangs": 0.02})
+    with Monitor("cuda:0", "aa11") as watched:
+        time.sleep(0.6)
+
+    assert watched.result["look_ms"]["min"] > 20
+    assert watched.result["samples"] == 2  # just before and just after
+
+
 def test_older_drivers_give_their_reasons_too(driver: Driver) -> None:
     driver(reasons_before_535=0x40)
     with Monitor("cuda:0") as watched:

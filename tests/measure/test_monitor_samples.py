@@ -17,7 +17,7 @@ PARENT, OWN, CHILD, OTHER = 90, 100, 110, 200
 def row(t_s: float, **values: Any) -> dict[str, Any]:
     usual = {"sm_mhz": 1400, "memory_mhz": 1215, "temperature_c": 60, "power_w": 250.0, "energy_j": t_s * 250}
     more = {"throttle_reasons": 0, "utilization_percent": 90, "memory_device_mb": 3000, "processes": [[OWN, 2000.0]]}
-    return {"t_s": t_s} | usual | more | values
+    return {"t_s": t_s, "look_s": 0.002} | usual | more | values
 
 
 def seen(*inside: dict[str, Any], before: dict[str, Any] | None = None, **options: Any) -> Samples:
@@ -44,6 +44,7 @@ def test_figures_are_those_inside_of_the_window() -> None:
     ]
     found = seen(*inside, before={"sm_mhz": 210, "temperature_c": 99, "throttle_reasons": 0x40}).summary()
     assert found["samples"] == 3
+    assert found["look_ms"] == {"min": 2.0, "median": 2.0, "max": 2.0}
     assert found["sm_mhz"] == {"min": 1200, "median": 1300, "max": 1400}
     assert found["memory_mhz"] == {"min": 1215, "median": 1215, "max": 1215}
     assert (found["temperature_c"], found["memory_device_mb"], found["memory_process_mb"]) == (70, 4000, 2500)
@@ -88,6 +89,12 @@ def test_reasons_are_named_and_judged(bits: list[int], names: list[str], verdict
         ([{"sm_mhz": 600}, {}, {}], []),  # the median counts
         ([{"sm_mhz": 210, "throttle_reasons": 1}] * 3, []),  # idle
         ([{"sm_mhz": 210, "throttle_reasons": 1}] * 3 + [{"sm_mhz": 900}], ["throttled"]),
+        ([{"sm_mhz": 705, "throttle_reasons": 0x4}] * 3, ["power_capped"]),  # a T4 at its 70 W
+        ([{"sm_mhz": 585, "throttle_reasons": 0x2}] * 3, []),  # a T4 at the clock that it comes with
+        ([{"sm_mhz": 705, "throttle_reasons": 0x10}] * 3, []),  # as slow as the slowest of its group
+        ([{"sm_mhz": 705, "throttle_reasons": 0x4}] + [{"sm_mhz": 705}] * 2, ["throttled", "power_capped"]),
+        ([{"sm_mhz": 705, "throttle_reasons": 0x44}] * 3, ["throttled", "power_capped"]),
+        ([{"sm_mhz": 705, "throttle_reasons": 0x400}] * 3, ["throttled"]),  # no reason to be slow
     ],
 )
 def test_a_low_clock_counts_while_the_gpu_is_busy(inside: list[dict[str, Any]], verdicts: list[str]) -> None:

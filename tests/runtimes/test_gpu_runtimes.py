@@ -209,7 +209,7 @@ def test_cuda_rounds_to_tf32_only_if_asked(
     assert set(options) <= DOCUMENTED[CUDA].keys()
     assert torch.backends.cudnn.allow_tf32 is tf32
     assert session.details["tf32"] is tf32
-    cuda.use_tf32(False)
+    cuda.use_tf32(False, "cpu")
 
 
 def on_cuda(folder: Path, graph: Path, **options: Any) -> Session:
@@ -475,13 +475,32 @@ def test_tf32_under_tensorrt_is_what_the_process_began_with(
     opened("tensorrt", tmp_path / "0", data)
 
     assert os.environ[TF32_OVERRIDE] == "0"
-    with pytest.raises(UserError, match=r"runtime\.tf32=true is impossible with NVIDIA_TF32_OVERRIDE=0"):
-        cuda.use_tf32(True)
-    with pytest.raises(UserError, match=r"runtime\.tf32=true is impossible with NVIDIA_TF32_OVERRIDE=0"):
-        opened("tensorrt", tmp_path / "1", data, tf32=True)
-    monkeypatch.setenv(TF32_OVERRIDE, "1")
-    with pytest.raises(UserError, match=r"runtime\.tf32=false is impossible with NVIDIA_TF32_OVERRIDE=1"):
+    for name in ("tensorrt", "tensorrt_native"):
+        with pytest.raises(UserError, match=r"runtime\.tf32=true is impossible with NVIDIA_TF32_OVERRIDE=0"):
+            opened(name, tmp_path / name, data, tf32=True)
+
+
+def test_tf32_under_tensorrt_is_left_to_tensorrt(monkeypatch: pytest.MonkeyPatch, data: Data, tmp_path: Path) -> None:
+    """What is set in the environment for it would stay, and make TF32 of the FP32 of later jobs."""
+    monkeypatch.delenv(TF32_OVERRIDE)
+    opened("tensorrt", tmp_path / "0", data, tf32=True)
+
+    assert TF32_OVERRIDE not in os.environ
+    opened("tensorrt_native", tmp_path / "1", data)
+    assert torch.backends.cudnn.allow_tf32 is False
+    with pytest.raises(UserError, match=r"tensorrt runtime\.tf32=false is impossible after a job .* the contrary"):
         opened("tensorrt", tmp_path / "2", data)
+
+
+@pytest.mark.parametrize("name", ["torch", "tensorrt", "tensorrt_native"])
+def test_fp32_is_refused_where_the_environment_makes_tf32_of_it(
+    monkeypatch: pytest.MonkeyPatch, data: Data, tmp_path: Path, name: str
+) -> None:
+    monkeypatch.setenv(TF32_OVERRIDE, "1")
+
+    with pytest.raises(UserError, match=r"FP32 is impossible on cuda:0 with NVIDIA_TF32_OVERRIDE=1.*; unset it"):
+        opened(name, tmp_path, data)
+    cuda.use_tf32(False, "cpu")
 
 
 # TensorRT itself
@@ -528,7 +547,7 @@ def test_types_of_a_native_engine_are_those_of_the_graph(
     assert told()["flags"] == flags
     assert (told()["level"], told()["verbosity"]) == (4, "DETAILED")
     assert session.details["optimization_level"] == 4
-    cuda.use_tf32(False)
+    cuda.use_tf32(False, "cpu")
 
 
 def test_a_builder_without_flags_for_types_builds_what_the_graph_says(

@@ -27,10 +27,10 @@ class Monitor:
     GPU: clocks are in MHz; temperature is a peak; power and utilisation are means, and some GPUs give the mean power of
     the last second. `memory_process_mb` (this process) and `memory_device_mb` (the whole device with what its driver
     reserves) are the peaks of the samples, in MB of 10^6 bytes. `rows` are the samples, thinned out. `verdicts` are
-    "throttled" (by heat or the power supply, or the median clock was under 75 % of the maximum while busy),
-    "power_capped", and "shared" (processes other than this one, its ancestors and descendants compute there:
-    `other_pids`). NVML knows power, energy and utilisation of whole GPUs, not of a MIG instance; clocks and temperature
-    are those of the GPU around the instance.
+    "throttled" (by heat or the power supply, or the median clock was under 75 % of the maximum while the GPU was busy
+    and neither at its power limit nor at a clock that was set), "power_capped", and "shared" (processes other than this
+    one, its ancestors and descendants compute there: `other_pids`). NVML knows power, energy and utilisation of whole
+    GPUs, not of a MIG instance; clocks and temperature are those of the GPU around the instance.
 
     `energy_j` was used in `sampled_s`, which is a little longer than `seconds`. Idle power is part of it and cannot be
     told apart: after the warm-up a GPU keeps its clocks up for seconds, so it is not at rest just before the window.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
+from pq_sweep.core.hardware import COMPUTE_MODES
 from pq_sweep.measure.monitor.nvml import CONSTANT, Absent, Device, Table, open_device, read
 
 
@@ -23,6 +24,10 @@ def _mig_instance(nvml: Any, at: Device) -> dict[str, Any]:
     }
 
 
+def _compute_mode(nvml: Any, at: Device) -> str:
+    return COMPUTE_MODES[nvml.nvmlDeviceGetComputeMode(at.gpu)]
+
+
 IDENTITY: Table = {
     "name": lambda nvml, at: nvml.nvmlDeviceGetName(at.part),
     "pci": lambda nvml, at: nvml.nvmlDeviceGetPciInfo(at.gpu).busId,
@@ -33,6 +38,7 @@ IDENTITY: Table = {
     "ecc": lambda nvml, at: bool(nvml.nvmlDeviceGetEccMode(at.gpu)[0]),
     "mig": lambda nvml, at: bool(nvml.nvmlDeviceGetMigMode(at.gpu)[0]),
     "mig_instance": _mig_instance,
+    "compute_mode": _compute_mode,
     "persistence": lambda nvml, at: bool(nvml.nvmlDeviceGetPersistenceMode(at.gpu)),
     "sm_application_mhz": lambda nvml, at: nvml.nvmlDeviceGetApplicationsClock(at.gpu, nvml.NVML_CLOCK_SM),
     "memory_application_mhz": lambda nvml, at: nvml.nvmlDeviceGetApplicationsClock(at.gpu, nvml.NVML_CLOCK_MEM),

@@ -16,14 +16,17 @@ MIN_ENERGY_S = 1.0
 KEPT_ROWS = 300
 LOW_CLOCK = 0.75  # of the maximum; nvbench throws away what it measured below that
 
-GPU_IDLE, SW_POWER_CAP, HW_SLOWDOWN, SW_THERMAL, HW_THERMAL, POWER_BRAKE = 0x1, 0x4, 0x8, 0x20, 0x40, 0x80
+GPU_IDLE, APPLICATION_CLOCKS, SW_POWER_CAP, HW_SLOWDOWN, SYNC_BOOST = 0x1, 0x2, 0x4, 0x8, 0x10
+SW_THERMAL, HW_THERMAL, POWER_BRAKE = 0x20, 0x40, 0x80
 SLOWED = HW_SLOWDOWN | SW_THERMAL | HW_THERMAL | POWER_BRAKE
+# Reasons why a low clock is the usual one: a T4 or L4 at work is always at its power limit and far below its maximum.
+EXPECTED = GPU_IDLE | APPLICATION_CLOCKS | SW_POWER_CAP | SYNC_BOOST
 REASONS = {
     GPU_IDLE: "gpu_idle",
-    0x2: "application_clocks",
+    APPLICATION_CLOCKS: "application_clocks",
     SW_POWER_CAP: "sw_power_cap",
     HW_SLOWDOWN: "hw_slowdown",
-    0x10: "sync_boost",
+    SYNC_BOOST: "sync_boost",
     SW_THERMAL: "sw_thermal",
     HW_THERMAL: "hw_thermal",
     POWER_BRAKE: "power_brake",
@@ -73,6 +76,7 @@ class Samples:
             unavailable,
         )
         window = {"samples": len(self._inside), "sampled_s": self.rows[-1]["t_s"] - self.rows[0]["t_s"]}
+        window |= {"look_ms": spread([row["look_s"] * 1e3 for row in self._inside])}
         end = {"verdicts": self.verdicts(), "unavailable": unavailable, "rows": thin(self.rows)}
         return self.constants | window | found | end
 
@@ -131,10 +135,10 @@ class Samples:
             return any(len(row) > 1 for row in self._column("processes"))
 
     def is_throttled(self) -> bool:
-        """Say whether heat or the power supply slowed the clock, or the clock was low while the GPU was busy."""
+        """Say whether heat or the power supply slowed the clock, or the clock was low and nothing says why."""
         if any(reasons & SLOWED for reasons in self._column("throttle_reasons")):
             return True
-        clocks = [row["sm_mhz"] for row in self._inside if "sm_mhz" in row and _is_busy(row)]
+        clocks = [row["sm_mhz"] for row in self._inside if "sm_mhz" in row and _may_be_fast(row)]
         maximum = self.constants.get("sm_max_mhz", 0)
         return bool(clocks) and spread(clocks)["median"] < LOW_CLOCK * maximum
 
@@ -145,10 +149,10 @@ class Samples:
         return [verdict for verdict, holds in found.items() if holds]
 
 
-def _is_busy(row: Row) -> bool:
-    """Say whether the GPU was busy; its utilisation lags behind and counts only if it does not report being idle."""
+def _may_be_fast(row: Row) -> bool:
+    """Say whether a GPU was busy and not told to be slow; utilisation lags behind and counts without known reasons."""
     if "throttle_reasons" in row:
-        return not row["throttle_reasons"] & GPU_IDLE
+        return not row["throttle_reasons"] & EXPECTED
     return row.get("utilization_percent", 100) > 0
 
 
