@@ -9,6 +9,9 @@ from pq_sweep.core.sentences import listed
 from pq_sweep.core.weights import memory
 from pq_sweep.inputs.parametrized import fold
 
+# How much larger than its tensors a memory may be, such as that of a file of safetensors with its header.
+SLACK = 1.01
+
 
 def settled(module: nn.Module) -> list[str]:
     """Have a network hold plain float32 weights, and return a sentence for each thing that was done for that."""
@@ -42,7 +45,7 @@ def _compact(module: nn.Module) -> list[str]:
     for held in stored.values():
         values = {memory(tensor): tensor for _, tensor in held}
         alike = all(tensor.stride() == values[memory(tensor)].stride() for _, tensor in held)
-        if alike and held[0][1].untyped_storage().nbytes() > sum(tensor.nbytes for tensor in values.values()):
+        if alike and held[0][1].untyped_storage().nbytes() > SLACK * sum(tensor.nbytes for tensor in values.values()):
             copies = {key: tensor.detach().clone() for key, tensor in values.items()}
             for tensor, copy in [(tensor, copies[memory(tensor)]) for _, tensor in held]:
                 tensor.data = copy
