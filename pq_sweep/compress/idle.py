@@ -13,8 +13,9 @@ from pq_sweep.types import Model
 
 
 def idle_parts(model: Model) -> dict[str, nn.Module]:
-    """Return the outermost parts with parameters of which nothing runs when the network, in eval mode, answers."""
+    """Return the outermost parts with parameters of which nothing runs in eval mode, in which the network is left."""
     ran: set[nn.Module] = set()
+    model.module.eval()
     hooks = [part.register_forward_pre_hook(lambda part, _: ran.add(part)) for part in model.module.modules()]
     try:
         with torch.no_grad():

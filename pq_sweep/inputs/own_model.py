@@ -10,15 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
-from pq_sweep.core.sentences import listed, reason
+from pq_sweep.core.sentences import reason
 from pq_sweep.core.weights import untouched
 from pq_sweep.inputs.answers import checked_answers, taken_logits
 from pq_sweep.inputs.contract import require_type
 from pq_sweep.inputs.finite import require_finite
-from pq_sweep.inputs.parametrized import fold
+from pq_sweep.inputs.plain import settled
 from pq_sweep.inputs.state import forget
 from pq_sweep.inputs.usable import require_usable
 from pq_sweep.inputs.wrappers import unwrapped
@@ -106,30 +105,3 @@ def _eval_mode(module: nn.Module, what: str) -> list[str]:
             " and train() change modes as those of nn.Module do."
         ) from error
     return ["The network came in training mode and was put in eval mode."] if training else []
-
-
-def settled(module: nn.Module) -> list[str]:
-    """Have a network hold plain float32 weights, and return a sentence for each thing that was done for that."""
-    return _dense(module) + _float32(module) + fold(module)
-
-
-def _dense(module: nn.Module) -> list[str]:
-    """Store parameters in the usual layout instead of a sparse one, layers that share one still sharing it."""
-    made: dict[int, nn.Parameter] = {}
-    names = [name for name, parameter in module.named_parameters() if parameter.layout != torch.strided]
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.layout != torch.strided:
-                grown = parameter.requires_grad
-                dense = made.setdefault(id(parameter), nn.Parameter(parameter.detach().to_dense(), grown))
-                part._parameters[name] = dense
-    return [f"{listed(names)}, stored sparsely, became dense with the same values."] if names else []
-
-
-def _float32(module: nn.Module) -> list[str]:
-    tensors = [*module.parameters(), *module.buffers()]
-    others = sorted({str(one.dtype).removeprefix("torch.") for one in tensors if one.is_floating_point()} - {"float32"})
-    if not others:
-        return []
-    module.float()
-    return [f"The network's {' and '.join(others)} weights were converted to float32."]

@@ -166,9 +166,17 @@ def _halved(module: nn.Module) -> Iterator[None]:
 
 
 def forget(module: nn.Module) -> None:
-    """Have a network forget what it has computed from its weights, as many do when they are to be trained."""
-    with suppress(Exception):
-        module.train()
+    """Have a network forget what it has computed from its weights, as many do when they are to be trained.
+
+    Weights stay as they are: some networks merge parts of them in eval mode.
+    """
+    if any(type(part).train is not nn.Module.train for part in module.modules()):
+        before = {tensor: tensor.detach().clone() for tensor in [*module.parameters(), *module.buffers()]}
+        with suppress(Exception), torch.no_grad():
+            module.train()
+            module.eval()
+            for tensor in [tensor for tensor, values in before.items() if not torch.equal(tensor, values)]:
+                tensor.copy_(before[tensor])
     module.eval()
 
 

@@ -28,7 +28,8 @@ from pq_sweep.core.opened import noting, opened
 from pq_sweep.core.result import Accuracy, Compared, Network, Result, Speed
 from pq_sweep.core.threads import use_threads
 from pq_sweep.inputs.own_data import accepted_data
-from pq_sweep.inputs.own_model import accepted_change, accepted_model, settled
+from pq_sweep.inputs.own_model import accepted_change, accepted_model
+from pq_sweep.inputs.plain import settled
 from pq_sweep.inputs.usable import require_usable
 from pq_sweep.job.baseline import Baseline, load_baseline
 from pq_sweep.job.check import check, impossible, refuse

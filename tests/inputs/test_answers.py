@@ -289,6 +289,30 @@ def test_what_is_kept_of_old_weights_is_refused_or_forgotten() -> None:
     assert torch.equal(model.module.kept["fused"], torch.ones(10, 64))
 
 
+class Merging(Net):
+    """Has a scale multiplied into its weight in eval mode, which loses digits, as networks with adapters do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.merged = nn.Parameter(torch.rand(10, 64) + 0.5), False
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode == self.merged:
+            self.merged = not mode
+            self.head.weight.data *= 1 / self.scale if mode else self.scale
+        return super().train(mode)
+
+
+def test_what_a_network_merges_into_its_weights_stays() -> None:
+    model = accepted(Merging())
+    before = model.module.head.weight.clone()
+    model.module.train().eval()
+    assert not torch.equal(model.module.head.weight, before)
+    model.module.head.weight.data.copy_(before)
+    accepted_change(model, "the network", "mend it")
+    assert torch.equal(model.module.head.weight, before)
+
+
 def test_attributes_that_cannot_be_read_are_no_hindrance() -> None:
     class Odd(dict[str, Any]):
         def items(self) -> Any:

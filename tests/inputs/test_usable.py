@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -176,11 +177,36 @@ def test_parameters_that_share_a_part_of_their_memory_are_refused(first: Tensor,
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [(WHOLE[:10], WHOLE[10:]), (WHOLE[::2], WHOLE[1::2]), (WHOLE[:10], WHOLE[:10])],
-    ids=["side by side", "in turns", "whole"],
+    [(WHOLE[:10], WHOLE[10:]), (WHOLE[::2], WHOLE[1::2])],
+    ids=["side by side", "in turns"],
 )
-def test_parameters_side_by_side_or_shared_whole_are_fine(first: Tensor, second: Tensor) -> None:
+def test_parameters_side_by_side_are_fine(first: Tensor, second: Tensor) -> None:
     assert accepted(Two(first, second).eval()).notes == ()
+
+
+def saved_bytes(module: nn.Module) -> int:
+    file = io.BytesIO()
+    torch.save(module.state_dict(), file)
+    return file.tell()
+
+
+def test_slices_of_a_larger_memory_become_copies() -> None:
+    """A file holds the whole of each memory of which a network holds a slice."""
+    whole = torch.randn(10_000, 64)
+    net, plain = Two(whole[:10], whole[20:30]).eval(), Two(torch.randn(10, 64), torch.randn(10, 64))
+    expected = net(IMAGES)
+    assert saved_bytes(net) > 100 * saved_bytes(plain)
+    (note,) = accepted(net).notes
+    assert note == "head.weight, more.weight, cut out of a larger memory that a file would hold whole, became copies."
+    assert saved_bytes(net) == pytest.approx(saved_bytes(plain), rel=0.05)
+    assert torch.equal(net(IMAGES), expected)
+
+
+def test_slices_that_are_one_memory_go_on_sharing_it() -> None:
+    net = Two(WHOLE[:10], WHOLE[:10]).eval()
+    assert len(accepted(net).notes) == 1
+    assert net.head.weight is not net.more.weight
+    assert net.head.weight.data_ptr() == net.more.weight.data_ptr()
 
 
 def test_a_buffer_that_is_a_part_of_a_parameter_is_refused() -> None:

@@ -623,6 +623,13 @@ def spoilt(model: Model, data: Data) -> None:
     model.module.fc2.weight.data[0] = math.nan
 
 
+def cut(model: Model, data: Data) -> None:
+    """Take half of a layer's channels away by slices, as pruners are often written."""
+    model.module.fc1.weight = torch.nn.Parameter(model.module.fc1.weight[:32].detach())
+    model.module.fc1.bias.data = model.module.fc1.bias.data[:32]
+    model.module.fc2.weight.data = model.module.fc2.weight.data[:, :32]
+
+
 def after(step: Any) -> list[str]:
     """Return the notes on what a pruner of one's own leaves behind."""
     model, name = digits_cnn(), "the network after pruner=mine"
@@ -639,6 +646,10 @@ def after(step: Any) -> list[str]:
         (gives(lambda y: {"logits": y}), "Of what the network gives, logits was taken as its logits."),
         (gives(lambda y: y[..., None]), "The network's logits (2, 10, 1) were brought to the shape (images, classes)."),
         (of_type(torch.bfloat16), "The network's bfloat16 weights were converted to float32."),
+        (
+            cut,
+            "fc1.weight, fc1.bias, fc2.weight, cut out of a larger memory that a file would hold whole, became copies.",
+        ),
         (sparse, "fc2.weight, stored sparsely, became dense with the same values."),
     ],
 )
