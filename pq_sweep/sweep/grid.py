@@ -22,6 +22,7 @@ from pq_sweep.core.sentences import without_password
 from pq_sweep.job.check import problems
 from pq_sweep.sweep.launcher_options import launcher_problems
 from pq_sweep.sweep.quoting import quoted
+from pq_sweep.tracking.addresses import address_problem
 from pq_sweep.types import UserError
 
 # Groups of options in the order of the stages that they first matter to; users' own options come before all of them.
@@ -64,7 +65,7 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
     grid, wrong = Grid(), list[list[str]]()
     for job in jobs:
         bare = spelled(without_hydra(job))
-        wrong.append([*problems(bare), *launcher_problems(job)])
+        wrong.append([*problems(bare), *launcher_problems(job), *tracking_problems(bare)])
         if not wrong[-1]:
             options = resolved(bare)
             grid.announced.append(announce(job, options))
@@ -73,6 +74,14 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
     refuse_all(Counter(chain.from_iterable(wrong)), len(wrong))
     refuse_shared_folders([job["folder"] for job in grid.announced])
     return grid
+
+
+def tracking_problems(job: DictConfig) -> Iterator[str]:
+    """Say what is wrong with the address of the store in which a job is to be logged."""
+    options, uri = job.get("tracking"), OmegaConf.select(job, "tracking.uri")
+    has_store = isinstance(options, DictConfig) and is_ours(options) and "uri" in options
+    problem = address_problem(uri, "tracking.uri") if has_store and isinstance(uri, str | None) else None
+    yield from filter(None, [problem])
 
 
 def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
