@@ -78,7 +78,8 @@ def shapes_cnn(*, width: int, seed: int) -> Model:
     for inputs, outputs in ((1, width), (width, 2 * width)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
     network = nn.Sequential(*layers, nn.MaxPool2d(6), nn.Flatten(), nn.Linear(2 * width, len(SHAPES)))
-    model = Model(network, len(SHAPES), Preprocess(size=24, resize=24, channels=1), SHAPES)
+    preprocess = Preprocess(size=24, resize=24, channels=1, mean=(0.0,), std=(1.0,))
+    model = Model(network, len(SHAPES), preprocess, SHAPES)
     split = Split.of_dataset(Shapes(600, model.preprocess.size, seed=99))
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
     for _ in range(4):

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from pq_sweep.job.check import LISTS, SWITCHES
+from pq_sweep.core.options import LISTS, SWITCHES
 
 CONF = ROOT / "conf"
 

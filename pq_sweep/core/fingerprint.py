@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -13,10 +12,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, OmegaConf
 
 from pq_sweep.core import opened, sources
 from pq_sweep.core.environment import SLURM, versions
+from pq_sweep.core.options import spelled
 from pq_sweep.core.places import named_in_code, state_of
 from pq_sweep.core.sources import Sources, follow, module_of
 
@@ -71,28 +71,6 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     jobs = OmegaConf.masked_copy(spelled(cfg), [str(key) for key in cfg if key != "hydra"])
     values: Any = OmegaConf.to_container(jobs, resolve=True)
     return {str(key): value for key, value in values.items() if key not in WITHOUT_EFFECT}
-
-
-def plain_items(options: DictConfig) -> list[tuple[str, Any]]:
-    """Return options and their values, references to other options unresolved."""
-    plain: Any = OmegaConf.to_container(options, resolve=False)
-    return list(plain.items())
-
-
-def spelled(cfg: DictConfig) -> DictConfig:
-    """Return a config in which a component from elsewhere gets the word nan, which YAML reads as a number, as text."""
-    found = [
-        (str(group), name)
-        for group, options in cfg.items()
-        if isinstance(options, DictConfig) and not str(options.get("_target_", "pq_sweep.")).startswith("pq_sweep.")
-        for name, value in plain_items(options)
-        if value != value
-    ]
-    cfg = copy.deepcopy(cfg) if found else cfg
-    with flag_override(cfg, ["struct", "readonly"], False):
-        for group, name in found:
-            cfg[group][name] = "nan"
-    return cfg
 
 
 # What files of components from elsewhere looked like at first: a job may write some of them itself, as it goes.

@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -44,7 +44,7 @@ DATA = re.compile(
     r"numpy\.dtype|numpy\.(_core|core)\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)"
     r"|pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path|datetime\.\w+|decimal\.Decimal|fractions\.Fraction"
     r"|builtins\.(frozenset|list|tuple|dict|range|slice|bytes|int|float|str|bool)|functools\.partial|torch\.dtype"
-    r"|torch\.torch_version\.TorchVersion|types\.SimpleNamespace|numpy\.random\.\w+\.\w+"
+    r"|torch\.torch_version\.TorchVersion|torch\._C\.Generator|types\.SimpleNamespace|numpy\.random\.\w+\.\w+"
 )
 ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 # Of these, it makes plain dictionaries and lists.
@@ -106,14 +106,6 @@ def read_checkpoint(path: Path) -> Any:
 def unreadable(path: Path, what: str, remedy: str = HOW_TO_SAVE) -> UserError:
     """Return the error for a file from which no weights can be read."""
     return UserError(f"model.weights={path} is no readable state_dict ({what}); {remedy}.")
-
-
-def holds(content: Any) -> str:
-    """Say which pickled objects a file holds: "an object of models.yolo.Model at model", or nothing."""
-    inside = content if isinstance(content, Mapping) else {"": content}
-    found = {type(value).__name__: str(key) for key, value in inside.items() if isinstance(value, StandIn)}
-    named = {"NumPy arrays" if name in ARRAYS else f"an object of {name}": key for name, key in found.items()}
-    return ", ".join(f"{name} at {key}" if key else name for name, key in list(named.items())[:3])
 
 
 def _head(path: Path) -> bytes:

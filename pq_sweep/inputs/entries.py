@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pq_sweep.core.sentences import listed
+from pq_sweep.inputs.checkpoints import ARRAYS, StandIn
+
 State = dict[str, Tensor]
 
 DEEPEST = 5  # dictionaries within dictionaries, in which weights are looked for
@@ -56,6 +59,27 @@ def nameless(content: Any) -> list[str]:
         for name, value in values.items()
         if isinstance(name, str) and isinstance(value, list) and value and isinstance(value[0], Tensor)
     ]
+
+
+def objects(content: Any) -> dict[str, str]:
+    """Return the places of pickled objects in a checkpoint, which stand-ins replace, and what they are objects of."""
+    if isinstance(content, StandIn):
+        return {"": type(content).__name__}
+    return {
+        joined(place, str(name)): type(value).__name__
+        for place, values in _dictionaries(content, "")
+        for name, value in values.items()
+        if isinstance(value, StandIn)
+    }
+
+
+def holds(content: Any) -> str:
+    """Say which pickled objects a file holds: "an object of models.yolo.Model at model", or nothing."""
+    found: dict[str, list[str]] = {}
+    for place, name in objects(content).items():
+        found.setdefault("NumPy arrays" if name in ARRAYS else f"an object of {name}", []).append(place)
+    named = [f"{name} at {listed(places)}" if places[0] else name for name, places in found.items()]
+    return ", ".join(named[:3])
 
 
 def _dictionaries(content: Any, place: str) -> Iterator[tuple[str, Mapping[Any, Any]]]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pq_sweep.inputs.classes import without_images
 from pq_sweep.inputs.contract import described, require_type
 from pq_sweep.inputs.pictures import Prepare, preparing
 from pq_sweep.types import Data, Model, Preprocess, Split, UserError
@@ -25,7 +26,7 @@ REPEATED = 16
 def accepted_data(given: Any, model: Model, target: str) -> Data:
     """Return the data that the function `target` made: class numbers as labels, float32 images as the model takes."""
     data = require_type(given, Data, target, "Data(evaluation, calibration, train, classes)")
-    data = _completed(data, model)
+    data = _completed(_of_splits(data, target), model)
     if not isinstance(data.classes, tuple | list):
         raise UserError(f"{target} gives classes={described(data.classes)}; give the names of the classes, or None.")
     classes = _competing(data, model, target)
@@ -33,7 +34,6 @@ def accepted_data(given: Any, model: Model, target: str) -> Data:
     said: dict[str, list[str]] = {}
     for name in ("evaluation", "calibration", "train"):
         if (part := getattr(data, name)) is not None or name == "evaluation":
-            part = require_type(part, Split, f"{name} of {target}", "Split")
             splits[name], notes = _accepted_split(part, name, model.preprocess, classes)
             for note in notes:
                 said.setdefault(note, []).append(name)
@@ -41,14 +41,27 @@ def accepted_data(given: Any, model: Model, target: str) -> Data:
         raise UserError(f"{target} gives no evaluation images; give at least one.")
     if not len(splits.get("train", ())):
         splits["train"] = None
-    return replace(
-        data, **splits, notes=(*data.notes, *(f"The {_together(parts)} {note}." for note, parts in said.items()))
-    )
+    notes = [f"The {_together(parts)} {note}." for note, parts in said.items()]
+    if not target.startswith("pq_sweep."):  # our own functions say so themselves, where it means something
+        notes += filter(None, [without_images(splits["evaluation"].labels, data.classes)])
+    return replace(data, **splits, notes=(*data.notes, *notes))
+
+
+def _of_splits(data: Data, target: str) -> Data:
+    """Return data whose parts are splits; a data set, or what else has samples, is made one."""
+    parts: dict[str, Any] = {name: getattr(data, name) for name in ("evaluation", "calibration", "train")}
+    for name, part in parts.items():
+        has_samples = hasattr(part, "__iter__") or hasattr(part, "__getitem__")
+        if has_samples and not isinstance(part, str):
+            parts[name] = Split.of_dataset(part)
+        elif part is not None or name == "evaluation":
+            require_type(part, Split, f"{name} of {target}", "Split")
+    return replace(data, **parts)
 
 
 def _completed(data: Data, model: Model) -> Data:
     """Fill in what may be left out: an empty calibration part, and the names of the classes."""
-    if data.calibration is None and isinstance(data.evaluation, Split):
+    if data.calibration is None:
         empty = replace(data.evaluation, labels=torch.zeros(0, dtype=torch.int64), names=None, items=None, raw=None)
         data = replace(data, calibration=empty)
     if isinstance(data.columns, list | tuple):
@@ -68,6 +81,11 @@ def _together(names: list[str]) -> str:
 def _competing(data: Data, model: Model, target: str) -> int:
     """Return how many logits compete for an image."""
     if data.columns is None:
+        if len(data.classes) != model.num_classes:
+            raise UserError(
+                f"{target} gives {len(data.classes)} names of classes for {model.num_classes} logits; give a name for"
+                " each, or as columns the logit of each class."
+            )
         return model.num_classes
     columns = data.columns.tolist()
     if len(columns) != len(data.classes) or not all(0 <= column < model.num_classes for column in columns):
@@ -83,14 +101,14 @@ def _accepted_split(split: Split, name: str, preprocess: Preprocess, classes: in
     if not len(split):
         return split, []
     labels, notes = _class_numbers(split.labels, name, classes)
+    notes = [*split.notes, *notes]
     split = replace(split, labels=labels)
     if split.raw:
         _check_images(split.fetch([0]), [0], split, name, preprocess)
         return split, notes
     first = _fetched(split, [0], name)[0]
     prepare, how = preparing(first, preprocess)
-    if how:
-        notes.append(f"images came as {how}")
+    notes += how
     fetch = partial(_fetch, split, name, preprocess, prepare)
     fetch([0])
     _require_same(fetch, list(range(min(REPEATED, len(split)))), name)

@@ -70,22 +70,42 @@ def _check_fields(model: Model, target: str) -> None:
 def _plain_preprocess(preprocess: Preprocess, target: str) -> Preprocess:
     """Return a Preprocess of plain values, whatever numbers and names of torchvision's it was made of."""
     side, short = (_side(value) for value in (preprocess.size, preprocess.resize))
+    channels = _side(preprocess.channels)
     name = str(getattr(preprocess.interpolation, "value", preprocess.interpolation))
-    mean, std = _numbers(preprocess.mean), _numbers(preprocess.std)
     if side is None or short is None or not 1 <= side <= short:
         raise UserError(
             f"{target} gives size={preprocess.size} and resize={preprocess.resize}; give whole numbers of pixels,"
             " resize at least size."
         )
+    if channels is None or channels < 1:
+        raise UserError(f"{target} gives channels={preprocess.channels!r}; give 1 for grey or 3 for colours.")
     if name not in INTERPOLATIONS:
         raise UserError(f"{target} gives interpolation={name}; valid are: {', '.join(INTERPOLATIONS)}.")
+    mean, std = (_per_channel(getattr(preprocess, key), channels, key, target) for key in ("mean", "std"))
     if any(value == 0 for value in std):
         raise UserError(f"{target} gives std={std}; give standard deviations other than 0.")
-    return replace(preprocess, size=side, resize=short, mean=mean, std=std, interpolation=name)
+    preprocess = replace(preprocess, mean=mean, std=std, interpolation=name)
+    return replace(preprocess, size=side, resize=short, channels=channels)
 
 
-def _numbers(values: Any) -> tuple[float, ...]:
-    return tuple(np.atleast_1d(np.asarray(values, dtype=float)).tolist())
+def _per_channel(given: Any, channels: int, key: str, target: str) -> tuple[float, ...]:
+    """Return a value for each channel; one value, or the same several times, stands for all.
+
+    The default is that of colours, which is as good as none for another number of channels.
+    """
+    try:
+        values = tuple(np.atleast_1d(np.asarray(given, dtype=float)).ravel().tolist())
+    except (TypeError, ValueError):
+        values = ()
+    if len({*values}) == 1 and np.isfinite(values[0]):
+        return values[:1] * channels
+    if len(values) != channels or not np.isfinite(values).all():
+        example = f"{key}=({', '.join(['0.5'] * channels)}{',' if channels == 1 else ''})"
+        raise UserError(
+            f"{target} gives channels={channels} and {key}={given!r}; give the value of each channel that the network"
+            f" was trained with, such as {example}."
+        )
+    return values
 
 
 def _side(value: Any) -> int | None:

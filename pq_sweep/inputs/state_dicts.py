@@ -14,8 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pq_sweep.inputs.checkpoints import HOW_TO_SAVE, holds, read_checkpoint
-from pq_sweep.inputs.entries import Entries, State, all_entries, below, joined, nameless, tidied, under
+from pq_sweep.inputs.checkpoints import DATA, HOW_TO_SAVE, read_checkpoint
+from pq_sweep.inputs.entries import (
+    Entries,
+    State,
+    all_entries,
+    below,
+    holds,
+    joined,
+    nameless,
+    objects,
+    tidied,
+    under,
+)
 from pq_sweep.inputs.finite import is_finite
 from pq_sweep.inputs.mismatch import Mismatch, quantized, reshaped
 from pq_sweep.types import UserError
@@ -131,7 +142,8 @@ def load_weights(module: nn.Module, path: Path, key: str | None = None) -> tuple
         chosen = _with_statistics(chosen, _search(content, network, None, path), network)
     _put(network, chosen, path)
     chosen = replace(chosen, left=(*chosen.left, *filter(_is_averaged, nameless(content))))
-    notes = tuple(f"{path.name}: {note}." for note in _notes(chosen, candidates, network, key))
+    told = [*_notes(chosen, candidates, network, key), *(() if key else _unread(content))]
+    notes = tuple(f"{path.name}: {note}." for note in told)
     for note in notes:
         log.info("%s", note)
     return notes
@@ -145,7 +157,7 @@ def _search(content: Any, network: Network, key: str | None, path: Path) -> list
         raise UserError(f"model.weights={path} holds no state_dict{inside and f' but {inside}'}; {HOW_TO_SAVE}.")
     found = list(_candidates(below(sets, key) if key else sets, network))
     if not found:
-        raise _no_such_key(path, str(key), _candidates(sets, network), network.expected)
+        raise _no_such_key(path, str(key), _candidates(sets, network), network.expected, objects(content))
     return found
 
 
@@ -239,11 +251,34 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other)
 
 
-def _no_such_key(path: Path, key: str, candidates: Iterable[Found], expected: State) -> UserError:
+def _no_such_key(
+    path: Path, key: str, candidates: Iterable[Found], expected: State, pickled: dict[str, str]
+) -> UserError:
     """Return the error for a key under which there are no weights; it lists those under which there are."""
     keys = [candidate.key for candidate in candidates if candidate.key and candidate.matched(expected)]
     remedy = f"there are weights under {', '.join(keys[:8])}" if keys else "its weights lie under none, so leave it out"
+    kind = next((name for place, name in pickled.items() if f"{place}.".startswith(f"{key}.")), None)
+    if kind:
+        return UserError(
+            f"model.key={key} names an object of {kind} in model.weights={path}, which is never loaded as that can run"
+            f" code; {save_from(key)} where it is made, or take what is readable: {remedy}."
+        )
     return UserError(f"model.key={key} names no weights in model.weights={path}; {remedy}.")
+
+
+def save_from(place: str) -> str:
+    """Say how to make a file of the weights in an object."""
+    return f"save its weights by torch.save({place.rpartition('.')[2]}.state_dict(), path)"
+
+
+def _unread(content: Any) -> Iterator[str]:
+    """Say that averaged weights lie beside in a pickled object, which is not read."""
+    for place, kind in objects(content).items():
+        if not DATA.fullmatch(kind) and (_is_averaged(place) or _is_averaged(kind.rpartition(".")[2])):
+            yield (
+                f"averaged weights seem to be at {place} in an object of {kind}, which is never loaded as that can run"
+                f" code; to measure them, {save_from(place)} where it is made"
+            )
 
 
 def _with_statistics(chosen: Found, candidates: list[Found], network: Network) -> Found:

@@ -12,8 +12,8 @@ from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pq_sweep.compress.choices import CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS
-from pq_sweep.core.fingerprint import plain_items, spelled
 from pq_sweep.core.opened import noting
+from pq_sweep.core.options import LISTS, LISTS_OF_NUMBERS, RANGES, SWITCHES, TEXTS, is_ours, plain_items, spelled
 from pq_sweep.core.sources import find_module, module_of
 from pq_sweep.runtimes import precision_of
 from pq_sweep.types import RuntimeChoice, UserError
@@ -28,24 +28,6 @@ CHOICES = {
 }
 
 WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar", ".th", ".pkl")
-# Options of this package's components: the least and largest value, and whether it is a whole number.
-WHOLE_FROM_ONE = ("evaluation", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
-                  "epochs", "round_to", "num_classes", "window", "p", "repeats")  # fmt: skip
-FROM_ZERO = ("warmup_s", "warmup_max_s", "min_s", "max_s", "agreement", "interval", "lr", "n", "max_drop")
-RANGES: dict[str, tuple[float, float, bool]] = {
-    **dict.fromkeys(WHOLE_FROM_ONE, (1, math.inf, True)),
-    **dict.fromkeys(FROM_ZERO, (0, math.inf, False)),
-    "calibration": (0, math.inf, True),
-    "warmup_iterations": (0, math.inf, True),
-    "retries": (0, math.inf, True),
-    "dim": (0, 1, True),
-    "percentile": (50, 100, False),
-}
-
-SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model",
-            "build_only")  # fmt: skip
-LISTS = ("exclude", "batch_sizes")
-TEXTS = ("uri", "experiment", "name")
 
 
 def check(cfg: DictConfig) -> None:
@@ -92,7 +74,7 @@ def _values(cfg: DictConfig) -> Iterator[str]:
         yield f"measure.batch_sizes={sizes} is not valid; give whole numbers from 1 on, such as [1,8]."
     for key, valid in CHOICES.items():
         value, group = OmegaConf.select(cfg, key), cfg[key.partition(".")[0]]
-        if value is not None and _is_ours(group) and str(value) not in valid:
+        if value is not None and is_ours(group) and str(value) not in valid:
             yield f"{key}={value} is not known; valid are: {', '.join(valid)}."
     images, available = OmegaConf.select(cfg, "quantizer.images"), cfg.dataset.get("calibration")
     if _is_number(images) and _is_number(available) and images > available:
@@ -117,7 +99,7 @@ def _ours(name: str, options: Any) -> Iterator[tuple[str, DictConfig]]:
     """Yield our own components with their names: that of a group, and those among its options."""
     if not isinstance(options, DictConfig):
         return
-    if _is_ours(options):
+    if is_ours(options):
         yield name, options
     for key, value in options.items():
         yield from _ours(f"{name}.{key!s}", value)
@@ -131,7 +113,8 @@ def _kinds(group: str, options: DictConfig) -> Iterator[str]:
     for name in LISTS:
         value = options.get(name)
         if value is not None and not isinstance(value, ListConfig):
-            yield f"{group}.{name}={value} is not valid, as it is no list; give {group}.{name}=[{value}]."
+            right = f"{group}.{name}=[{_entries(name, value)}]"
+            yield f"{group}.{name}={value} is not valid, as it is no list; give {right}."
     for name in TEXTS:
         if not isinstance(value := options.get(name, ""), str | None):
             yield f"{group}.{name}={value} is no text; quote a number: '{group}.{name}=\"1\"'."
@@ -141,6 +124,13 @@ def _kinds(group: str, options: DictConfig) -> Iterator[str]:
     for value in layers if isinstance(layers, ListConfig) else ():
         if not isinstance(value, str):
             yield f"{group}.exclude={layers} has {value}, no text; quote layer names: '{group}.exclude=[\"1\"]'."
+
+
+def _entries(name: str, value: Any) -> str:
+    """Return what would be between the brackets if a text were a list."""
+    if name in LISTS_OF_NUMBERS:
+        return ",".join(re.findall(r"\d+", str(value))) or "1,8"
+    return ",".join(re.findall(r"[^\s,;()'\"]+", str(value)))
 
 
 def _numbers(group: str, options: DictConfig) -> Iterator[str]:
@@ -157,7 +147,7 @@ def _numbers(group: str, options: DictConfig) -> Iterator[str]:
 
 def _pattern(pruner: DictConfig) -> Iterator[str]:
     """Check the pattern "n of m weights stay" where m is given; without m, n is the order of a norm."""
-    if not _is_ours(pruner) or "m" not in pruner:
+    if not is_ours(pruner) or "m" not in pruner:
         return
     n, m = pruner.get("n"), pruner.m
     if not (_is_number(n, whole=True) and _is_number(m, whole=True) and 0 < n < m):
@@ -188,7 +178,7 @@ def _files(cfg: DictConfig) -> Iterator[str]:
     """Check the paths that our own components are given."""
     for group, name in (("dataset", "root"), ("model", "weights")):
         value = cfg[group].get(name)
-        if value is None or not _is_ours(cfg[group]):
+        if value is None or not is_ours(cfg[group]):
             continue
         if not isinstance(value, str):
             yield f"{group}.{name}={value} is no text; give one path, and quote a number: '{group}.{name}=\"1\"'."
@@ -242,11 +232,6 @@ def _realisers(precision: str) -> list[str]:
 def _name(runtime: type[Any]) -> str:
     """Return the name by which a runtime is chosen."""
     return getattr(runtime, "name", runtime.__name__.lower())
-
-
-def _is_ours(options: DictConfig) -> bool:
-    """Say whether a component is this package's; options of the same names may mean anything in others."""
-    return str(options.get("_target_")).startswith("pq_sweep.")
 
 
 def _is_number(value: Any, *, whole: bool = False) -> bool:

@@ -22,9 +22,10 @@ from pq_sweep.compress.quantizers import none
 from pq_sweep.core.cache import open_cache
 from pq_sweep.core.environment import device_name, resolve_device
 from pq_sweep.core.files import write_json
-from pq_sweep.core.fingerprint import digest, fingerprint, resolved, spelled
+from pq_sweep.core.fingerprint import digest, fingerprint, resolved
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.opened import noting, opened
+from pq_sweep.core.options import spelled
 from pq_sweep.core.result import Accuracy, Compared, Network, Result, Speed
 from pq_sweep.core.threads import use_threads
 from pq_sweep.inputs.own_data import accepted_data

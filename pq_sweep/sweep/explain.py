@@ -10,7 +10,13 @@ from collections.abc import Iterable
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from pq_sweep.sweep.quoting import culprit, for_shell, unclosed
 from pq_sweep.types import UserError
@@ -30,6 +36,8 @@ def explain(error: BaseException) -> str:
         return _explain_key(cause)
     if isinstance(error, UserError | ConfigCompositionException):
         return "\n".join(line for line in str(error).splitlines() if line.strip())
+    if isinstance(error, InterpolationKeyError | InterpolationResolutionError):
+        return _explain_reference(error)
     if isinstance(error, OmegaConfBaseException | OSError | HydraException):
         return " ".join(str(error).split("full_key:")[0].split())
     if isinstance(error, ValueError) and "can be specified" in str(error):
@@ -55,6 +63,9 @@ def _explain_word(word: str) -> str:
 def _explain_key(error: OmegaConfBaseException) -> str:
     parent = error.parent_node
     key, full = str(error.key), str(error.full_key or error.key)
+    if "Cannot merge" in str(error):
+        form = f"is a list; give {full}=[...]" if error.object_type is list else f"is a group; give +{full}.NAME=VALUE"
+        return f"{full} {form}."
     if not isinstance(error, ConfigAttributeError | ConfigKeyError):
         return f"{full} is given what it cannot hold: {str(error).splitlines()[0].rstrip('.')}."
     if parent is None or not OmegaConf.is_dict(parent):
@@ -67,6 +78,12 @@ def _explain_key(error: OmegaConfBaseException) -> str:
         # Hydra applies the override to the group's default choice, which it composes first.
         return f"{full} is not known to the default {group}; where {group} itself is swept, write ++{full}=..."
     return f"{full} is not known; {_valid(key, names)}"
+
+
+def _explain_reference(error: OmegaConfBaseException) -> str:
+    """Say which option refers by ${...} to what is not there."""
+    why = str(error).splitlines()[0].rpartition("resolving interpolation: ")[2].strip('". ')
+    return f"{error.full_key or 'a value'} refers to what is not there ({why}); correct its ${{...}}."
 
 
 def _valid(wrong: str, names: Iterable[str]) -> str:

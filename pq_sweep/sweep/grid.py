@@ -10,16 +10,19 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pq_sweep.core.fingerprint import WITHOUT_EFFECT, digest, fingerprint_of, resolved, unfollowed
 from pq_sweep.core.folder import SweepFolder
 from pq_sweep.core.groups import GROUPS, group_of, job_name
+from pq_sweep.core.options import BRACKETED, LISTS, entries_of, is_ours, spelled
 from pq_sweep.core.sentences import without_password
 from pq_sweep.job.check import problems
+from pq_sweep.sweep.launcher_options import launcher_problems
 from pq_sweep.sweep.quoting import quoted
+from pq_sweep.tracking.addresses import address_problem
 from pq_sweep.types import UserError
 
 # Groups of options in the order of the stages that they first matter to; users' own options come before all of them.
@@ -61,8 +64,8 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
     """Check and announce every job, or raise one UserError that lists everything that is wrong, each problem once."""
     grid, wrong = Grid(), list[list[str]]()
     for job in jobs:
-        bare = without_hydra(job)
-        wrong.append([*problems(bare), *launcher_problems(job)])
+        bare = spelled(without_hydra(job))
+        wrong.append([*problems(bare), *launcher_problems(job), *tracking_problems(bare)])
         if not wrong[-1]:
             options = resolved(bare)
             grid.announced.append(announce(job, options))
@@ -71,6 +74,14 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
     refuse_all(Counter(chain.from_iterable(wrong)), len(wrong))
     refuse_shared_folders([job["folder"] for job in grid.announced])
     return grid
+
+
+def tracking_problems(job: DictConfig) -> Iterator[str]:
+    """Say what is wrong with the address of the store in which a job is to be logged."""
+    options, uri = job.get("tracking"), OmegaConf.select(job, "tracking.uri")
+    has_store = isinstance(options, DictConfig) and is_ours(options) and "uri" in options
+    problem = address_problem(uri, "tracking.uri") if has_store and isinstance(uri, str | None) else None
+    yield from filter(None, [problem])
 
 
 def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
@@ -86,8 +97,43 @@ def compose_grid(config: DictConfig) -> Iterator[DictConfig]:
         raise UserError(
             "experiment=a,b would run without the grids of both files; start one sweep for each experiment."
         )
-    grid = split(overrides, max_batch_size=None)[0]
-    yield from (compose_job(config, list(overrides), number) for number, overrides in enumerate(grid))
+    swept = swept_entries(overrides)
+    for number, words in enumerate(split(overrides, max_batch_size=None)[0]):
+        job = compose_job(config, list(words), number)
+        refuse_entries(job, swept)
+        yield job
+
+
+def swept_entries(overrides: list[Override]) -> dict[str, list[str]]:
+    """Return the sweeps, by key, whose values may all be meant as the entries of one list: exclude=first,last."""
+    found: dict[str, list[str]] = {}
+    for override in overrides:
+        key, swept = override.key_or_group, override.value()
+        name = key.rpartition(".")[2]
+        if name in LISTS and isinstance(swept, ChoiceSweep) and swept.simple_form:
+            values = [getattr(value, "text", value) for value in swept.list]
+            found |= {key: [str(value) for value in values]} if all(_is_entry(name, value) for value in values) else {}
+    return found
+
+
+def _is_entry(name: str, value: Any) -> bool:
+    """Say whether a value is a single one, and is not written as a list either."""
+    if value is None or isinstance(value, list | dict):
+        return False
+    found = entries_of(name, value)
+    return not BRACKETED.fullmatch(str(value).strip()) and not (isinstance(found, list) and len(found) > 1)
+
+
+def refuse_entries(job: DictConfig, swept: dict[str, list[str]]) -> None:
+    """Raise a UserError if a job has one of the values of a sweep where a component takes a list."""
+    for key, values in swept.items():
+        options = OmegaConf.select(job, key.rpartition(".")[0])
+        if isinstance(options, DictConfig) and is_ours(options):
+            whole, each = ",".join(values), ",".join(f"[{value}]" for value in values)
+            raise UserError(
+                f"{key}={whole} would be a sweep with one value in each job, and {key} takes a list; give"
+                f" {key}=[{whole}] for one job with all, or {key}={each} for a job for each."
+            )
 
 
 def by_stage(overrides: list[Override]) -> list[Override]:
@@ -120,25 +166,6 @@ def compose_job(config: DictConfig, overrides: list[str], number: int) -> DictCo
 def without_hydra(job: DictConfig) -> DictConfig:
     """Return a composed job's config as the job itself sees it."""
     return OmegaConf.masked_copy(job, [str(key) for key in job if key != "hydra"])
-
-
-def launcher_problems(job: DictConfig) -> Iterator[str]:
-    """List what is wrong with the kind of node that a job asks for, and with its time limit."""
-    launcher = job.hydra.launcher
-    types = launcher.get("node_types") or {}
-    if job.node is not None and job.node not in types:
-        valid = (
-            f"valid are: {', '.join(types)}" if types else "it needs hydra/launcher=slurm, whose node_types it names"
-        )
-        yield f"node={job.node} is not known; {valid}."
-    minutes, delay = launcher.get("timeout_min"), launcher.get("signal_delay_s")
-    if minutes and delay:
-        # SLURM may warn a minute early. Before the last fifth of the time or the last ten minutes, submitit takes a
-        # warning for preemption, which may happen for ever. A warning before Python listens would kill the job.
-        most = max(0, min(max(12 * minutes, 600) - 60, 60 * minutes - 40))
-        if delay > most:
-            key = f"hydra.launcher.signal_delay_s={delay}"
-            yield f"{key} is too long for timeout_min={minutes}; give at most {most:.0f}."
 
 
 def refuse_all(found: Counter[str], jobs: int) -> None:

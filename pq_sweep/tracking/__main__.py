@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pq_sweep.core.sentences import reason, without_password
 from pq_sweep.results.sweeps import find_sweeps
+from pq_sweep.tracking.addresses import require_address
 from pq_sweep.tracking.tracker import Mlflow
 from pq_sweep.types import UserError
 
@@ -19,6 +20,7 @@ def main() -> None:
     arguments = _arguments()
     tracker = Mlflow(arguments.uri, arguments.experiment or "pq_sweep")
     try:
+        require_address(arguments.uri, "--uri")
         if arguments.action == "ui":
             _show(tracker.store, arguments)
             return

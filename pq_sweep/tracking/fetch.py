@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pq_sweep.core.groups import GROUPS
 from pq_sweep.core.sentences import reason, without_password
 from pq_sweep.results.sweeps import Sweep, find_sweeps, merge
+from pq_sweep.tracking.addresses import require_address
 from pq_sweep.tracking.store import Store, import_mlflow
 from pq_sweep.tracking.tracker import Mlflow
 from pq_sweep.types import UserError
@@ -31,6 +32,7 @@ def collect(sources: list[str], experiment: str, scratch: Path) -> Sweep:
     folders = [Path(source) for source in sources if Path(source).is_dir()]
     for number, source in enumerate(sources):
         if not Path(source).is_dir():
+            require_address(source if "://" in source else None, "source")
             uri, name = (source, experiment) if "://" in source else (Mlflow(None, source).store, source)
             folders += fetch(uri, name, scratch / str(number))
     return merge(find_sweeps(folders))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -394,6 +395,43 @@ def test_fp16_of_a_tensor_that_two_operators_need_in_fp32(tmp_path: Path) -> Non
     casts = [node for node in graph.graph.node if node.op_type == "Cast"]
     assert len({(node.input[0], node.attribute[0].i) for node in casts}) == len(casts)
     assert snr_db(case.logits, onnx_logits(tmp_path / "model.onnx", case.images)) > 50
+
+
+class Beside(nn.Module):
+    """A BatchNorm beside a convolution, as in RepVGG, an InstanceNorm, and a product with a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.beside, self.instance = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.InstanceNorm2d(8)
+        self.norm = nn.InstanceNorm2d(8, affine=True)
+        self.vector, self.head = nn.Parameter(torch.rand(8)), nn.Linear(72, 10)
+        for norm in (self.beside, self.norm):
+            nn.init.uniform_(norm.weight, 0.03, 1.4)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.conv(images)
+        features = torch.relu(self.norm(features + self.beside(features)))
+        means = torch.relu(features.mean(2) @ self.vector)
+        return self.head(torch.cat([features.amax((2, 3)), features.mean(2).flatten(1) * means.mean(1, True)], 1))
+
+
+@pytest.mark.slow
+def test_scales_of_norms_that_follow_no_convolution_are_quantized_well_and_quietly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Onnxruntime looks for a second axis in them, warns that there is none, and takes one scale for all."""
+    model = replace(digits_cnn(), module=Beside().eval())
+    case = exported(model, digits(model), tmp_path)
+    graph = graph_of("int8", case, tmp_path)
+    quantized = {node.input[0] for node in graph.graph.node if node.op_type == "DequantizeLinear"}
+    assert {"beside.weight_quantized", "vector_quantized"} <= quantized
+    assert snr_db(case.logits, onnx_logits(tmp_path / "model.onnx", case.images)) > 25
+    assert caplog.messages == []
+    with qdq._quiet_about_vectors():
+        logging.warning("Axis 1 is out-of-range for weight 'w' with rank 2")
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("exclude", [[], ["first"], ["last"], ["residual"]], ids=str)

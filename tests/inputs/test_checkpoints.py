@@ -29,6 +29,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from pq_sweep.inputs.checkpoints import read_checkpoint
 from pq_sweep.inputs.digits_cnn import DigitsCNN
@@ -88,7 +89,7 @@ BESIDE: dict[str, Any] = {
     "whole number of NumPy": np.int64(3),
     "array of NumPy": np.arange(6).reshape(2, 3),
     "array of objects": np.array([1, "two"], dtype=object),
-    "state of random numbers": [np.random.RandomState(0), np.random.default_rng(0)],
+    "state of random numbers": [np.random.RandomState(0), np.random.default_rng(0), torch.Generator()],
     "namespace": types.SimpleNamespace(depth=18),
     "time": [datetime.datetime(2020, 1, 2, tzinfo=datetime.UTC), datetime.timedelta(hours=3)],
     "containers": [collections.defaultdict(list, a=[1]), collections.deque([1, 2]), frozenset([1]), {1}, range(3)],
@@ -183,6 +184,43 @@ def test_pickled_objects_are_named(tmp_path: Path, content: Any, found: str) -> 
     assert f"holds no state_dict but {'' if 'NumPy' in found else 'an object of '}{found}; save one by" in text
     text = refused(lambda: load_digits(tmp_path, content, _use_new_zipfile_serialization=False))
     assert found.partition(" at ")[0] in text
+
+
+class Ema:
+    """Averaged weights as a training script keeps them."""
+
+    def __init__(self) -> None:
+        self.shadow, self.generator = trained(1), torch.Generator()
+
+
+PICKLED: dict[str, tuple[Any, str, str]] = {
+    "an AveragedModel": (
+        {"model": trained(), "other": AveragedModel(DigitsCNN())}, "other", "torch.optim.swa_utils.AveragedModel"
+    ),
+    "a network": ({"model": trained(), "ema": DigitsCNN().half()}, "ema", "pq_sweep.inputs.digits_cnn.DigitsCNN"),
+    "an object": ({"model": trained(), "args": Options(), "swa": Ema()}, "swa", "Ema"),
+    "one deeper": ({"model": trained(), "callbacks": {"ema": {"copy": Ema()}}}, "callbacks.ema.copy", "Ema"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PICKLED)
+def test_averaged_weights_in_an_object_are_said_to_be_left(tmp_path: Path, kind: str) -> None:
+    content, place, name = PICKLED[kind]
+    (note,) = load_digits(tmp_path, content).notes
+    assert f"averaged weights seem to be at {place} in an object of " in note
+    assert f"{name}, which is never loaded as that can run code; to measure them, save its weights by" in note
+    assert "weights_only" not in note
+    (chosen,) = load_digits(tmp_path, content, "model").notes
+    assert chosen.endswith("the plain weights in model were taken, as model.key says.")
+    text = refused(lambda: load_digits(tmp_path, content, place))
+    assert text.startswith(f"model.key={place} names an object of ")
+    assert f"torch.save({place.rpartition('.')[2]}.state_dict(), path) where it is made, or" in text
+    assert text.endswith("take what is readable: there are weights under model.")
+
+
+def test_objects_of_one_kind_are_named_with_all_their_places(tmp_path: Path) -> None:
+    text = refused(lambda: load_digits(tmp_path, {"model": DigitsCNN(), "ema": DigitsCNN(), "epoch": 3}))
+    assert "an object of pq_sweep.inputs.digits_cnn.DigitsCNN at model, ema; save one by" in text
 
 
 class Marked(nn.Module):

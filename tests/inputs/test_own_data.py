@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from conftest import refused
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 from torchvision.transforms import functional as F
 
 from pq_sweep.inputs.own_data import accepted_data
@@ -111,6 +112,33 @@ def test_other_floats_become_float32_tensors(make: Any) -> None:
     assert "float32" in found.notes[0]
 
 
+COLOURS = torch.rand(30, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("images", "preprocess", "how"),
+    [
+        (floats().permute(0, 2, 3, 1), GREY, "with channels last and were turned to channels first"),
+        (COLOURS.permute(0, 2, 3, 1), COLOUR, "with channels last and were turned to channels first"),
+        (COLOURS.permute(0, 2, 3, 1).numpy(), COLOUR, "with channels last and were turned to channels first"),
+        (floats()[:, 0], GREY, "without channels and were given one"),
+    ],
+    ids=["grey", "colours", "array", "no channels"],
+)
+def test_channels_that_are_plainly_elsewhere_are_put_first(images: Any, preprocess: Preprocess, how: str) -> None:
+    found = accepted(data_of(images), preprocess)
+    assert torch.equal(images_of(found.evaluation), (COLOURS if preprocess is COLOUR else floats())[:20])
+    assert found.notes[-1] == f"The evaluation, calibration and train images came {how}."
+    assert len(found.notes) == (2 if isinstance(images, np.ndarray) else 1)
+
+
+def test_images_whose_channels_may_be_first_stay_as_they_are() -> None:
+    cubes = torch.rand(30, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    found = accepted(data_of(cubes), Preprocess(size=3, resize=3))
+    assert torch.equal(images_of(found.evaluation), cubes[:20])
+    assert found.notes == ()
+
+
 def test_half_images_become_float32() -> None:
     found = accepted(Data(Split.of_tensors(floats().half(), LABELS), Split.of_tensors(floats(), LABELS), None, TEN))
     assert torch.equal(images_of(found.evaluation), floats().half().float())
@@ -160,7 +188,8 @@ def one_larger() -> list[Tensor]:
 
 REFUSED = {
     "no Data": (lambda: Split.of_tensors(floats(), LABELS), "mine.make gives a pq_sweep.types.Split; return"),
-    "no Split": (lambda: Data(Pairs(floats(), LABELS), None, None, TEN), "evaluation of mine.make gives a"),
+    "no evaluation": (lambda: Data(None, None, None, TEN), "evaluation of mine.make gives None; return pq_sweep.types"),
+    "no Split": (lambda: Data("a.npz", None, None, TEN), "evaluation of mine.make gives 'a.npz'; return pq_sweep.type"),
     "from one": (lambda: data_of(floats(), LABELS + 1), "are numbers from 0 to 9, so take 1 from each"),
     "minus": (lambda: data_of(floats(), torch.where(LABELS == 3, -1, LABELS)), "2 of 20 evaluation labels are none of"),
     "too many": (lambda: data_of(floats(), LABELS * 2), "check them against the model's classes"),
@@ -172,12 +201,17 @@ REFUSED = {
               "mine.make gives no evaluation images"),
     "wide": (lambda: data_of(nn.functional.pad(floats(), (0, 4))), "(1, 1, 8, 12) where float32 (1, 1, 8, 8)"),
     "colour": (lambda: data_of(floats().expand(-1, 3, -1, -1)), "(1, 3, 8, 8) where float32 (1, 1, 8, 8)"),
-    "no channels": (lambda: data_of(floats()[:, 0]), "(1, 8, 8) where float32 (1, 1, 8, 8)"),
+    "no channels": (lambda: data_of(floats()[:, 0, :7]), "(1, 7, 8) where float32 (1, 1, 8, 8)"),
+    "bytes": (lambda: data_of([torch.zeros(2, 8, 8, dtype=torch.uint8)] * 30), "(2, 8, 8), which are no (H, W), (H, W"),
+    "bytes both ways": (lambda: data_of([torch.zeros(3, 8, 3, dtype=torch.uint8)] * 30), "may be first or last; give"),
+    "channels last": (lambda: data_of(nn.functional.pad(floats(), (0, 4)).permute(0, 2, 3, 1)), "(1, 8, 12, 1) where"),
+    "colours last": (lambda: data_of(floats().permute(0, 2, 3, 1).expand(-1, -1, -1, 3)), "(1, 8, 8, 3) where"),
     "integers": (lambda: data_of((floats() * 16).to(torch.int64)), "come as a int64 tensor (1, 1, 8, 8)"),
     "mixed": (lambda: data_of([Image.fromarray(grey_bytes()[0]), *floats()[1:]]), "give all images in one form"),
     "uint16": (lambda: data_of(list(grey_bytes().astype(np.uint16))), "image 0 is a uint16 numpy array (8, 8);"),
     "classes": (lambda: data_of(floats(), classes=10), "mine.make gives classes=10; give the names of the classes"),
     "paths": (lambda: data_of(["a.png"] * 30), "evaluation image 0 is 'a.png'"),
+    "other names": (lambda: data_of(floats(), classes=("a", "b")), "gives 2 names of classes for 10 logits; give a"),
     "other columns": (lambda: data_of(floats(), columns=torch.tensor([1, 2])), "one of the model's 10 logits for"),
     "columns beyond": (lambda: data_of(floats(), columns=torch.arange(10) + 1), "one of the model's 10 logits for"),
 }  # fmt: skip
@@ -247,12 +281,102 @@ class Noisy(Pairs):
         return image + torch.rand(1), label
 
 
+PAIRS = [(image, int(label)) for image, label in zip(floats(), LABELS, strict=True)]
+TAKEN: dict[str, tuple[Any, str]] = {
+    "dictionaries": ([{"image": x, "label": y} for x, y in PAIRS], "dictionaries, of which image and label were taken"),
+    "pixel_values": (
+        [{"pixel_values": x, "labels": y, "id": 7} for x, y in PAIRS],
+        "dictionaries, of which pixel_values and labels were taken",
+    ),
+    "more entries": ([(x, y, "a.png") for x, y in PAIRS], "3 entries and were taken with entry 0 as image and entry 1"),
+    "a path first": ([("a.png", x, y) for x, y in PAIRS], "3 entries and were taken with entry 1 as image and entry 2"),
+    "a path between": ([(x, "a.png", y) for x, y in PAIRS], "taken with entry 0 as image and entry 2 as label"),
+    "a number at the end": ([(x, y, n) for n, (x, y) in enumerate(PAIRS)], "entry 0 as image and entry 1 as label"),
+    "label first": ([(y, x) for x, y in PAIRS], "2 entries and were taken with entry 1 as image and entry 0 as label"),
+    "one-hot": ([(x, torch.eye(10)[y], "a.png") for x, y in PAIRS], "entry 0 as image and entry 1 as label"),
+    "a DataLoader": (DataLoader(PAIRS, 4, shuffle=True), "in a DataLoader, whose data set was taken"),
+    "a DataLoader of dictionaries": (
+        DataLoader([{"img": x, "label": y} for x, y in PAIRS]), "dictionaries, of which img and label were taken"
+    ),
+    "a pair": ((floats(), LABELS), "as all images and all labels"),
+    "arrays": ([floats().numpy(), LABELS.numpy()], "as all images and all labels"),
+    "columns": ({"image": floats(), "label": LABELS.tolist()}, "as all images and all labels"),
+    "a tensor data set": (TensorDataset(floats(), LABELS), ""),
+    "pairs": (PAIRS, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TAKEN)
+def test_samples_whose_meaning_is_plain_are_taken_and_said(kind: str) -> None:
+    """Wrapped by the user, given as they are, and as a part of them."""
+    samples, how = TAKEN[kind]
+    for given in (Split.of_dataset(samples), samples, Split.of_dataset(samples).take(30)):
+        found = accepted(Data(given, None, None, TEN))
+        assert torch.equal(images_of(found.evaluation), floats())
+        assert found.evaluation.labels.tolist() == LABELS.tolist()
+        assert bool(how) == bool(found.notes)
+        assert how in " ".join(found.notes)
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(PAIRS)
+
+
+class Endless(Dataset[Any]):
+    def __getitem__(self, index: int) -> Any:
+        return PAIRS[index % 30]
+
+
+UNCLEAR: dict[str, tuple[Callable[[], Any], str]] = {
+    "a generator": (lambda: (pair for pair in PAIRS), "come as a generator, from which none can be taken by number; g"),
+    "a stream": (Stream, "a Stream, from which none can be taken by number; give Split.of_dataset(list(samples)) if t"),
+    "a DataLoader of a stream": (lambda: DataLoader(Stream()), "a Stream, from which none can be taken by number"),
+    "no length": (Endless, "or a data set with __len__ and __getitem__"),
+    "several data sets": (lambda: {"train": PAIRS}, "a dict, from which none can be taken by number; give Split.of_da"),
+    "a collate_fn": (lambda: DataLoader(PAIRS, collate_fn=list), "a collate_fn of its own; give Split.of_dataset(load"),
+    "a sampler": (lambda: DataLoader(PAIRS, sampler=SubsetRandomSampler([1])), "a sampler of its own; give Split.of_d"),
+    "two labels": (
+        lambda: [{"img": x, "fine_label": y, "coarse_label": 0} for x, y in PAIRS],
+        "dictionaries of img, fine_label, coarse_label, and nothing says which is the image and which the label; give",
+    ),
+    "two images": (lambda: [(x, x, y) for x, y in PAIRS], "tuples of Tensor, Tensor, int, and nothing says which is"),
+    "images alone": (floats, "a Tensor each, and nothing says which is the image and which the label; give (image, la"),
+    "one entry": (lambda: TensorDataset(floats()), "a tuple each, and nothing says which"),
+    "fewer labels": (lambda: {"image": floats(), "label": [1, 2]}, "there are 30 images and 2 labels"),
+    "boxes": (lambda: [(x, {"boxes": y}) for x, y in PAIRS], "labels have to be the numbers of classes, and these are"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNCLEAR)
+def test_samples_of_which_nothing_says_what_they_are_are_refused_with_advice(kind: str) -> None:
+    make, sentence = UNCLEAR[kind]
+    assert sentence in refused(lambda: Split.of_dataset(make()))
+    assert sentence in refused(lambda: accepted(Data(make(), None, None, TEN)))
+
+
+def test_classes_without_an_image_to_evaluate_are_named() -> None:
+    few = Data(Split.of_tensors(floats(), LABELS % 8), None, None, TEN)
+    note = "classes without an image to evaluate: 2 of 10 (8, 9)."
+    assert accepted(few).notes == (note,)
+    assert accepted_data(few, model_of(), "pq_sweep.inputs.datasets.fake").notes == ()
+
+
 def test_images_that_change_each_time_are_for_training_only() -> None:
     sound, noisy = (Split.of_dataset(kind(floats(), LABELS)) for kind in (Pairs, Noisy))
     text = refused(lambda: accepted(Data(noisy, sound, None, TEN)))
     assert text.startswith("the evaluation images are others each time that they are fetched")
     assert "the calibration images are others" in refused(lambda: accepted(Data(sound, noisy, None, TEN)))
     assert accepted(Data(sound, sound, noisy, TEN)).train is not None
+
+
+def test_lists_in_memory_are_taken_as_tensors_are() -> None:
+    pictures = [Image.fromarray(picture) for picture in grey_bytes()]
+    for images, labels in ((list(floats()), LABELS.tolist()), (floats(), LABELS.tolist()), (list(floats()), LABELS)):
+        found = accepted(Data(Split.of_tensors(images, labels), None, None, TEN))
+        assert torch.equal(images_of(found.evaluation), floats())
+        assert found.evaluation.labels.tolist() == LABELS.tolist()
+    assert len(accepted(Data(Split.of_tensors(pictures, LABELS), None, None, TEN)).evaluation) == 30
 
 
 def test_each_image_has_a_label() -> None:

@@ -251,6 +251,36 @@ def test_values_of_torchvision_and_numpy_become_plain() -> None:
     assert type(found.num_classes) is int
 
 
+@pytest.mark.parametrize("values", [0.5, (0.5,), (0.5, 0.5, 0.5), [0.5]])
+def test_one_value_stands_for_all_channels(values: Any) -> None:
+    grey = accepted(model_of(Net(), preprocess=Preprocess(8, 8, 1, values, values)))
+    assert (grey.preprocess.mean, grey.preprocess.std) == ((0.5,), (0.5,))
+    colours = nn.Sequential(nn.Conv2d(3, 1, 1), Net())
+    found = accepted(model_of(colours, preprocess=Preprocess(8, 8, 3, values, values))).preprocess
+    assert (found.mean, found.std) == ((0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "sentence"),
+    [
+        (
+            Preprocess(8, 8, channels=1),
+            "channels=1 and mean=(0.485, 0.456, 0.406); give the value of each channel",
+        ),
+        (Preprocess(8, 8, 1, mean=(0.0,)), "channels=1 and std=(0.229, 0.224, 0.225); give the value of each channel"),
+        (Preprocess(8, 8, 3, mean=(0.1, 0.2)), "was trained with, such as mean=(0.5, 0.5, 0.5)."),
+        (Preprocess(8, 8, 1, mean=None), "channels=1 and mean=None; give the value of each channel"),
+        (Preprocess(8, 8, 1, mean="imagenet"), "mean='imagenet'; give the value of each channel"),
+        (Preprocess(8, 8, 0), "channels=0; give 1 for grey or 3 for colours."),
+        (Preprocess(8, 8, "grey"), "channels='grey'; give 1 for grey or 3 for colours."),
+    ],
+    ids=str,
+)
+def test_values_that_fit_no_channels_are_refused(preprocess: Preprocess, sentence: str) -> None:
+    """Of a grey network, the default of Preprocess is that of colours."""
+    assert sentence in refused(lambda: accepted(model_of(Net(), preprocess=preprocess)))
+
+
 def test_a_network_whose_train_returns_nothing_is_exported(tmp_path: Path) -> None:
     found = accepted(model_of(ForgetsToReturn()))
     export_onnx(found, tmp_path / "model.onnx")

@@ -34,7 +34,7 @@ REFUSED: list[tuple[str, list[str], str]] = [
     ("no batch size", ["measure.batch_sizes=[]"], "measure.batch_sizes=[] is not valid; give whole numbers"),
     ("batch sizes are words", ["measure.batch_sizes=[a,b]"], "measure.batch_sizes=['a', 'b'] is not valid"),
     ("batch size is true", ["measure.batch_sizes=[true]"], "measure.batch_sizes=[True] is not valid"),
-    ("batch sizes are no list", ["measure.batch_sizes=4"], "measure.batch_sizes=4 is not valid"),
+    ("batch sizes are no list", ["measure.batch_sizes=1 4"], "measure.batch_sizes=1 4 is not valid, as it is no list"),
     ("evaluation batch of 0", ["measure.eval_batch_size=0"], "measure.eval_batch_size=0 is out of range"),
     ("evaluation batch of 1.5", ["measure.eval_batch_size=1.5"], "measure.eval_batch_size=1.5"),
     ("no threads", ["measure.threads=0"], "measure.threads=0 is out of range"),

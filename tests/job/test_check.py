@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
-from pq_sweep.core.fingerprint import resolved, spelled
+from pq_sweep.core.fingerprint import resolved
+from pq_sweep.core.options import spelled
 from pq_sweep.job.check import problems
 
 

@@ -119,8 +119,11 @@ def test_what_may_mean_several_things_is_explained(word: str, advice: str) -> No
 
 
 WRONG = {
-    "a text for a list": ("quantizer.exclude=first", "no list; give quantizer.exclude=[first]."),
-    "a number for a list": ("measure.batch_sizes=8", "no list; give measure.batch_sizes=[8]."),
+    "words for a list": ("quantizer.exclude=first last", "no list; give quantizer.exclude=[first,last]."),
+    "nothing for a list": ("quantizer.exclude=", "no list; give quantizer.exclude=[]."),
+    "an entry missing": ("quantizer.exclude='first,'", "no list; give quantizer.exclude=[first]."),
+    "a tuple for a list": ("measure.batch_sizes='(1,8)'", "no list; give measure.batch_sizes=[1,8]."),
+    "a word for a list": ("measure.batch_sizes=all", "no list; give measure.batch_sizes=[1,8]."),
     "a number for a name": ("quantizer.exclude=[1]", "quote layer names: 'quantizer.exclude=[\"1\"]'."),
     "a word for a switch": ("measure.paired=no", "measure.paired=no is neither true nor false; give one of them."),
     "a number for a switch": ("pruner.every_weight=1", "pruner.every_weight=1 is neither true nor false"),
@@ -195,6 +198,12 @@ def test_a_grid_in_a_file_takes_such_names_too(tmp_path: Path) -> None:
     ("overrides", "sentence"),
     [
         (("hydra.sweep.dir=",), "hydra.sweep.dir is empty; give the folder that the sweep is to write."),
+        (("measure.batch_sizes={a:1}",), "measure.batch_sizes is a list; give measure.batch_sizes=[...]."),
+        (
+            ("runtime=onnxruntime", "runtime.options=[1]"),
+            "runtime.options is a group; give +",
+        ),
+        (("pruner=l1", "pruner.amount=${no.thing}"), "pruner.amount refers to what is not there (Interpolation key"),
         (("hydra.sweep.dir=[a]",), "hydra.sweep.dir is given what it cannot hold: "),
         (("pruner=l1", "search=constraint", "search.low=abc"), "search.low=abc is no number; give one such as 0.5."),
     ],

@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
+from pq_sweep.types.errors import Stopped as Stopped
+from pq_sweep.types.errors import UserError as UserError
+from pq_sweep.types.errors import choose as choose
+from pq_sweep.types.samples import TOO_FEW, are_labels, by_number, numbers, places
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torch.utils.data import Dataset
 
 T = TypeVar("T")
 # What a component or a part of a job reports, as plain values.
@@ -22,21 +26,6 @@ Record = dict[str, Any]
 Quantizer = Callable[..., Record | None]
 # Returns what something depends on, as plain values; called only where that is looked up.
 About = Callable[[], dict[str, Any]]
-
-
-class UserError(ValueError):
-    """What was asked for cannot be done; the message is one sentence that says what would be right."""
-
-
-class Stopped(BaseException):
-    """SIGTERM came: scancel, preemption, or a machine that shuts down. No `except Exception` may swallow it."""
-
-
-def choose(name: str, value: str, valid: tuple[str, ...]) -> str:
-    """Return `value` if it is one of `valid`, else raise a UserError that lists them."""
-    if value not in valid:
-        raise UserError(f"{name}={value} is not known; valid are: {', '.join(valid)}.")
-    return value
 
 
 @dataclass(frozen=True)
@@ -88,7 +77,8 @@ class Split:
     `names` say which images they are, such as their files. `marks` hash each image and how it is prepared, if that is
     cheaper than fetching it. If images are cheaper to move before they are normalised, `raw` fetches them as they are,
     such as uint8 (B, H, W, C), in any thread, and `finish` turns them into what `fetch` returns, on any device. `items`
-    fetches images as a user's data set gives them, such as PIL images; loading makes a `fetch` of it.
+    fetches images as a user's data set gives them, such as PIL images; loading makes a `fetch` of it. `notes` are
+    phrases for the row, such as "samples came as dictionaries".
     """
 
     labels: Tensor
@@ -98,6 +88,7 @@ class Split:
     raw: Callable[[list[int]], Tensor] | None = None
     finish: Callable[[Tensor], Tensor] | None = None
     items: Callable[[list[int]], list[Any]] | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_raw(
@@ -114,24 +105,35 @@ class Split:
 
     @classmethod
     def of_tensors(cls, images: Tensor, labels: Tensor) -> Split:
-        """Make a split of images (N, C, H, W) and labels (N,) that are in memory."""
+        """Make a split of images (N, C, H, W) and labels (N,) that are in memory, also in arrays or lists."""
         if len(images) != len(labels):
-            raise UserError(f"there are {len(images)} images and {len(labels)} labels; give one label per image.")
+            raise UserError(TOO_FEW.format(len(images), len(labels)))
+        if isinstance(images, list | tuple) or isinstance(labels, list | tuple):
+            return cls.of_dataset(list(zip(images, labels, strict=True)))
         return cls(labels, lambda indices: images[indices])
 
     @classmethod
-    def of_dataset(cls, dataset: Dataset[Any]) -> Split:
-        """Make a split of a map-style dataset of (image tensor, label) pairs, such as torchvision's."""
+    def of_dataset(cls, dataset: Any) -> Split:
+        """Make a split of a data set whose samples are taken by number: (image, label) pairs, such as torchvision's.
+
+        Dictionaries with one image and one label, further entries beside them, and the data set of a DataLoader that
+        neither chooses samples nor changes them are taken too, and `notes` say so.
+        """
         import torch
 
-        size = len(dataset)  # type: ignore[arg-type]
-        targets = getattr(dataset, "targets", None)
-        labels = targets if _are_labels(targets, dataset, size) else [dataset[i][1] for i in range(size)]
+        samples, notes = by_number(dataset)
+        image, label, how = places(samples[0]) if len(samples) else (0, 1, [])
+        targets = getattr(samples, "targets", None)
+        has_targets = are_labels(targets, samples, label)
+        labels = targets if has_targets else [samples[i][label] for i in range(len(samples))]
 
         def items(indices: list[int]) -> list[Any]:
-            return [dataset[i][0] for i in indices]
+            return [samples[i][image] for i in indices]
 
-        return cls(_numbers(labels), lambda indices: torch.stack(items(indices)), items=items)
+        def fetch(indices: list[int]) -> Tensor:
+            return torch.stack(items(indices))
+
+        return cls(numbers(labels), fetch, items=items, notes=(*notes, *how))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -145,7 +147,7 @@ class Split:
         names = self.names and tuple(self.names[i] for i in indices)
         marks, raw = self.marks and _at(indices, self.marks), self.raw and _at(indices, self.raw)
         items = self.items and _at(indices, self.items)
-        return Split(self.labels[indices], _at(indices, self.fetch), names, marks, raw, self.finish, items)
+        return Split(self.labels[indices], _at(indices, self.fetch), names, marks, raw, self.finish, items, self.notes)
 
     def identity(self) -> str:
         """Return a SHA-256 (hex) of what each image shows to a network, of the images' order and of their labels.
@@ -208,33 +210,6 @@ def _pinning(fetch: Callable[[list[int]], Tensor], device: Any) -> Callable[[lis
         return pinned
 
     return fetch_pinned if torch.device(device).type == "cuda" else fetch
-
-
-def _are_labels(targets: Any, dataset: Dataset[Any], size: int) -> bool:
-    """Say whether `targets` are what the data set gives as labels, by some of them; wrappers pass on those of another.
-
-    Taking every label from the data set would decode every image.
-    """
-    if targets is None or len(targets) != size:
-        return False
-    some = range(0, size, max(1, size // 16))
-    return all(bool((_numbers([dataset[i][1]]) == _numbers([targets[i]])).all()) for i in some)
-
-
-def _numbers(labels: Any) -> Tensor:
-    """Return labels as a tensor: class numbers (N,) as int64, anything else as it is, for loading to judge."""
-    import torch
-
-    try:
-        rows = [torch.as_tensor(label) for label in labels] if isinstance(labels, list) else labels
-        found = torch.stack(rows) if isinstance(rows, list) and rows else torch.as_tensor(rows)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = type(labels[0]).__name__
-        raise UserError(
-            f"labels have to be the numbers of classes, and these are {kind}, first {labels[0]!r}."
-        ) from error
-    whole = found.dim() == 1 and bool((found == found.to(torch.int64)).all())
-    return found.to(torch.int64) if whole else found
 
 
 def _at(indices: list[int], call: Callable[[list[int]], T]) -> Callable[[list[int]], T]:
