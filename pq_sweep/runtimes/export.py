@@ -17,8 +17,8 @@ import torch
 
 from pq_sweep.core.sentences import reason
 from pq_sweep.core.weights import shared_names
-from pq_sweep.runtimes.graph import BATCH
 from pq_sweep.runtimes.names import inside, keywords_as_names, name_first, set_apart, take_out
+from pq_sweep.runtimes.session import BATCH
 from pq_sweep.types import Model, UserError
 
 if TYPE_CHECKING:

@@ -9,8 +9,6 @@ from typing import Any
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.types import Data, Model, Quantizer, UserError, Workspace
 
-BATCH = "batch"  # the name of the dimension that counts images in every graph
-
 # The precisions that a runtime realises, by kind of device.
 Precisions = dict[str, tuple[str, ...]]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pq_sweep.runtimes.cuda import own_stream, refuse_on_cpu, use_tf32
-from pq_sweep.runtimes.graph import BATCH, Precisions, RuntimeMismatch, make_graph, precision_of
-from pq_sweep.runtimes.session import BySize, Call, CallSession
+from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch, make_graph, precision_of
+from pq_sweep.runtimes.session import BATCH, BySize, Call, CallSession
 from pq_sweep.types import Data, Model, Quantizer, Runtime, Session, UserError, Workspace
 
 if TYPE_CHECKING:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 Call = Callable[["Tensor"], "Tensor"]
 
+BATCH = "batch"  # the name of the dimension that counts images in every graph
+
 
 @dataclass
 class CallSession:
