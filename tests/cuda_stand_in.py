@@ -192,8 +192,6 @@ class Machine:
     def install(self, patch: pytest.MonkeyPatch) -> Machine:
         """Put the machine in the place of torch.cuda, whose tensors lie on the CPU."""
         functions = {
-            "is_available": lambda: True,
-            "device_count": lambda: len(self.default),
             "current_device": lambda: self.current,
             "set_device": lambda device: setattr(self, "current", index_of(device)),
             "device": self.on_device,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 Call = Callable[["Tensor"], "Tensor"]
 BATCH = "batch"  # the name of the dimension that counts images in every graph
 
+BATCH = "batch"  # the name of the dimension that counts images in every graph
+
 
 @dataclass
 class CallSession:

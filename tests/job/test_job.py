@@ -436,6 +436,8 @@ def test_what_only_cuda_can_is_refused_where_there_is_none(
 def test_the_gpu_of_a_job_is_the_current_one_from_the_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Random numbers of fine-tuning are those of the current device, and so is whatever a user's code asks for."""
     machine = Machine().install(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     memory.free_at_first.cache_clear()
     for device in ("cuda:1", "cuda:0", "cuda:1"):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
