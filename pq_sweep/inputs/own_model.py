@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pq_sweep.core.weights import untouched
-from pq_sweep.inputs.contract import described, require_type
+from pq_sweep.inputs.contract import class_names, described, require_type
 from pq_sweep.inputs.finite import require_finite
 from pq_sweep.inputs.parametrized import fold
 from pq_sweep.types import Model, Preprocess, UserError
@@ -37,6 +37,8 @@ UNWRAPPED = {
 def accepted_model(given: Any, target: str) -> Model:
     """Return the model that the function `target` made: in eval mode, in float32, with one tensor of logits."""
     model = require_type(given, Model, target, "Model(module, num_classes, preprocess)")
+    names = None if model.classes is None else class_names(model.classes, target)
+    model = replace(model, classes=names)
     _check_fields(model, target)
     model = replace(model, num_classes=int(model.num_classes), preprocess=_plain_preprocess(model.preprocess, target))
     module, notes = _unwrapped(model.module)

@@ -62,6 +62,8 @@ def _values(cfg: DictConfig) -> Iterator[str]:
         yield f"device={cfg.device} is not known; valid are: auto, cpu, cuda, cuda:N."
     if not (_is_number(cfg.seed, whole=True) and 0 <= cfg.seed < 2**32):
         yield f"seed={cfg.seed} is out of range; give a whole number from 0 to 2^32 - 1."
+    if not (_is_number(cfg.get("repeat", 0), whole=True) and cfg.get("repeat", 0) >= 0):
+        yield f"repeat={cfg.repeat} is out of range; give whole numbers from 0 on, such as repeat=1,2,3."
     if not isinstance(cfg.get("resume", True), bool):
         yield f"resume={cfg.resume} is neither true nor false; give one of them."
     if str(cfg.get("cache", "on")) not in ("on", "off"):
@@ -183,6 +185,10 @@ def _files(cfg: DictConfig) -> Iterator[str]:
             yield f"{group}.{name}={value} is no text; give one path, and quote a number: '{group}.{name}=\"1\"'."
         elif name == "root" and not (value and Path(value).expanduser().is_dir()):
             yield f"dataset.root={value} is not a folder; give a folder with one sub-folder of images per class."
+        elif name == "weights" and "://" in value and not str(cfg[group]._target_).endswith(".simplenet"):
+            path = value.removeprefix("file://")
+            right = f"give model.weights={path}" if path != value else "download the file and give its path"
+            yield f"model.weights={value} is an address and no path; {right}."
         elif name == "weights" and not (value and (not _looks_like_path(value) or Path(value).expanduser().is_file())):
             yield f"model.weights={value} is no file; give DEFAULT, null or the path of a state_dict."
 

@@ -34,6 +34,8 @@ def explain(error: BaseException) -> str:
         return explain(cause)
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         return _explain_key(cause)
+    if isinstance(error, HydraException) and (told := _explain_hydra(str(error))):
+        return told
     if isinstance(error, UserError | ConfigCompositionException):
         return "\n".join(line for line in str(error).splitlines() if line.strip())
     if isinstance(error, InterpolationKeyError | InterpolationResolutionError):
@@ -46,6 +48,15 @@ def explain(error: BaseException) -> str:
         empty = " ".join(word for word in sys.argv if re.fullmatch(r"[\w/]+=(null)?", word))
         return f"{empty or 'an override'} chooses nothing; write group=name, and none where it is to do nothing."
     return "".join(traceback.format_exception(error))
+
+
+def _explain_hydra(text: str) -> str | None:
+    """Say in our terms what Hydra says of a sweep in a single run, and of an option that cannot be deleted."""
+    if swept := re.match(r"Ambiguous value for argument '(.*)'", text):
+        return f"{swept[1]} is a sweep, and hydra.mode=RUN is for a single job; leave that out."
+    if deleted := re.match(r"Could not delete from config\. '(.*)' does not exist", text):
+        return f"~{deleted[1]} deletes nothing, as {deleted[1]} is null or not there; leave it out."
+    return None
 
 
 def _explain_word(word: str) -> str:
