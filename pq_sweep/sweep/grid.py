@@ -81,7 +81,8 @@ def several_chosen(job: DictConfig) -> Iterator[str]:
     for word in as_given(job):
         key, _, value = word.partition("=")
         if option_of(key) in COMPONENTS and value.startswith("["):
-            yield f"{word} would mix choices into one; give {key}={value.strip('[]')}, with a job for each choice."
+            plain = value.replace("'", "")
+            yield f"{key}={plain} would mix choices into one; give {key}={plain[1:-1]}, with a job for each choice."
 
 
 def tracking_problems(job: DictConfig) -> Iterator[str]:
