@@ -25,7 +25,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "dim": (0, 1, True),
     "percentile": (50, 100, False),
 }
-NUMBERS = frozenset({*RANGES, "amount", "m", "low", "high", "step", "optimization_level", "seed"})
+NUMBERS = frozenset({*RANGES, "amount", "m", "low", "high", "step", "optimization_level", "seed", "repeat"})
 SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model",
             "build_only", "resume")  # fmt: skip
 LISTS = ("exclude", "batch_sizes")

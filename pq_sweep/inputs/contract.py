@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,21 @@ def require_type(given: Any, expected: type[Any], target: str, how: str) -> Any:
     if not isinstance(given, expected):
         raise UserError(f"{target} gives {described(given)}; return pq_sweep.types.{how}, see docs/inputs.md.")
     return given
+
+
+def class_names(given: Any, what: str) -> tuple[str, ...]:
+    """Return the names of classes in order, from a list or array, or from a dictionary with the number of each.
+
+    Such dictionaries are torchvision's class_to_idx and the id2label of Hugging Face.
+    """
+    names = given.tolist() if isinstance(given, np.ndarray) and given.ndim == 1 else given
+    if isinstance(given, Mapping):
+        pairs = [(name, number) if isinstance(number, int) else (number, name) for name, number in given.items()]
+        numbered = {int(number): name for name, number in pairs if str(number).isdecimal()}
+        names = [numbered.get(number) for number in range(len(given))]
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str | int) for name in names):
+        raise UserError(f"{what} gives classes={described(given)}; give the names of the classes in order, or None.")
+    return tuple(map(str, names))
 
 
 def described(value: Any) -> str:

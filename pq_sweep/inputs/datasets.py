@@ -252,7 +252,10 @@ def _divided(model: Model, root: Path, found: Found, take: Take) -> Data:
 def _require_same_classes(train: Path, pool: Found, evaluation: Path, found: Found) -> None:
     if pool[1] != found[1]:
         different = listed(sorted(set(pool[1]) ^ set(found[1])), 5)
-        raise UserError(f"{train} and {evaluation} do not have the same class folders; only one has {different}.")
+        raise UserError(
+            f"{train} and {evaluation} do not have the same class folders; only one has {different}, so add what the"
+            " other lacks, or give the folder to evaluate as dataset.root."
+        )
 
 
 def _with_train(model: Model, root: Path, pool: Labelled, found: Found, take: Take) -> Data:
@@ -310,7 +313,8 @@ def _evaluated(cache: ImageCache, order: Labelled, take: Take, others: frozenset
 def _require_calibration(calibration: int, available: int, root: Path) -> None:
     if not 0 <= calibration <= available:
         raise UserError(
-            f"dataset.calibration={calibration} does not fit: {root} has {max(available, 0)} images to take it from."
+            f"dataset.calibration={calibration} does not fit: {root} has {max(available, 0)} usable images to take it"
+            " from; see the warnings, or lower it."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby, islice, pairwise
@@ -23,14 +24,26 @@ def find_images(folder: Path) -> tuple[Labelled, tuple[str, ...]]:
     """Return all image files of a folder of class folders, and the class names, both sorted by name."""
     found = {entry.name: sorted(images_below(entry)) for entry in subfolders(folder)}
     if not any(found.values()):
-        raise UserError(
-            f"{folder} holds no images; expected one sub-folder per class with {', '.join(sorted(EXTENSIONS))}."
-        )
+        raise UserError(_without_images(folder))
     empty = [name for name, images in found.items() if not images]
     if empty:
         raise UserError(f"{folder} has class folders without images: {', '.join(empty)}; fill or remove them.")
     _require_classes(folder, {name: _below(folder / name, images) for name, images in found.items()})
     return [(path, label) for label, paths in enumerate(found.values()) for path in paths], tuple(found)
+
+
+def _without_images(folder: Path) -> str:
+    """Say that a folder has no class folders with images, and what it has instead."""
+    if loose := images_in(folder):
+        return (
+            f"{printable(folder)} holds images such as {printable(Path(loose[0].name))} and no class folders with any;"
+            " put them into one sub-folder per class, or give the folder above if this is a class."
+        )
+    others = (Path(top, name) for top, _, names in os.walk(folder) for name in sorted(names) if name[0] != ".")
+    other = next(others, None)
+    instead = f", but {printable(other.relative_to(folder))}" if other else ""
+    endings = ", ".join(sorted(EXTENSIONS))
+    return f"{printable(folder)} holds no images{instead}; expected one sub-folder per class with {endings}."
 
 
 def _require_classes(folder: Path, below: dict[str, set[str]]) -> None:

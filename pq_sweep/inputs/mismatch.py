@@ -97,7 +97,7 @@ class Mismatch:
             yield f"if {first} is no part of the network, model.key={self.key} takes what lies there alone"
         if named and (classes := self._classes()):
             there, here = classes
-            yield f"the file has {there} classes and the model {here}, so give model.num_classes={there}"
+            yield f"the file has {there} classes and the model {here}, so give model.num_classes={there}, if it has one"
         if self.missing and all(name.endswith(("running_mean", "running_var")) for name in self.missing):
             yield "BatchNorm's statistics are missing, as if only parameters were saved; save model.state_dict()"
         if self._in_last_layer(self.missing) and not (self.surplus or self.reshaped):

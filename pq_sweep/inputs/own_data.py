@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pq_sweep.inputs.classes import without_images
-from pq_sweep.inputs.contract import described, require_type
+from pq_sweep.inputs.contract import class_names, described, require_type
 from pq_sweep.inputs.pictures import Prepare, preparing
 from pq_sweep.types import Data, Model, Preprocess, Split, UserError
 
@@ -27,8 +27,7 @@ def accepted_data(given: Any, model: Model, target: str) -> Data:
     """Return the data that the function `target` made: class numbers as labels, float32 images as the model takes."""
     data = require_type(given, Data, target, "Data(evaluation, calibration, train, classes)")
     data = _completed(_of_splits(data, target), model)
-    if not isinstance(data.classes, tuple | list):
-        raise UserError(f"{target} gives classes={described(data.classes)}; give the names of the classes, or None.")
+    data = replace(data, classes=class_names(data.classes, target))
     classes = _competing(data, model, target)
     splits: dict[str, Any] = {}
     said: dict[str, list[str]] = {}

@@ -15,7 +15,7 @@ from torch import nn
 from pq_sweep.core.sentences import reason
 from pq_sweep.core.weights import untouched
 from pq_sweep.inputs.answers import checked_answers, taken_logits
-from pq_sweep.inputs.contract import require_type
+from pq_sweep.inputs.contract import class_names, require_type
 from pq_sweep.inputs.finite import require_finite
 from pq_sweep.inputs.plain import settled
 from pq_sweep.inputs.state import forget
@@ -29,6 +29,8 @@ INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "ham
 def accepted_model(given: Any, target: str) -> Model:
     """Return the model that the function `target` made: in eval mode, in float32, with one tensor of logits."""
     model = require_type(given, Model, target, "Model(module, num_classes, preprocess)")
+    names = None if model.classes is None else class_names(model.classes, target)
+    model = replace(model, classes=names)
     _check_fields(model, target)
     model = replace(model, num_classes=int(model.num_classes), preprocess=_plain_preprocess(model.preprocess, target))
     what = f"the network of {target}"

@@ -20,6 +20,7 @@ from pq_sweep.types import RuntimeChoice, UserError
 
 COMPONENTS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime", "measure", "tracking")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+ONE_IN_A_JOB = ("pruner.amount", "device", "seed", "repeat")
 CHOICES = {
     "dataset.size": ("160", "320", "full"),
     "quantizer.calibration": CALIBRATIONS,
@@ -50,12 +51,31 @@ def problems(cfg: DictConfig) -> list[str]:
         for group in COMPONENTS
         if not cfg.get(group)
     ]
+    found += _words(cfg)
     found = found or [*_targets(cfg)]
     return found or [*_values(cfg), *_files(cfg), *_combination(cfg)]
 
 
+def _words(cfg: DictConfig) -> Iterator[str]:
+    """Refuse what a file sets to a word that is a choice of a group, or sets beside all groups."""
+    for group in COMPONENTS:
+        if (value := cfg.get(group)) and not isinstance(value, DictConfig):
+            yield (
+                f"{group}={value} is set as a value; to choose it in a file, write `- override /{group}: {value}` under"
+                " its defaults."
+            )
+    if cfg.get("experiment"):
+        yield (
+            f"the file of this experiment has no effect, as what it sets ({', '.join(map(str, cfg.experiment))}) lies"
+            " under experiment; begin it with the line `# @package _global_`."
+        )
+
+
 def _values(cfg: DictConfig) -> Iterator[str]:
     """Check single values."""
+    if lists := [key for key in ONE_IN_A_JOB if isinstance(OmegaConf.select(cfg, key), ListConfig)]:
+        yield from (_list_for_one(key, OmegaConf.select(cfg, key)) for key in lists)
+        return
     amount = cfg.pruner.get("amount", 0)
     if not (_is_number(amount) and 0 <= amount < 1):
         yield f"pruner.amount={amount} is out of range; give the share to prune, 0 <= amount < 1."
@@ -63,6 +83,8 @@ def _values(cfg: DictConfig) -> Iterator[str]:
         yield f"device={cfg.device} is not known; valid are: auto, cpu, cuda, cuda:N."
     if not (_is_number(cfg.seed, whole=True) and 0 <= cfg.seed < 2**32):
         yield f"seed={cfg.seed} is out of range; give a whole number from 0 to 2^32 - 1."
+    if not (_is_number(cfg.get("repeat", 0), whole=True) and cfg.get("repeat", 0) >= 0):
+        yield f"repeat={cfg.repeat} is out of range; give whole numbers from 0 on, such as repeat=1,2,3."
     if not isinstance(cfg.get("resume", True), bool):
         yield f"resume={cfg.resume} is neither true nor false; give one of them."
     if str(cfg.get("cache", "on")) not in ("on", "off"):
@@ -139,10 +161,18 @@ def _numbers(group: str, options: DictConfig) -> Iterator[str]:
         value = options.get(name)
         if value is None or f"{group}.{name}" in CHOICES or (name == "n" and "m" in options):
             continue
-        if not _is_number(value, whole=whole) or not least <= value <= most:
+        if isinstance(value, ListConfig):
+            yield _list_for_one(f"{group}.{name}", value)
+        elif not _is_number(value, whole=whole) or not least <= value <= most:
             kind = "a whole number" if whole else "a number"
             reach = f"from {least} on" if most == math.inf else f"from {least} to {most}"
             yield f"{group}.{name}={value} is out of range; give {kind} {reach}."
+
+
+def _list_for_one(key: str, value: ListConfig) -> str:
+    """Say how to give several values where an option takes one in each job."""
+    each = ",".join(map(str, value)) or "..."
+    return f"{key}={value} is a list, and a job takes one value; give {key}={each}, with a job for each."
 
 
 def _pattern(pruner: DictConfig) -> Iterator[str]:
@@ -184,6 +214,10 @@ def _files(cfg: DictConfig) -> Iterator[str]:
             yield f"{group}.{name}={value} is no text; give one path, and quote a number: '{group}.{name}=\"1\"'."
         elif name == "root" and not (value and Path(value).expanduser().is_dir()):
             yield f"dataset.root={value} is not a folder; give a folder with one sub-folder of images per class."
+        elif name == "weights" and "://" in value and not str(cfg[group]._target_).endswith(".simplenet"):
+            path = value.removeprefix("file://")
+            right = f"give model.weights={path}" if path != value else "download the file and give its path"
+            yield f"model.weights={value} is an address and no path; {right}."
         elif name == "weights" and not (value and (not _looks_like_path(value) or Path(value).expanduser().is_file())):
             yield f"model.weights={value} is no file; give DEFAULT, null or the path of a state_dict."
 

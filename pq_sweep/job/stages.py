@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -46,6 +48,7 @@ ADVICE = {
     "build": "choose another runtime, or leave the layer out by quantizer.exclude",
     "accuracy": "choose another runtime, as this one cannot run the network on these images",
 }
+LOADING = re.compile(r"Error loading '(.+?)':")  # of Hydra
 # Errors of these packages are sentences of ours, or handled below.
 OURS = ("pq_sweep", "submitit")
 
@@ -210,8 +213,23 @@ def sentence(error: BaseException, stage: str) -> str:
     """Return the sentence of an error, led by what to do if it is a library's."""
     own = ours(error)
     told = own or _unwrapped(error)
+    if isinstance(told, ImportError) and (target := LOADING.match(str(told))):
+        return _not_loaded(target[1], told)
     message = " ".join(str(told).split()) or type(told).__name__
     return message if own else f"{lead(told, stage)} ({type(told).__name__}: {message.rstrip('.')})."
+
+
+def _not_loaded(target: str, error: ImportError) -> str:
+    """Say why the target of a component cannot be loaded, of which Hydra says so."""
+    cause, (module, _, name) = error.__cause__ or error, target.rpartition(".")
+    if isinstance(cause, ModuleNotFoundError) and cause.name == target:
+        file = getattr(sys.modules.get(module), "__file__", None)  # perhaps of another module than the user thinks
+        place = f"{module} ({file})" if file else module
+        return f"_target_={target} cannot be loaded, as {place} has no {name}; give module.function as it is there."
+    line = own_line(cause)
+    where = f" in {line}" if line else ""
+    why = " ".join(str(cause).split()).rstrip(".")
+    return f"_target_={target} cannot be loaded ({type(cause).__name__}{where}: {why}); correct that in its module."
 
 
 def _unwrapped(error: BaseException) -> BaseException:

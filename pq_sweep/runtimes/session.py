@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Call = Callable[["Tensor"], "Tensor"]
-BATCH = "batch"  # the name of the dimension that counts images in every graph
 
 BATCH = "batch"  # the name of the dimension that counts images in every graph
 

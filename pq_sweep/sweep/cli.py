@@ -7,15 +7,18 @@ import atexit
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from hydra._internal.utils import get_args_parser
 
 from pq_sweep.core.sources import fix_search_path
 from pq_sweep.sweep.current import CURRENT
 from pq_sweep.sweep.explain import explain
 from pq_sweep.sweep.quoting import quoted
-from pq_sweep.types import Stopped
+from pq_sweep.types import Stopped, UserError
 
 EXAMPLES = """\
   # three amounts of global magnitude pruning, compared
@@ -29,9 +32,13 @@ EXAMPLES = """\
 def main(launch: Callable[[], None], conf: Path) -> None:
     """Run a `@hydra.main` function over the groups in `conf`; exit 0 only if every job finished."""
     if {"-h", "--help"} & set(sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # whoever reads it may have read enough
         print(help_text([*_config_dirs(sys.argv), conf]))
         return
-    sys.argv[1:] = [quoted(word) for word in sys.argv[1:]]
+    try:
+        sys.argv[1:] = [quoted(word) for word in in_order(sys.argv[1:])]
+    except UserError as error:
+        sys.exit(str(error))
     codes = list[int]()
     atexit.register(_leave, codes)  # what registers first is called last
     sys.path.append(str(Path.cwd()))  # where a user's own components are
@@ -59,6 +66,43 @@ def main(launch: Callable[[], None], conf: Path) -> None:
         complete = False
     codes.append(code or (0 if complete else 1))
     sys.exit(codes[0])
+
+
+def in_order(words: list[str]) -> list[str]:
+    """Return a command's words with all overrides first: argparse takes them in one place only.
+
+    Raises:
+        UserError: If there is an option that is none of Hydra's, such as --device=cpu.
+    """
+    overrides, options, rest = list[str](), list[str](), list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        action = _option(word.partition("=")[0])
+        if action is None:
+            raise UserError(_no_option(*word.partition("=")[::2], rest))
+        options.append(word)
+        takes = action.nargs is None or (action.nargs == "?" and rest[:1] and rest[0] in (action.choices or ()))
+        if takes and "=" not in word:
+            options += [rest.pop(0)] if rest else []
+    return [*overrides, *options]
+
+
+def _option(name: str) -> argparse.Action | None:
+    """Return Hydra's option of a name, or the first that begins so, as argparse takes it."""
+    known = get_args_parser()._option_string_actions
+    return known.get(name) or next(
+        (it for option, it in known.items() if name.startswith("--") and option.startswith(name)), None
+    )
+
+
+def _no_option(name: str, value: str, rest: list[str]) -> str:
+    """Say how to write what came like an option of other programs: --device=cpu, --model resnet18."""
+    given = value or (rest[0] if rest and "=" not in rest[0] else "...")
+    right = f"{name[2:]}={given}" if name.startswith("--") else "group=name or key=value"
+    return f"{name} is none of Hydra's options; write {right} (--help lists more)."
 
 
 def _leave(codes: list[int]) -> None:

@@ -17,6 +17,7 @@ from omegaconf.errors import (
     InterpolationResolutionError,
     OmegaConfBaseException,
 )
+from yaml import MarkedYAMLError
 
 from pq_sweep.sweep.quoting import culprit, for_shell, unclosed
 from pq_sweep.types import UserError
@@ -26,6 +27,9 @@ def explain(error: BaseException) -> str:
     """Say in one sentence what is wrong with the command; for an unforeseen error, return the traceback."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        if group.startswith("experiment/"):
+            right = f"override /{group.removeprefix('experiment/')}: {name}"
+            return f"{group}={name} is not known; in the defaults of an experiment, write `- {right}`."
         return f"{group}={name} is not known; {_valid(name, error.options)}"
     if isinstance(error, OverrideParseException):
         return _explain_word(str(error.override))
@@ -34,10 +38,15 @@ def explain(error: BaseException) -> str:
         return explain(cause)
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         return _explain_key(cause)
+    if isinstance(error, HydraException) and (told := _explain_hydra(str(error))):
+        return told
     if isinstance(error, UserError | ConfigCompositionException):
         return "\n".join(line for line in str(error).splitlines() if line.strip())
     if isinstance(error, InterpolationKeyError | InterpolationResolutionError):
         return _explain_reference(error)
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f"{mark.name} is no YAML in line {mark.line + 1} ({error.problem}); correct it there or just before."
     if isinstance(error, OmegaConfBaseException | OSError | HydraException):
         return " ".join(str(error).split("full_key:")[0].split())
     if isinstance(error, ValueError) and "can be specified" in str(error):
@@ -46,6 +55,15 @@ def explain(error: BaseException) -> str:
         empty = " ".join(word for word in sys.argv if re.fullmatch(r"[\w/]+=(null)?", word))
         return f"{empty or 'an override'} chooses nothing; write group=name, and none where it is to do nothing."
     return "".join(traceback.format_exception(error))
+
+
+def _explain_hydra(text: str) -> str | None:
+    """Say in our terms what Hydra says of a sweep in a single run, and of an option that cannot be deleted."""
+    if swept := re.match(r"Ambiguous value for argument '(.*)'", text):
+        return f"{swept[1]} is a sweep, and hydra.mode=RUN is for a single job; leave that out."
+    if deleted := re.match(r"Could not delete from config\. '(.*)' does not exist", text):
+        return f"~{deleted[1]} deletes nothing, as {deleted[1]} is null or not there; leave it out."
+    return None
 
 
 def _explain_word(word: str) -> str:

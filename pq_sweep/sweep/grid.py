@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pq_sweep.core.fingerprint import WITHOUT_EFFECT, digest, fingerprint_of, resolved, unfollowed
 from pq_sweep.core.folder import SweepFolder
-from pq_sweep.core.groups import GROUPS, group_of, job_name
+from pq_sweep.core.groups import GROUPS, group_of, job_name, option_of
 from pq_sweep.core.options import BRACKETED, LISTS, entries_of, is_ours, spelled
 from pq_sweep.core.sentences import without_password
-from pq_sweep.job.check import problems
+from pq_sweep.job.check import COMPONENTS, problems
 from pq_sweep.sweep.launcher_options import launcher_problems
 from pq_sweep.sweep.quoting import quoted
 from pq_sweep.tracking.addresses import address_problem
@@ -65,7 +65,7 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
     grid, wrong = Grid(), list[list[str]]()
     for job in jobs:
         bare = spelled(without_hydra(job))
-        wrong.append([*problems(bare), *launcher_problems(job), *tracking_problems(bare)])
+        wrong.append([*several_chosen(job), *problems(bare), *launcher_problems(job), *tracking_problems(bare)])
         if not wrong[-1]:
             options = resolved(bare)
             grid.announced.append(announce(job, options))
@@ -74,6 +74,15 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
     refuse_all(Counter(chain.from_iterable(wrong)), len(wrong))
     refuse_shared_folders([job["folder"] for job in grid.announced])
     return grid
+
+
+def several_chosen(job: DictConfig) -> Iterator[str]:
+    """Refuse a list for a group: Hydra would mix the choices into one component that has no name."""
+    for word in as_given(job):
+        key, _, value = word.partition("=")
+        if option_of(key) in COMPONENTS and value.startswith("["):
+            plain = value.replace("'", "")
+            yield f"{key}={plain} would mix choices into one; give {key}={plain[1:-1]}, with a job for each choice."
 
 
 def tracking_problems(job: DictConfig) -> Iterator[str]:

@@ -43,6 +43,8 @@ class LargestAmount:
         for name, value in vars(self).items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UserError(f"search.{name}={value} is no number; give one such as 0.5.")
+        if self.max_drop < 0:
+            raise UserError(f"search.max_drop={self.max_drop} is out of range; give the points that may be lost.")
         if not 0 <= self.low < self.high < 1:
             raise UserError(f"search.low={self.low} and search.high={self.high} do not fit; 0 <= low < high < 1 does.")
         if not 0 < self.step <= self.high - self.low:

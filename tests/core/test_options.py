@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from pq_sweep.core.fingerprint import fingerprint
 from pq_sweep.core.options import spelled
 from pq_sweep.job.check import problems
-from pq_sweep.sweep.grid import compose_grid
+from pq_sweep.sweep.grid import compose_grid, several_chosen
 from pq_sweep.sweep.launcher_options import launcher_problems
 
 BASE = ("pruner=l1", "quantizer=int8", "runtime=onnxruntime")
@@ -104,6 +104,15 @@ def test_entries_given_as_a_sweep_are_refused_with_both_forms(key: str, values: 
 )
 def test_a_sweep_that_is_written_as_one_is_taken(swept: str, found: list[Any]) -> None:
     assert jobs(swept) == found
+
+
+@pytest.mark.parametrize("word", ["pruner=[none,l1]", "runtime=[torch]", "measure=[quick,standard]"])
+def test_a_list_of_choices_is_refused_as_hydra_would_mix_them(word: str) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose("config", overrides=[word, "quantizer=none"], return_hydra_config=True)
+        (found,) = several_chosen(config)
+    group, _, names = word.partition("=")
+    assert found == f"{word} would mix choices into one; give {group}={names.strip('[]')}, with a job for each choice."
 
 
 KINDS = {

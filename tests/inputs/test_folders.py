@@ -163,14 +163,29 @@ class TestSplits:
         make(tmp_path, "validation", counts={"cat": 2, "owl": 2})
         text = refused(lambda: load(tmp_path))
         assert text == (
-            f"{tmp_path}/train and {tmp_path}/validation do not have the same class folders; only one has dog, owl."
+            f"{tmp_path}/train and {tmp_path}/validation do not have the same class folders; only one has dog, owl, so"
+            " add what the other lacks, or give the folder to evaluate as dataset.root."
         )
 
     def test_different_classes_are_not_all_named_if_they_are_many(self, tmp_path: Path) -> None:
         """As in Tiny ImageNet, where val/ has all its images in one folder."""
         make(tmp_path, "train", counts={f"n{number}": 1 for number in range(9)})
         make(tmp_path, "val", counts={"images": 9})
-        assert "only one has images, n0, n1, n2, n3 and 5 more." in refused(lambda: load(tmp_path, 9))
+        assert "only one has images, n0, n1, n2, n3 and 5 more, so" in refused(lambda: load(tmp_path, 9))
+
+    def test_a_root_without_images_is_told_with_what_it_has(self, tmp_path: Path) -> None:
+        (tmp_path / "cat").mkdir()
+        assert refused(lambda: load(tmp_path)).startswith(f"{tmp_path} holds no images; expected one sub-folder per")
+        (tmp_path / "cat" / "0.heic").write_bytes(b"x")
+        assert f"{tmp_path} holds no images, but cat/0.heic; expected" in refused(lambda: load(tmp_path))
+        pictures(tmp_path, "cat")
+        sentence = f"{tmp_path}/cat holds images such as 0.png and no class folders with any; put them into one sub-fol"
+        assert refused(lambda: load(tmp_path / "cat")).startswith(sentence)
+
+    def test_calibration_counts_usable_images(self, tmp_path: Path) -> None:
+        (tmp_path / "cat").mkdir()
+        (tmp_path / "cat" / "0.png").write_text("none")
+        assert f"{tmp_path} has 0 usable images to take it from; see the warnings" in refused(lambda: load(tmp_path, 1))
 
     def test_empty_split_is_none(self, tmp_path: Path) -> None:
         (make(tmp_path, "test") / "train" / "cat").mkdir(parents=True)

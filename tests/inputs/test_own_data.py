@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 from torchvision.transforms import functional as F
 
 from pq_sweep.inputs.own_data import accepted_data
+from pq_sweep.inputs.own_model import accepted_model
 from pq_sweep.types import Data, Model, Preprocess, Split
 
 TEN = tuple("0123456789")
@@ -211,6 +213,7 @@ REFUSED = {
     "uint16": (lambda: data_of(list(grey_bytes().astype(np.uint16))), "image 0 is a uint16 numpy array (8, 8);"),
     "classes": (lambda: data_of(floats(), classes=10), "mine.make gives classes=10; give the names of the classes"),
     "paths": (lambda: data_of(["a.png"] * 30), "evaluation image 0 is 'a.png'"),
+    "numbers of classes": (lambda: data_of(floats(), classes={"cat": 1, "dog": 2}), "mine.make gives classes=a dict;"),
     "other names": (lambda: data_of(floats(), classes=("a", "b")), "gives 2 names of classes for 10 logits; give a"),
     "other columns": (lambda: data_of(floats(), columns=torch.tensor([1, 2])), "one of the model's 10 logits for"),
     "columns beyond": (lambda: data_of(floats(), columns=torch.arange(10) + 1), "one of the model's 10 logits for"),
@@ -273,6 +276,15 @@ class Turned(Dataset[Any]):
 def test_labels_are_those_that_a_data_set_gives() -> None:
     assert Split.of_dataset(Relabelled()).labels.tolist() == (LABELS // 2).tolist()
     assert Split.of_dataset(Turned()).labels.tolist() == (LABELS // 2).flip(0).tolist()
+
+
+class Means(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(images.flatten(1))
 
 
 class Noisy(Pairs):
@@ -381,6 +393,17 @@ def test_lists_in_memory_are_taken_as_tensors_are() -> None:
 
 def test_each_image_has_a_label() -> None:
     assert refused(lambda: Split.of_tensors(floats(), LABELS[:20])).startswith("there are 30 images and 20 labels")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [list(TEN), np.array(TEN), tuple(range(10)), {name: number for number, name in enumerate(TEN)},
+     dict(enumerate(TEN)), {str(number): f"{number}" for number in range(10)}],
+    ids=["list", "array", "numbers", "class_to_idx", "id2label", "id2label of JSON"],
+)  # fmt: skip
+def test_names_of_classes_in_another_form_are_taken(names: Any) -> None:
+    assert accepted(data_of(floats(), classes=names)).classes == TEN
+    assert accepted_model(replace(model_of(), module=Means(), classes=names), "mine.make").classes == TEN
 
 
 def test_what_may_be_left_out_is_filled_in() -> None:

@@ -308,7 +308,10 @@ def wider(state: State) -> State:
 REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "other number of classes": (
         DigitsCNN(num_classes=7).state_dict(),
-        ("2 of another shape, first fc2.bias with shape (7,) instead of (10,)", "give model.num_classes=7."),
+        (
+            "2 of another shape, first fc2.bias with shape (7,) instead of (10,)",
+            "give model.num_classes=7, if it has one.",
+        ),
     ),
     "backbone": (
         {key: value for key, value in PLAIN.items() if not key.startswith("fc2.")},
@@ -356,7 +359,7 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "no values": ({key: value.to("meta") for key, value in PLAIN.items()}, ("holds shapes without values",)),
     "averaged and of other classes": (
         {"ema": DigitsCNN(num_classes=7).state_dict()},
-        ("(its weights at ema) does not fit the model", "give model.num_classes=7."),
+        ("(its weights at ema) does not fit the model", "give model.num_classes=7, if it has one."),
     ),
     "NaN": (
         PLAIN | {"fc1.weight": PLAIN["fc1.weight"] * float("nan")},

@@ -106,7 +106,7 @@ FAILED: list[tuple[str, tuple[str, ...], str]] = [
     ("folders", ("dataset.root=no_classes",), "no_classes holds no images; expected one sub-folder per class"),
     ("folders", ("dataset.root=empty_class",), "has class folders without images: n01443537; fill or remove"),
     ("folders", ("dataset.root=three_classes",), "the model has 1000 classes and the data 3, and 'bird' is none"),
-    ("folders", ("dataset.root=unreadable",), "dataset.calibration=2 does not fit: unreadable has 0 images"),
+    ("folders", ("dataset.root=unreadable",), "dataset.calibration=2 does not fit: unreadable has 0 usable images"),
     ("folders", ("dataset.root=few",), "few has no usable image to evaluate beside the 2 of dataset.calibration"),
     ("machine", ("dataset.calibration=5000", "device=auto", "runtime=auto"), "digits keeps up to 200 images"),
     (

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from pq_sweep.core.fingerprint import resolved
 from pq_sweep.core.options import spelled
@@ -82,3 +83,19 @@ def test_a_word_that_yaml_takes_for_a_number_reaches_a_component_of_others_as_it
 def test_numbers_that_are_none_are_refused(override: str, sentence: str) -> None:
     found = told("pruner=l1", "dataset._target_=my_module.make", override)
     assert any(one.startswith(sentence) for one in found), found
+
+
+def test_a_file_that_chooses_nothing_is_told() -> None:
+    """An experiment without its package line sets its own name alone, and a word is no component."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["+experiment.hydra.sweeper.x=1"])
+        OmegaConf.update(cfg, "pruner", "l1", merge=False)
+    word, effect = problems(cfg)
+    assert (
+        word
+        == "pruner=l1 is set as a value; to choose it in a file, write `- override /pruner: l1` under its defaults."
+    )
+    assert effect.startswith(
+        "the file of this experiment has no effect, as what it sets (hydra) lies under experiment;"
+    )
+    assert effect.endswith("begin it with the line `# @package _global_`.")

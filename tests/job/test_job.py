@@ -518,7 +518,7 @@ def test_what_hydra_wraps_is_told_itself() -> None:
     with pytest.raises(InstantiationException) as caught:
         instantiate({"_target_": "missing_package.make"})
     message = told_of(caught.value, "load", 0.0)["message"]
-    assert message.startswith("the stage load failed; correct the function of model or dataset")
+    assert message.startswith("_target_=missing_package.make cannot be loaded (ModuleNotFoundError: ")
     assert "No module named 'missing_package'" in message
     assert "HYDRA_FULL_ERROR" not in message
 
@@ -527,6 +527,30 @@ def test_a_sentence_of_ours_stays_as_it_is_even_if_a_library_wraps_it() -> None:
     own, wrapped = UserError("choose another."), RuntimeError("Error in call to target 'x'")
     wrapped.__cause__ = own
     assert [told_of(error, "load", 0.0)["message"] for error in (own, wrapped)] == ["choose another."] * 2
+
+
+def test_a_function_that_is_not_there_or_does_not_load_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_half.py").write_text("def other(): ...\n")
+    (tmp_path / "my_typo.py").write_text("def make(:\n")
+    (tmp_path / "my_need.py").write_text("x = 1\nimport not_installed\n")
+
+    def told(target: str) -> str:
+        with pytest.raises(InstantiationException) as caught:
+            instantiate({"_target_": target, "_partial_": True})
+        return str(told_of(caught.value, "baseline", 0.0)["message"])
+
+    assert told("my_half.make") == (
+        f"_target_=my_half.make cannot be loaded, as my_half ({tmp_path}/my_half.py) has no make; give module.function"
+        " as it is there."
+    )
+    assert told("my_typo.make").startswith(
+        "_target_=my_typo.make cannot be loaded (SyntaxError: invalid syntax (my_typo"
+    )
+    assert told("my_need.make") == (
+        "_target_=my_need.make cannot be loaded (ModuleNotFoundError in my_need.py, line 2: No module named"
+        " 'not_installed'); correct that in its module."
+    )
 
 
 CONTENT = {

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from commands import HEAVY, LAUNCH, imported, said
-from conftest import ROOT, Launch, python
+from conftest import ROOT, Launch, python, refused
 
-from pq_sweep.sweep.cli import EXAMPLES
+from pq_sweep.sweep.cli import EXAMPLES, in_order
 
 CONF = ROOT / "conf"
 CHOICES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
@@ -144,6 +144,44 @@ def test_typo_names_what_is_valid(
     assert all(re.search(rf"\b{name}\b", line) for name in [*valid, suggested])
     assert line.endswith(f"Did you mean {suggested}?")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("a=1 -m b=2,3", "a=1 b=2,3 -m"),
+        ("--multirun a=1 --config-dir mine b=2", "a=1 b=2 --multirun --config-dir mine"),
+        ("--config-dir=mine a=1 -cd=x b=2", "a=1 b=2 --config-dir=mine -cd=x"),
+        ("a=1 --cfg job --package x b=2", "a=1 b=2 --cfg job --package x"),
+        ("--info a=1 --multi b=2 --info all c=3", "a=1 b=2 c=3 --info --multi --info all"),
+        ("-sc query=bash", "query=bash -sc"),
+        ("~a +b=1 -r", "~a +b=1 -r"),
+    ],
+)
+def test_overrides_may_stand_before_and_after_options(words: str, expected: str) -> None:
+    assert in_order(words.split()) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--device=cpu", "--device is none of Hydra's options; write device=cpu (--help lists more)."),
+        ("a=1 --model resnet18 -m", "--model is none of Hydra's options; write model=resnet18 (--help lists more)."),
+        ("--device a=1", "--device is none of Hydra's options; write device=... (--help lists more)."),
+        ("-x", "-x is none of Hydra's options; write group=name or key=value (--help lists more)."),
+    ],
+)
+def test_options_of_other_programs_are_refused_with_the_right_form(words: str, told: str) -> None:
+    assert refused(lambda: in_order(words.split())) == told
+
+
+def test_a_grid_may_stand_behind_an_option(launch: Launch) -> None:
+    done = launch("pruner=l1", "--cfg", "job", "seed=3", "-p", "pruner")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("# @package pruner")
+    done = launch("seed=3", "--pruner", "l1")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "--pruner is none of Hydra's options; write pruner=l1 (--help lists more).\n"
 
 
 @pytest.mark.parametrize("form", [["--config-dir", "mine"], ["--config-dir=mine"], ["-cd", "mine"]], ids=" ".join)

@@ -130,19 +130,38 @@ WRONG = {
     "null for a switch": ("runtime.tf32=null", "runtime.tf32=None is neither true nor false"),
     "a word for a switch in a choice of runtimes": ("runtime.torch.tf32=off", "runtime.torch.tf32=off is neither"),
     "a word for resume": ("resume=no", "resume=no is neither true nor false"),
-    "a list for a number": ("pruner.amount=[0.1,0.2]", "pruner.amount=[0.1, 0.2] is out of range"),
+    "a list for a number": (
+        "pruner.amount=[0.1,0.2]",
+        "takes one value; give pruner.amount=0.1,0.2, with a job for each.",
+    ),
+    "a list for images": (
+        "quantizer.images=[8,16]",
+        "takes one value; give quantizer.images=8,16, with a job for each.",
+    ),
     "a text for a number": ("quantizer.images=many", "quantizer.images=many is out of range; give a whole number"),
     "an empty text for a number": ("quantizer.images=", "quantizer.images= is out of range; give a whole number"),
     "a number for a file": ("model.weights=5", "model.weights=5 is no text; give one path, and quote a number"),
     "a list for a file": ("model.weights=[a.pth,b.pth]", "model.weights=['a.pth', 'b.pth'] is no text; give one path"),
     "nothing for a file": ("model.weights=", "model.weights= is no file"),
+    "an address for a file": ("model.weights=https://x.org/w.pth", "is an address and no path; download the file and"),
+    "an address of a file": (
+        "model.weights=file:///x/w.pth",
+        "is an address and no path; give model.weights=/x/w.pth.",
+    ),
+    "a word for repeat": ("repeat=x", "repeat=x is out of range; give whole numbers from 0 on, such as repeat=1,2,3."),
     "a number for a folder": ("dataset.root=5", "dataset.root=5 is no text; give one path"),
     "nothing for a folder": ("dataset.root=", "dataset.root= is not a folder"),
     "a number for a text": ("tracking.experiment=5", "is no text; quote a number: 'tracking.experiment=\"1\"'."),
     "a number for a group of values": ("runtime.options=5", "give +runtime.options.NAME=VALUE."),
     "a word for cache": ("cache=never", "cache=never is not known; valid are: on, off."),
-    "a list for the seed": ("seed=[1,2]", "seed=[1, 2] is out of range"),
-    "a list for the device": ("device=[cpu]", "device=['cpu'] is not known"),
+    "a list for the seed": (
+        "seed=[1,2]",
+        "seed=[1, 2] is a list, and a job takes one value; give seed=1,2, with a job",
+    ),
+    "a list for the device": (
+        "device=[cpu]",
+        "is a list, and a job takes one value; give device=cpu, with a job for each.",
+    ),
 }
 GROUPS = {
     "dataset.root": ["dataset=image_folder"],
@@ -159,6 +178,29 @@ def test_another_kind_of_value_is_refused_in_one_sentence(wrong: str) -> None:
         (found,) = problems(compose("config", overrides=[*base, override]))
     assert found.startswith(override.partition("=")[0])
     assert sentence in found
+
+
+def explained(folder: Path, *words: str, **files: str) -> str:
+    """Return what is said of a command with own YAML files, `group__name`, which Hydra refuses."""
+    for name, text in files.items():
+        path = folder / "mine" / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    search = f"hydra.searchpath=[{folder / 'mine'}]"
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"), pytest.raises(Exception) as caught:
+        compose("config", overrides=[search, *words])
+    return explain(caught.value)
+
+
+def test_mistakes_in_files_are_explained_too(tmp_path: Path) -> None:
+    text = explained(tmp_path, "model=bad", model__bad="_target_: x\n  y: [1\n")
+    assert text.startswith(
+        f"{tmp_path}/mine/model/bad.yaml is no YAML in line 2 (mapping values are not allowed here); c"
+    )
+    text = explained(tmp_path, "experiment=e", experiment__e="# @package _global_\ndefaults:\n  - pruner: l1\n")
+    assert text.startswith(
+        "experiment/pruner=l1 is not known; in the defaults of an experiment, write `- override /pru"
+    )
 
 
 @pytest.mark.slow
@@ -204,6 +246,12 @@ def test_a_grid_in_a_file_takes_such_names_too(tmp_path: Path) -> None:
             "runtime.options is a group; give +",
         ),
         (("pruner=l1", "pruner.amount=${no.thing}"), "pruner.amount refers to what is not there (Interpolation key"),
+        (("hydra.mode=RUN", "pruner=none,l1"), "pruner=none,l1 is a sweep, and hydra.mode=RUN is for a single job"),
+        (("~model.key",), "~model.key deletes nothing, as model.key is null or not there; leave it out."),
+        (
+            ("pruner=l1", "search=constraint", "search.max_drop=-1"),
+            "search.max_drop=-1 is out of range; give the points",
+        ),
         (("hydra.sweep.dir=[a]",), "hydra.sweep.dir is given what it cannot hold: "),
         (("pruner=l1", "search=constraint", "search.low=abc"), "search.low=abc is no number; give one such as 0.5."),
     ],
