@@ -29,14 +29,16 @@ def batch_sizes(rows: list[Row]) -> list[int]:
 def metrics(result: Result) -> dict[str, float]:
     """Flatten a result to its figures, by the names used in MLflow and the CSV; what was not measured is left out."""
     images, prep = result.images, result.preparation.prep_s
-    flat = _sizes(result) | (_accuracies(result.accuracy) if result.accuracy else {})
+    flat = (_accuracies(result.accuracy) if result.accuracy else {}) | _sizes(result)
+    flat |= _memories(result.speed) if result.speed else {}
     flat |= {"prep_time_s": sum(prep.values()), "baseline_accuracy": result.baseline.top1}
     flat |= {f"size_mb/{name}": size / 1e6 for name, size in result.size_bytes.formats.items()}
     flat |= {f"prep_time_s/{stage}": seconds for stage, seconds in prep.items()}
-    flat |= {**_memories(result.speed), **_speeds(result.speed)} if result.speed else {}
+    flat |= _speeds(result.speed) if result.speed else {}
     flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
     flat["images_suspicious"] = len(images["suspicious"]) if "suspicious" in images else None
     flat["images_decoded"] = images.get("decoded")
+    flat |= _disturbance(result.speed) if result.speed else {}
     return {name: value for name, value in flat.items() if value is not None}
 
 
@@ -79,7 +81,6 @@ def _memories(speed: Speed) -> Figures:
 def _speeds(speed: Speed) -> Figures:
     """Return the figures of each batch size."""
     flat: Figures = {}
-    flat["load_of_others"] = max((timed.load_of_others for timed in speed.latency.values()), default=0.0)
     for size, timed in speed.latency.items():
         flat |= {f"{name}/b{size}": value for name, value in _latencies(timed).items()}
     for size, pair in (speed.paired or {}).items():
@@ -87,6 +88,10 @@ def _speeds(speed: Speed) -> Figures:
         flat |= {f"speedup/b{size}": pair.speedup}
         flat |= {f"speedup_ci95_low/b{size}": low, f"speedup_ci95_high/b{size}": high}
     return flat
+
+
+def _disturbance(speed: Speed) -> Figures:
+    return {"load_of_others": max((timed.load_of_others for timed in speed.latency.values()), default=0.0)}
 
 
 def _latencies(timed: Latency) -> Figures:
