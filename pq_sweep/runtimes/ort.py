@@ -5,10 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 import re
+import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -280,15 +280,10 @@ def preload_gpu_libraries() -> None:
     """
     import torch  # noqa: F401
 
-    for library in sorted(path for folder in nvidia_packages() for name in PRELOADED for path in folder.glob(name)):
-        with suppress(OSError):
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-def nvidia_packages() -> list[Path]:
-    """Return the folders of NVIDIA's packages: one for each place where packages are installed."""
-    found = find_spec("nvidia")
-    return [Path(folder) for folder in (found and found.submodule_search_locations) or ()]
+    for place in sys.path:  # packages may lie in several, such as a user's and the system's
+        for library in sorted(path for name in PRELOADED for path in Path(place, "nvidia").glob(name)):
+            with suppress(OSError):
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def library_error(provider: str) -> str:

@@ -22,6 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from independent import onnx_logits, torch_logits
+from nvml_stand_in import stand_in
 from torch import Tensor
 
 from pq_sweep.compress.removal import replay
@@ -445,6 +446,10 @@ def test_the_gpu_of_a_job_is_the_current_one_from_the_start(monkeypatch: pytest.
         plan = job.prepare(cfg, Stages(tmp_path, ""))
         assert plan.work.device == device
         assert machine.current == int(device[-1])
+    stand_in(tmp_path / "driver", monkeypatch)(gpus=[{"uuid": "GPU-bb11", "name": "A100", "compute_mode": 3}])
+    cfg.measure.repeats = 2
+    with pytest.raises(UserError, match=r"measure\.repeats=2 needs fresh processes, and cuda:1 is in compute mode"):
+        job.prepare(cfg, Stages(tmp_path, ""))
     machine.taken[1] = 5_000_000_000
     assert memory.free_at_first("cuda:1") == 40_000_000_000  # looked up before anything was taken
     memory.free_at_first.cache_clear()

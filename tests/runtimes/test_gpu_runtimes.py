@@ -349,7 +349,7 @@ def test_the_loader_says_why_a_provider_cannot_be_had(monkeypatch: pytest.Monkey
 def test_libraries_that_torch_leaves_out_are_loaded_from_their_packages(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """ONNX Runtime links them; packages may lie in several places, such as a user's and the system's."""
+    """ONNX Runtime links them."""
     names = ("cu13/lib/libcurand.so.10", "cudnn/lib/libcudnn.so.9", "cudnn/lib/libcudnn_adv.so.9")
     libraries = [tmp_path / place / "nvidia" / name for place, name in zip("abb", names, strict=True)]
     for library in libraries:
@@ -362,7 +362,6 @@ def test_libraries_that_torch_leaves_out_are_loaded_from_their_packages(
         raise OSError("libcuda.so.1: cannot open shared object file")
 
     monkeypatch.setattr(sys, "path", [str(tmp_path / "a"), str(tmp_path / "b"), *sys.path])
-    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
     monkeypatch.setattr(ort.ctypes, "CDLL", load)
     ort.preload_gpu_libraries()
 
