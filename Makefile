@@ -15,10 +15,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu]'
 	touch $@
 
-# What jobs do without: linters, a browser, NVIDIA's parser and builder, and others that only tests use.
-$(VENV)/installed-tests: $(VENV)/installed
+# With what jobs do without: linters, a browser, NVIDIA's parser and builder, and others that only tests use.
+$(VENV)/installed-tests: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[cpu,dev]'
-	touch $@
+	touch $(VENV)/installed $@
 
 sweep: install
 	$(BIN)/python launch.py -m pruner=l1_global pruner.amount=0.1,0.5,0.9

@@ -20,8 +20,8 @@ TOP1 = {"resnet18": 0.962, "mobilenet_v2": 0.982, "squeezenet1_1": 0.924}  # of 
 SHORT = ("measure.batch_sizes=[1]", "measure.threads=1", "measure.iterations=5", "measure.max_s=0.1", "tracking=none")
 QUANTIZED = ("quantizer=none,fp16,int8", "runtime=onnxruntime")
 AMOUNTS = (0.5, 0.7)
-# Photographs; fewer than all are stratified, and pruners are further apart than half of them can hide.
-EVERY, HALF, SOME = 500, 250, 150
+# Photographs; fewer than all are stratified, and pruners are further apart than so many can hide.
+EVERY, HALF, SOME = 500, 200, 120
 
 Sweep = Callable[..., tuple[Path, list[dict[str, Any]]]]
 

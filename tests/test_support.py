@@ -11,6 +11,7 @@ from conftest import ROOT, python
 from benchmarks.timm_models import FAMILIES
 
 CELL = re.compile(r"ok \d+\.\d s, \d\.\d\d, -?\d+ dB")
+BUILT = re.compile(r"6 engines \d+\.\d s, \d+\.\d MB")
 SENTENCE = re.compile(r"refused: pruner=remove cannot follow the channels .+ \(.+\); use .+\.")
 MODELS = {path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")}
 
@@ -31,6 +32,8 @@ def test_every_cell_of_a_model_is_run(tmp_path: Path, environment: dict[str, str
     assert done.returncode == 0, done.stderr
     weights, *cells = rows(table)["digits_cnn"]
     assert weights == "packaged"
+    *cells, built = cells
+    assert BUILT.fullmatch(built), built
     assert len(cells) == 6
     assert all(CELL.fullmatch(cell) for cell in cells), cells
     sizes = [float(cell.split(", ")[1]) for cell in cells]
@@ -45,7 +48,8 @@ def test_the_documented_table_has_every_model_and_no_gap() -> None:
     theirs = {f"timm.{name}" for name in FAMILIES}
     assert found.keys() == MODELS | theirs
     assert len(theirs) == 12
-    for name, (_, *cells) in found.items():
+    for name, (_, *cells, built) in found.items():
         assert len(cells) == 6, name
+        assert BUILT.fullmatch(built), (name, built)
         whole = (CELL, SENTENCE) if name in theirs else (CELL,)
         assert all(any(form.fullmatch(cell) for form in whole) for cell in cells), (name, cells)

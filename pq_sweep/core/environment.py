@@ -71,11 +71,7 @@ def resolve_device(device: str) -> str:
         raise UserError(
             f"device={device} was asked for and torch {torch.__version__} finds no CUDA device here; use device=cpu."
         )
-    index = (
-        int(device.partition(":")[2] or torch.cuda.current_device())
-        if device != "auto"
-        else torch.cuda.current_device()
-    )
+    index = int(device.partition(":")[2] or 0)  # an earlier job of the process may have made another the current one
     if index >= torch.cuda.device_count():
         raise UserError(
             f"device={device} does not exist; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}."

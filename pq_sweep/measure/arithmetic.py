@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any
 
 import torch
-import torchvision.ops  # noqa: F401  (makes torchvision's own operators known)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,11 +21,12 @@ OWN = ("aten", "prim", "prims")
 
 def arithmetic(model: Model) -> tuple[int, list[str]]:
     """Count the multiply-accumulates of one image in convolutions and matrix products, and name what is not counted."""
-    images, others = model.sample(1), _Others()
+    formulas = _formulas()
+    images, others = model.sample(1), _Others(formulas)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_attention_in_single_steps())
-        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=FORMULAS))
+        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=formulas))
         stack.enter_context(others)
         model.module(images)
     return int(counter.get_total_flops() // 2), list(others.found)
@@ -51,8 +51,9 @@ class _Others(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, counted: Container[Any]) -> None:
         super().__init__()
+        self.counted = counted
         self.found: dict[str, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,7 +61,7 @@ class _Others(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         space, _, name = str(func).partition(".")
         computes = isinstance(result, torch.Tensor | tuple | list) and isinstance(func, torch._ops.OpOverload)
-        if computes and func.overloadpacket not in FORMULAS and (space not in OWN or name.startswith(OTHERWISE)):
+        if computes and func.overloadpacket not in self.counted and (space not in OWN or name.startswith(OTHERWISE)):
             self.found[f"{space}.{name.partition('.')[0]}"] = None
         return result
 
@@ -114,5 +115,10 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.mkldnn_rnn_layer: _recurrent_layer,
     torch.ops.aten._cudnn_rnn: _recurrent,
     torch.ops.aten.miopen_rnn: _recurrent,
-    torch.ops.torchvision.deform_conv2d: _deformable,
 }
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """Return how operations are counted; those of torchvision are known once a network's code has imported it."""
+    known = hasattr(torch.ops.torchvision, "deform_conv2d")
+    return FORMULAS | ({torch.ops.torchvision.deform_conv2d: _deformable} if known else {})

@@ -14,9 +14,10 @@ from pq_sweep.core.environment import device_name
 from pq_sweep.core.files import read_json, write_json
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.hardware import GPU, Capability, Gpu, capability
+from pq_sweep.runtimes.engines import shape_of
 from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.native import ENGINE, WARNINGS, TensorRTNative
-from pq_sweep.runtimes.session import CallSession
+from pq_sweep.runtimes.session import BySize, CallSession
 from pq_sweep.types import Data, Model, Quantizer, Runtime, Session, UserError, Workspace
 
 PARSED = "parsed.json"
@@ -113,6 +114,17 @@ class TensorRTRTX(TensorRTNative):
         if not config.set_compute_capability(getattr(library.ComputeCapability, f"SM{major}{minor}"), 0):
             raise RuntimeMismatch(f"TensorRT-RTX does not build for compute capability {major}.{minor}.")
         return config
+
+    def _call(self, engine: Any, model: Model, work: Workspace) -> BySize:
+        """Make the calls, and run each once: TensorRT-RTX compiles kernels for the device when they first run."""
+        import torch
+
+        calls = super()._call(engine, model, work)
+        with work.stage("build"):
+            for size in work.batch_sizes:
+                calls(torch.zeros(shape_of(model, size), device=work.device))
+            torch.cuda.synchronize(work.device)
+        return calls
 
     def _look_at(self, network: Any, folder: Path) -> None:
         """Write how many layers of the parsed network have an output of each type: an engine tells it only on a GPU."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import SHORT
 from conftest import ROOT
 from cuda_stand_in import Machine
@@ -28,12 +29,14 @@ from image_folders import black_png, fill
 from independent import runtime, workspace
 from nvml_stand_in import stand_in
 from sweep_folders import announced, write_error, write_manifest, write_result, write_status
+from torch import Tensor
 
 from pq_sweep.compress.quantizers import none
 from pq_sweep.core import environment
 from pq_sweep.core.cache import Cache
 from pq_sweep.core.folder import BaselineFolder, Inside, JobFolder, SweepFolder
 from pq_sweep.inputs.datasets import digits
+from pq_sweep.inputs.digits_cnn import DigitsCNN
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job import describe
 from pq_sweep.job.run import run
@@ -41,9 +44,11 @@ from pq_sweep.job.stages import Stages
 from pq_sweep.measure.latency import speed
 from pq_sweep.measure.memory import free_at_first
 from pq_sweep.measure.monitor.identity import CONSTANT, IDENTITY
+from pq_sweep.measure.network import count
 from pq_sweep.results.spreadsheet import write_csv
 from pq_sweep.results.standing import Watch, remember
 from pq_sweep.runtimes.cuda import TF32_OVERRIDE
+from pq_sweep.types import Model
 
 PAGE = (ROOT / "docs" / "results.md").read_text()
 
@@ -238,19 +243,39 @@ def sessions(folder: Path) -> list[Result]:
             else:
                 session = chosen.open(model, none, digits(model), work)
             found.append({"session": plain(session.details)})
-    return found
+    built = runtime("tensorrt_rtx", build_only=True).open(
+        digits_cnn(), none, digits(digits_cnn()), workspace(folder / "rtx")
+    )
+    return [*found, {"session": plain(built.details)}]
+
+
+class Spectrum(DigitsCNN):
+    """A network with an operation whose multiply-accumulates nobody counts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.fft.rfft2(x, s=(8, 8)).abs()[..., :1].expand_as(x))
+
+
+@pytest.fixture(scope="module")
+def uncounted() -> Result:
+    counts = count(Model(Spectrum().eval(), 10, digits_cnn().preprocess)).plain()
+    return {"network": counts, "baseline": counts}
 
 
 @pytest.fixture(scope="module")
 def found(
-    compressed: Result, photographs: Result, gpu: tuple[Result, dict[str, Any]], sessions: list[Result]
+    compressed: Result,
+    photographs: Result,
+    gpu: tuple[Result, dict[str, Any]],
+    sessions: list[Result],
+    uncounted: Result,
 ) -> list[Result]:
     """All results and parts of results."""
     nvml: Result = {"environment": {"gpu": {"nvml": dict.fromkeys(CONSTANT | IDENTITY, 0)}}}
     nvml["environment"]["gpu"]["nvml"]["mig_instance"] = dict.fromkeys(
         ("gpu_uuid", "gpu_instance", "compute_instance"), 0
     )
-    return [compressed, photographs, gpu[0], nvml, *sessions]
+    return [compressed, photographs, gpu[0], nvml, uncounted, *sessions]
 
 
 # What holds them together

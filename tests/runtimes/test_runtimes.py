@@ -200,8 +200,8 @@ def devices(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
         (1, "auto", "cuda:0"),
         (1, "cpu", "cpu"),
         (1, "cuda", "cuda:0"),
-        (2, "auto", "cuda:1"),
-        (2, "cuda", "cuda:1"),
+        (2, "auto", "cuda:0"),
+        (2, "cuda", "cuda:0"),  # an earlier job of the process made cuda:1 the current one
         (2, "cuda:0", "cuda:0"),
         (2, "cuda:1", "cuda:1"),
     ],

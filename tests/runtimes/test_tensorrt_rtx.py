@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from enum import IntEnum
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gpu_stand_in
 import numpy as np
 import onnx
 import pytest
@@ -19,7 +22,7 @@ import torch
 from commands import SHORT
 from conftest import Launch, new_user, only_sweep, python, refused, results
 from hydra.errors import InstantiationException
-from independent import runtime
+from independent import relative_error, runtime, torch_logits
 from mlflow import MlflowClient
 from onnx import ModelProto, helper, numpy_helper
 
@@ -101,6 +104,26 @@ def test_graphs_of_the_digits_network_are_built(
     session, folder = built(tmp_path, *made("digits_cnn"), QUANTIZERS[precision], capability)
     check(session, folder, precision)
     assert capability in session.engine
+
+
+@pytest.mark.parametrize("keep", ["fp32", "fp16"])
+def test_graphs_of_mixed_precision_are_built(
+    made: Callable[[str], tuple[Model, Data]], tmp_path: Path, keep: str
+) -> None:
+    """With one hidden unit 1,000 times as large as the others, which 8 bit cannot hold."""
+    model, data = made("digits_cnn")
+    first, second = model.module.fc1, model.module.fc2
+    with torch.no_grad():
+        first.weight[0] *= 1e3
+        first.bias[0] *= 1e3
+        second.weight[:, 0] /= 1e3
+    mixed = partial(quantizers.mixed, calibration="minmax", images=64, percentile=99.9, max_drop=0.0, keep=keep)
+    session, _ = built(tmp_path, model, data, mixed)
+    assert session.details["builder_warnings"] == []
+    assert session.details["quantizer"]["kept_layers"] > 0
+    types = session.details["layers"]["outputs"]
+    assert types["Int8"] > 0
+    assert ("Half" in types) == (keep == "fp16")
 
 
 @pytest.mark.slow
@@ -245,6 +268,41 @@ def test_what_cannot_be_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch
     assert "needs compute capability 8.0 or later, not 7.5" in refused(
         lambda: options(build_only=True, compute_capability="7.5", sparsity=True).require("cpu")
     )
+
+
+@pytest.fixture
+def workstation(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for a GPU of a workstation, and for TensorRT-RTX, which computes on the CPU."""
+    machine = gpu_stand_in.as_a100(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    library = gpu_stand_in.tensorrt(machine, "1.7.1.116")
+    library.ComputeCapability = IntEnum("ComputeCapability", {"NONE": 0, "CURRENT": 1, "SM86": 86})
+    config = type(library.Builder(None).create_builder_config())
+    config.set_compute_capability = lambda self, capability, index: library.told.update(built_for=capability) or True
+    monkeypatch.setattr(library.Builder, "create_network", lambda self, flags: SimpleNamespace(num_layers=0))
+    monkeypatch.setattr(rtx, "import_rtx", lambda: library)
+    return library
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_engines_run_on_the_gpu_of_a_workstation(
+    made: Callable[[str], tuple[Model, Data]], tmp_path: Path, workstation: Any, cuda_graph: bool
+) -> None:
+    model, data = made("digits_cnn")
+    stage = Stages(tmp_path, "")
+    work = Workspace(tmp_path, "cuda:0", 1, stage, batch_sizes=(1, 8))
+    builder = runtime("tensorrt_rtx", cuda_graph=cuda_graph)
+    builder.require("cuda:0")
+    session = builder.open(model, quantizers.none, data, work)
+
+    images = data.evaluation.fetch(list(range(21)))
+    assert relative_error(torch_logits(model.module, images), session(images).numpy()) < 1e-5
+    assert session.runs
+    assert (session.runtime, session.device) == ("tensorrt_rtx", "cuda:0")
+    assert session.artifact == tmp_path / "engine" / "model.engine"
+    assert workstation.told["built_for"].name == "SM86"
+    assert "build" in stage.seconds
+    assert "compute_capability" not in session.details
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (8, 0), (9, 0), (10, 0)])
