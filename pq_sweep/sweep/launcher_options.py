@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig
 LISTS = ("setup", "srun_args")
 GROUPS = ("additional_parameters", "node_types")
 SWITCHES = ("exclusive", "prefetch")
+SHARING = ("user", "mcs", "topo")  # what SLURM's exclusive may be beside true and false
 WHOLE = ("gpus_per_node", "cpus_per_task", "timeout_min", "max_num_timeout", "signal_delay_s", "array_parallelism")
 
 
@@ -31,7 +32,7 @@ def _kinds(place: str, options: DictConfig) -> Iterator[str]:
                 yield f"{key}={value} is not valid, as it is no list; give '{key}=[\"{value}\"]'."
         elif isinstance(value, ListConfig | DictConfig):
             yield f"{key}={value} is not valid; give one value, in quotes if it has commas: '{key}=\"a,b\"'."
-        elif name in SWITCHES and not isinstance(value, bool | None):
+        elif name in SWITCHES and not (isinstance(value, bool | None) or (name == "exclusive" and value in SHARING)):
             yield f"{key}={value} is neither true nor false; give one of them."
         elif value is not None and not _is_number(name, value):
             yield f"{key}={value!r} is no number; give a whole one without unit or quotes, such as {key}=4."
