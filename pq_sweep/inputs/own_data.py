@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pq_sweep.inputs.apart import apart
 from pq_sweep.inputs.classes import without_images
 from pq_sweep.inputs.contract import class_names, described, require_type
 from pq_sweep.inputs.pictures import Prepare, preparing
@@ -43,6 +44,7 @@ def accepted_data(given: Any, model: Model, target: str) -> Data:
     notes = [f"The {_together(parts)} {note}." for note, parts in said.items()]
     if not target.startswith("pq_sweep."):  # our own functions say so themselves, where it means something
         notes += filter(None, [without_images(splits["evaluation"].labels, data.classes)])
+        notes += apart(splits, target)
     return replace(data, **splits, notes=(*data.notes, *notes))
 
 
