@@ -72,10 +72,11 @@ test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable '.[cpu,dev]'
 	touch $@
 
-# On any CUDA machine with torch; installs nothing. OUTPUT is the folder of the report instead of docs/results.
+# On any CUDA machine with torch; installs nothing. OUTPUT is the folder of the report instead of docs/results, BUDGET_S
+# the seconds that all may take instead of 480.
 SEES_CUDA := import sys, torch; sys.exit(not torch.cuda.is_available())
 gpu-check:
 	@python=$(PYTHON); \
 	if $(BIN)/python -c '$(SEES_CUDA)' 2>/dev/null || ! $$python -c 'import torch' 2>/dev/null && [ -x $(BIN)/python ]; \
 	then python=$(BIN)/python; fi; \
-	$$python -m pq_sweep.gpu_check $(if $(OUTPUT),--output $(OUTPUT))
+	$$python -m pq_sweep.gpu_check $(if $(OUTPUT),--output $(OUTPUT)) $(if $(BUDGET_S),--budget-s $(BUDGET_S))

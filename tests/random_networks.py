@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
 
 from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn, torchvision_model
@@ -43,6 +42,8 @@ def fresh(seed: int = 0, name: str = "digits_cnn") -> Model:
 
 def small_vit() -> Model:
     """Return torchvision's Vision Transformer as in ViT-Ti/16, with random weights and two of twelve equal layers."""
+    from torchvision.models import VisionTransformer
+
     torch.manual_seed(0)
     module = VisionTransformer(224, 16, num_layers=2, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=10)
     randomise(module)

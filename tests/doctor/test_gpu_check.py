@@ -1,4 +1,4 @@
-"""The check of a GPU machine: what it says without one, how it judges, and its tests and sweep run for real."""
+"""The check of a GPU machine: its steps, how it judges, and its tests and sweep run for real."""
 
 from __future__ import annotations
 
@@ -8,87 +8,34 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from commands import HEAVY, Done, imported, said
 from conftest import ROOT, new_user, python
 from gpu.test_answers import BY_OPTION, BY_PRECISION
 from hydra import compose, initialize_config_dir
 
 from pq_sweep import gpu_check as command
 from pq_sweep.core.environment import device_name
-from pq_sweep.core.files import write_json
-from pq_sweep.doctor.gpu_check import Check, Verdict
+from pq_sweep.core.files import read_json, write_json
+from pq_sweep.doctor.gpu_check import NO_TIME, Check, Limit, Step, Verdict
 from pq_sweep.doctor.gpu_check.children import python_path, run_python
-from pq_sweep.doctor.gpu_check.jobs import DIGITS, NO_TIME, SHORT, Launch, check_job, check_store, launches, run_sweep
-from pq_sweep.doctor.gpu_check.report import assemble, problem, slug
-from pq_sweep.doctor.gpu_check.suite import run_tests
+from pq_sweep.doctor.gpu_check.jobs import Launch
+from pq_sweep.doctor.gpu_check.machine import Machine
+from pq_sweep.doctor.gpu_check.outcomes import check_job, check_store
+from pq_sweep.doctor.gpu_check.report import BEGUN, NOT_REACHED, Report, exit_code, problem, slug
+from pq_sweep.doctor.gpu_check.steps import DIGITS, STEPS, of_digits, of_tests, of_torch
+from pq_sweep.doctor.gpu_check.suite import Suite
 from pq_sweep.job.check import problems
 
-NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-# What no job with the digits under torch needs.
-OPTIONAL = ("mlflow", "tensorrt", "onnxruntime", "onnx", "onnxscript", "torchvision", "torch_pruning", "matplotlib",
-            "sqlalchemy", "submitit", "requests", "pynvml")  # fmt: skip
 TORCH_TESTED = Check("tests", "test_torch::test_it", "passed")
 TORCH_SWEPT = Check("sweep", "resnet50 none fp16 torch", "passed")
-
-
-def without(folder: Path, *modules: str) -> dict[str, str]:
-    """Return an environment in which a Python finds none of the modules."""
-    lines = ["import sys", *(f"sys.modules[{module!r}] = None" for module in modules)]
-    (folder / "sitecustomize.py").write_text("\n".join(lines))
-    return new_user() | {"PYTHONPATH": str(folder)}
-
-
-def gpu_check(folder: Path, env: dict[str, str], *options: str) -> Done:
-    return python([*options, "-m", "pq_sweep.gpu_check", "--output", str(folder / "results")], ROOT, env)
-
-
-def sentence(done: Done) -> str:
-    """Return the one line that a failing command says."""
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert done.stdout == ""
-    (line,) = said(done.stderr)
-    return line
-
-
-# Without a GPU
-
-
-@pytest.mark.slow
-def test_without_a_gpu_it_says_so_and_looks_no_further(tmp_path: Path) -> None:
-    done = gpu_check(tmp_path, new_user() | NO_GPU, "-X", "importtime")
-
-    assert sentence(done).startswith(f"gpu-check needs a CUDA device and torch {torch.__version__} finds none here (")
-    assert imported(done.stderr) & {*HEAVY, "hydra", "pytest", "rich"} == {"torch"}
-    assert not (tmp_path / "results").exists()
-
-
-def test_without_torch_it_says_so(tmp_path: Path) -> None:
-    assert "this Python has no torch" in sentence(gpu_check(tmp_path, without(tmp_path, "torch")))
-
-
-@pytest.mark.slow
-def test_make_says_that_there_is_no_gpu_and_fails() -> None:
-    command = ["make", "gpu-check", f"PYTHON={sys.executable}"]
-    done = subprocess.run(command, cwd=ROOT, env=new_user() | NO_GPU, capture_output=True, text=True, check=False)
-
-    assert done.returncode != 0
-    assert done.stderr.startswith("gpu-check needs a CUDA device")
-
-
-def test_missing_packages_are_named_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert command.absent() == ""
-    for module in ("zstandard", "hydra_plugins.hydra_submitit_launcher"):
-        monkeypatch.setitem(sys.modules, module, None)
-
-    assert command.absent().startswith("gpu-check needs hydra-submitit-launcher, zstandard, which this Python lacks; ")
+Checks = dict[str, Check]
+GPU = Machine({"device": "NVIDIA L4", "versions": {"torch": "2.11.0"}}, cuda="13.0")
 
 
 # Processes
@@ -144,6 +91,10 @@ def test_is_skipped():
     pytest.skip("tensorrt is not installed")
 
 
+def test_left_out():
+    pass
+
+
 @pytest.fixture
 def broken():
     raise RuntimeError("no such fixture")
@@ -173,23 +124,25 @@ def test_never_reached():
 """
 
 
-def outcomes_of(folder: Path, source: str, seconds: float = 60) -> dict[str, Check]:
+def outcomes_of(folder: Path, source: str, seconds: float = 60, *, keyword: str = "", cut: bool = False) -> Checks:
     """Run a module of tests and return the checks by name."""
     tests, scratch = folder / "tests", folder / "scratch"
     tests.mkdir()
     scratch.mkdir()
     (tests / "test_generated.py").write_text(source)
-    return {check.name.removeprefix("test_generated::"): check for check in run_tests(tests, scratch, seconds)}
+    step = Suite(name="step", seconds=60, selected=("test_generated.py",), keyword=keyword, tests=tests)
+    checks = step.run("cuda:0", scratch, Limit(seconds, cut))
+    return {check.name.removeprefix("test_generated::"): check for check in checks}
 
 
 def test_every_outcome_of_a_test_is_told(tmp_path: Path) -> None:
-    found = outcomes_of(tmp_path, GENERATED)
+    found = outcomes_of(tmp_path, GENERATED, keyword="not left_out")
 
     outcomes = {name: (check.verdict, check.reason) for name, check in found.items()}
     assert outcomes == {
         "test_passes": ("passed", ""),
         "test_fails": ("failed", "AssertionError: sums are wrong"),
-        "test_is_skipped": ("skipped", "tensorrt is not installed"),
+        "test_is_skipped": ("not tried", "tensorrt is not installed"),
         "test_cannot_start[a]": ("failed", 'failed on setup with "RuntimeError: no such fixture"'),
     }
     assert (found["test_passes"].short, found["test_passes"].figures) == ("ratio 1.003", {"ratio": "1.003"})
@@ -211,10 +164,7 @@ def test_tests_that_take_too_long_are_stopped_and_told(tmp_path: Path) -> None:
         folder = tmp_path / str(seconds)
         folder.mkdir()
         found = outcomes_of(folder, SLEEPING, seconds)
-        assert (found["pytest"].verdict, found["pytest"].reason) == (
-            "failed",
-            f"the tests did not end within {seconds} s",
-        )
+        assert verdict(found["step"]) == ("failed", f"not finished within {seconds} s")
         if "test_quick" in found:
             break
 
@@ -229,8 +179,8 @@ def test_tests_that_take_too_long_are_stopped_and_told(tmp_path: Path) -> None:
 def test_tests_that_do_not_run_are_a_failure(tmp_path: Path, source: str, reason: str) -> None:
     found = outcomes_of(tmp_path, source)
 
-    assert found["pytest"].verdict == "failed"
-    assert reason in found["pytest"].reason
+    assert found["step"].verdict == "failed"
+    assert reason in found["step"].reason
 
 
 # Sweep
@@ -245,10 +195,13 @@ def composed(*overrides: str) -> Iterator[Any]:
             yield compose("config", [f"{key}={value}" for (key, _, _), value in zip(pairs, values, strict=True)])
 
 
+def launches() -> list[Launch]:
+    return [step for step in STEPS if isinstance(step, Launch)]
+
+
 def asked(device: str) -> Iterator[tuple[str, ...]]:
     """Yield the overrides of the sweep and of the tests on the GPU."""
-    for launch in launches(device):
-        yield (*SHORT, *launch.overrides)
+    yield from filter(None, (launch.chosen(device) for launch in launches()))
     if device != "cpu":
         yield from ((f"quantizer={quantizer}", f"runtime={runtime}") for quantizer, runtime in BY_PRECISION)
         yield from ((f"runtime={runtime}", f"runtime.{option}") for runtime, option in BY_OPTION)
@@ -264,79 +217,89 @@ def test_nothing_that_is_asked_for_is_refused_before_it_starts(device: str) -> N
 
 
 def test_the_sweep_has_every_runtime_of_the_device_in_all_precisions() -> None:
-    names = [launch.name for launch in launches("cuda:0")]
+    names = [launch.name for launch in launches()]
 
     assert names[:2] == ["digits_cnn torch", "resnet50 torch"]
     for path in (ROOT / "conf" / "runtime").glob("*.yaml"):
         assert path.stem == "auto" or {f"digits_cnn {path.stem}", f"resnet50 {path.stem}"} <= set(names)
-    chosen = {launch.name: launch.overrides[-1] for launch in launches("cuda:0")}
-    assert chosen["digits_cnn torch"] == "quantizer=none,fp16,bf16"
-    assert chosen["digits_cnn tensorrt"] == "quantizer=none,fp16,bf16,int8"
-    assert not any("tensorrt" in launch.name for launch in launches("cpu"))
+    chosen = {launch.name: launch.chosen("cuda:0") for launch in launches()}
+    assert chosen["digits_cnn torch"][-2:] == ("runtime=torch", "quantizer=none,fp16,bf16")
+    assert chosen["digits_cnn tensorrt"][-1] == "quantizer=none,fp16,bf16,int8"
+    assert chosen["resnet50 onnxruntime"][-1] == "quantizer=fp16"
+    assert of_digits("tensorrt", 60).chosen("cpu") == ()
 
 
-@pytest.mark.slow
-def test_the_sweep_runs_on_a_cpu(tmp_path: Path) -> None:
-    refused = Launch("impossible", "torch", (*DIGITS, "runtime=torch", "quantizer=int8"))
-    tracked = next(launch for launch in launches("cpu") if launch.name == "tracked")
-    checks = run_sweep("cpu", [refused, tracked], tmp_path, time.monotonic() + 300)
-
-    assert [check.name for check in checks] == ["impossible", "digits_cnn none none torch", "mlflow"]
-    assert [check.verdict for check in checks] == ["failed", "passed", "passed"]
-    assert "cannot run precision int8" in checks[0].reason
-    assert checks[1].short.startswith("b1 ")
-    assert checks[1].figures["accuracy"] > 0.98
-    assert checks[1].seconds is not None
-    assert (tmp_path / "cache").is_dir()
+COLLECT = """
+import json
+import pytest
+from pq_sweep.doctor.gpu_check.steps import STEPS
+from pq_sweep.doctor.gpu_check.suite import TESTS, Suite
 
 
-SWEPT = """
-import json, sys, time
-from dataclasses import asdict
-from pathlib import Path
-from pq_sweep.doctor.gpu_check.jobs import launches, run_sweep
+class Plugin:
+    def pytest_collection_finish(self, session):
+        self.found = [item.nodeid for item in session.items]
 
-planned = [launch for launch in launches("cpu") if launch.name != "pruned"]
-checks = run_sweep("cpu", planned, Path(sys.argv[1]), time.monotonic() + 300)
-print(json.dumps([asdict(check) for check in checks]))
+
+def collected(*selection):
+    plugin = Plugin()
+    pytest.main(["--collect-only", "-p", "no:cacheprovider", *selection], [plugin])
+    return plugin.found
+
+
+steps = {step.name: collected(*step.selection) for step in STEPS if isinstance(step, Suite)}
+print(json.dumps([collected("-m", "gpu", str(TESTS)), steps]))
 """
 
 
 @pytest.mark.slow
-def test_what_is_not_installed_is_skipped_and_torch_is_swept_all_the_same(tmp_path: Path) -> None:
-    blocked, jobs = tmp_path / "blocked", tmp_path / "jobs"
-    blocked.mkdir()
-    jobs.mkdir()
-    done = python(["-c", SWEPT, str(jobs)], ROOT, without(blocked, *OPTIONAL), timeout=300)
-
+def test_every_test_for_a_gpu_is_in_just_one_step() -> None:
+    done = python(["-c", COLLECT], ROOT, new_user())
     assert done.returncode == 0, done.stderr
-    found = [Check(**check) for check in json.loads(done.stdout)]
-    assert [check.name for check in found if check.verdict == "passed"] == [
-        "digits_cnn none none torch",
-        "digits_cnn none bf16 torch",
+    every, steps = json.loads(done.stdout.splitlines()[-1])
+
+    assert Counter(name for names in steps.values() for name in names) == Counter(every)
+    assert all(steps.values())
+    assert len(every) > 30
+
+
+def run(launch: Launch, folder: Path) -> list[Check]:
+    """Run jobs on the CPU, in a folder of their own."""
+    own = folder / launch.name
+    own.mkdir()
+    return launch.run("cpu", own, Limit(300))
+
+
+@pytest.mark.slow
+def test_the_sweep_runs_on_a_cpu(tmp_path: Path) -> None:
+    wrong = (*DIGITS, "pruner=l1_global", "pruner.amount=2")
+    (refused,) = run(Launch(name="impossible", seconds=60, runtime="torch", overrides=wrong), tmp_path)
+    (absent,) = run(of_digits("tensorrt", 60), tmp_path)
+    job, store = run(next(launch for launch in launches() if launch.name == "tracked"), tmp_path)
+
+    assert (refused.name, refused.verdict) == ("impossible", "failed")
+    assert "pruner.amount=2" in refused.reason
+    assert verdict(absent) == ("not tried", "runtime=tensorrt has none of these precisions on cpu")
+    assert [(job.name, job.verdict), (store.name, store.verdict)] == [
+        ("digits_cnn none none torch", "passed"),
+        ("mlflow", "passed"),
     ]
-    skipped = {check.name: check.reason for check in found if check.verdict == "skipped"}
-    assert skipped["tracked"] == "mlflow is not installed"
-    assert skipped["removed"] == "torch_pruning is not installed"
-    assert skipped["resnet50 torch"] == "torchvision is not installed"
-    assert "onnxruntime" in skipped["digits_cnn onnxruntime"]
-    assert len(skipped) + 2 == len(found)
-
-
-def test_without_time_nothing_is_started(tmp_path: Path) -> None:
-    (check,) = run_sweep("cpu", [Launch("late", "torch", ())], tmp_path, time.monotonic() + 1)
-
-    assert (check.verdict, check.reason) == ("skipped", NO_TIME)
-    assert list(tmp_path.iterdir()) == []
+    assert job.short.startswith("b1 ")
+    assert job.figures["accuracy"] > 0.98
+    assert job.seconds is not None
+    assert (tmp_path / "cache").is_dir()
 
 
 def job(folder: Path, **changes: Any) -> Check:
     """Judge a job that finished on cuda:0 but for some changes; `error` is the type of what it failed of."""
     row = {"name": "digits_cnn none none torch", "status": "finished", "stage": "", "error": "", "device": "cuda:0"}
-    row |= {"dataset": "digits", "accuracy": 0.986, "latency_ms/b1": 0.25} | changes
+    row |= {"dataset": "digits", "accuracy": 0.986, "latency_ms/b1": 0.25}
+    row |= {name: value for name, value in changes.items() if name != "late"}
     if row["error"]:
         write_json(folder / "error.json", {"type": row["error"], "message": "it cannot be."})
-    return check_job(row, folder, "cuda:0", changes.pop("ending", "ended with exit code 1: so it was"))
+    late = changes.pop("late", None)
+    ending = late.ending if late else ("failed", "ended with exit code 1: so it was")
+    return check_job(row, folder, "cuda:0", ending, late=bool(late))
 
 
 def verdict(check: Check) -> tuple[Verdict, str]:
@@ -351,17 +314,24 @@ def test_a_job_is_judged_by_how_it_ended_where_and_by_its_answers(tmp_path: Path
     assert verdict(job(tmp_path, accuracy=0.001, dataset="fake")) == ("passed", "")
 
 
-@pytest.mark.parametrize(("error", "expected"), [("UserError", "skipped"), ("RuntimeMismatch", "failed")])
-def test_a_job_that_refuses_what_the_machine_lacks_is_skipped(tmp_path: Path, error: str, expected: Verdict) -> None:
+@pytest.mark.parametrize(("error", "expected"), [("UserError", "not tried"), ("RuntimeMismatch", "failed")])
+def test_a_job_that_refuses_what_the_machine_lacks_was_not_tried(tmp_path: Path, error: str, expected: Verdict) -> None:
     assert verdict(job(tmp_path, status="failed", error=error)) == (expected, "it cannot be.")
 
 
 def test_a_job_that_did_not_end_failed_unless_it_had_no_time_to_begin(tmp_path: Path) -> None:
-    late = "not finished when time was up"
+    late, cut = Limit(60), Limit(30, cut=True)
 
     assert verdict(job(tmp_path, status="missing")) == ("failed", "ended with exit code 1: so it was")
-    assert verdict(job(tmp_path, status="missing", ending=late)) == ("skipped", NO_TIME)
-    assert verdict(job(tmp_path, status="missing", ending=late, stage="build")) == ("failed", f"{late}, at stage build")
+    assert verdict(job(tmp_path, status="missing", late=late)) == ("not tried", NO_TIME)
+    assert verdict(job(tmp_path, status="missing", late=late, stage="build")) == (
+        "failed",
+        "not finished within 60 s, at stage build",
+    )
+    assert verdict(job(tmp_path, status="missing", late=cut, stage="build")) == (
+        "not tried",
+        f"{NO_TIME}, at stage build",
+    )
 
 
 def test_a_store_without_runs_is_a_failure(tmp_path: Path) -> None:
@@ -387,49 +357,164 @@ def green(checks: Iterable[Check]) -> bool:
 
 
 def test_a_machine_is_green_if_nothing_failed_and_torch_was_tested_and_swept() -> None:
-    skipped = Check("sweep", "digits_cnn tensorrt", "skipped", "no TensorRT")
+    left_out = Check("sweep", "digits_cnn tensorrt", "not tried", "no TensorRT")
 
-    assert green([TORCH_TESTED, TORCH_SWEPT, skipped])
+    assert green([TORCH_TESTED, TORCH_SWEPT, left_out])
     assert problem([TORCH_TESTED, TORCH_SWEPT, Check("sweep", "mlflow", "failed")]) == "1 of 3 checks failed"
-    assert problem([TORCH_TESTED, skipped]) == "nothing of torch was checked by the sweep"
-    assert problem([]) == "nothing of torch was checked by the tests or the sweep"
-    assert not green([Check("tests", "test_torch::test_it", "skipped"), TORCH_SWEPT])
+    assert problem([TORCH_TESTED, left_out]) == "nothing of torch was checked by the sweep"
+    assert problem([left_out]) == "nothing could be tried on a GPU"
+    assert not green([Check("tests", "test_torch::test_it", "not tried"), TORCH_SWEPT])
     assert not green([TORCH_TESTED, Check("sweep", "resnet50 none fp16 onnxruntime", "passed")])
 
 
-def test_a_report_says_what_was_not_checked_and_why() -> None:
-    checks = [TORCH_TESTED, Check("sweep", "tracked", "skipped", "mlflow is not installed")]
-    report = assemble(
-        {"device": "NVIDIA L4", "versions": {"torch": "2.11.0"}}, checks, "2026-11-22T10:00:00+00:00", 3.21
-    )
+def test_the_exit_code_tells_success_failure_and_nothing_tried_apart() -> None:
+    left_out = Check("sweep", "digits_cnn tensorrt", "not tried", "no TensorRT")
 
-    assert report["not_checked"] == {"sweep: tracked": "mlflow is not installed"}
-    assert report["counts"] == {"passed": 1, "skipped": 1}
-    assert report["problem"] == "nothing of torch was checked by the sweep"
-    assert report["environment"]["versions"] == {"torch": "2.11.0"}
-    assert [Check(**check) for check in report["checks"]] == checks
+    assert exit_code([TORCH_TESTED, TORCH_SWEPT, left_out]) == 0
+    assert exit_code([TORCH_TESTED, TORCH_SWEPT, Check("sweep", "mlflow", "failed")]) == 1
+    assert exit_code([TORCH_TESTED, left_out]) == 1
+    assert exit_code([left_out, Check("machine", "torch", "failed")]) == 1
+    assert exit_code([left_out]) == exit_code([]) == 2
+
+
+class Noted(Step):
+    """A step that passes."""
+
+    part = "tests"
+
+    def run(self, device: str, folder: Path, limit: Limit) -> list[Check]:
+        if self.name == "broken":
+            raise OSError("no space left")
+        return [Check(self.part, self.name, "passed", seconds=limit.seconds)]
+
+
+def steps(*names: str) -> tuple[Step, ...]:
+    return tuple(Noted(name=name, seconds=60) for name in names)
+
+
+def a_report(folder: Path, *names: str, budget_s: float = 480, spent_s: float = 0) -> Report:
+    return Report(folder / "results", GPU, steps(*names), budget_s, time.monotonic() - spent_s)
+
+
+def test_a_report_is_whole_after_every_step(tmp_path: Path) -> None:
+    report = a_report(tmp_path, "torch", "tensorrt", "speed")
+    report.write()
+    assert report.path == tmp_path / "results" / "nvidia-l4.json"
+    assert read_json(report.path)["not_tried"] == {
+        "tests: torch": BEGUN, "tests: tensorrt": NOT_REACHED, "tests: speed": NOT_REACHED
+    }  # fmt: skip
+    report.add([TORCH_TESTED])
+    found = read_json(report.path)
+
+    assert found["not_tried"] == {"tests: tensorrt": BEGUN, "tests: speed": NOT_REACHED}
+    assert found["counts"] == {"passed": 1, "not tried": 2}
+    assert found["problem"] == "nothing of torch was checked by the sweep"
+    assert found["environment"]["versions"] == {"torch": "2.11.0"}
+    assert Check(**found["checks"][0]) == TORCH_TESTED
+    assert not found["complete"]
+    report.add([])
+    report.add([TORCH_SWEPT])
+    assert read_json(report.path)["complete"]
+    assert read_json(report.path)["problem"] is None
+
+
+def test_the_limit_of_a_step_is_its_share_of_the_budget_or_what_is_left(tmp_path: Path) -> None:
+    (step,) = steps("torch")
+
+    assert a_report(tmp_path).limit(step) == Limit(60)
+    assert a_report(tmp_path, budget_s=240).limit(step) == Limit(30)
+    late = a_report(tmp_path, spent_s=450).limit(step)
+    assert (round(late.seconds), late.cut, late.ending) == (30, True, ("not tried", NO_TIME))
+
+
+def test_a_step_that_breaks_is_a_failure_and_one_without_time_is_not_started(tmp_path: Path) -> None:
+    broken, fine = steps("broken", "fine")
+    report = a_report(tmp_path)
+
+    (failed,) = command.attempt(broken, report, "cuda:0", tmp_path / "0")
+    assert verdict(failed) == ("failed", "OSError: no space left")
+    (passed,) = command.attempt(fine, report, "cuda:0", tmp_path / "1")
+    assert (passed.verdict, passed.seconds) == ("passed", 60)
+    (late,) = command.attempt(fine, a_report(tmp_path, spent_s=470), "cuda:0", tmp_path / "2")
+    assert verdict(late) == ("not tried", NO_TIME)
+    assert not (tmp_path / "2").exists()
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+from pq_sweep import gpu_check
+from pq_sweep.doctor.gpu_check import Check, Step
+from pq_sweep.doctor.gpu_check.children import run_python
+from pq_sweep.doctor.gpu_check.machine import Machine
+
+folder = Path(sys.argv.pop())
+
+
+class Quick(Step):
+    part = "tests"
+
+    def run(self, device, folder, limit):
+        return [Check(self.part, self.name, "passed")]
+
+
+class Endless(Step):
+    part = "sweep"
+
+    def run(self, device, where, limit):
+        code = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+        run_python(["-c", code, str(folder / "pid")], where, limit.seconds)
+
+
+gpu_check.look_at = lambda device: Machine({"device": "NVIDIA L4"}, "13.0")
+kinds = {"one": Quick, "two": Endless, "three": Quick}
+gpu_check.check.__defaults__ = (tuple(kind(name=name, seconds=60) for name, kind in kinds.items()),)
+sys.argv += ["--output", str(folder)]
+gpu_check.main()
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_check_that_is_stopped_leaves_a_whole_report(tmp_path: Path, stop: signal.Signals) -> None:
+    own = {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT, env=new_user() | own)
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(stop)
+    code, child = process.wait(30), int(pid.read_text())
+
+    found = read_json(tmp_path / "nvidia-l4.json")
+    assert [(check["name"], check["verdict"]) for check in found["checks"]] == [
+        ("one", "passed"), ("two", "not tried"), ("three", "not tried")
+    ]  # fmt: skip
+    assert found["not_tried"] == {"sweep: two": BEGUN, "tests: three": NOT_REACHED}
+    if stop is signal.SIGTERM:
+        assert code == 1
+        assert not alive(child)
+    else:
+        os.killpg(child, signal.SIGKILL)
 
 
 @pytest.mark.slow
 def test_tests_and_sweep_become_a_report_and_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    one = Launch("digits_cnn torch", "torch", (*DIGITS, "runtime=torch"))
-    monkeypatch.setattr(command, "launches", lambda device: [one])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    told = command.check("cpu", tmp_path / "results", budget_s=300)
+    chosen = (of_tests("torch", 60, "test_torch.py"), of_torch("plain", ()))
+    code = command.check("cpu", tmp_path / "results", 480, chosen)
 
-    assert told == "nothing of torch was checked by the tests"
     (path,) = (tmp_path / "results").iterdir()
     assert path.name == f"{slug(device_name('cpu'))}.json"
     report = json.loads(path.read_text())
-    assert report["problem"] == told
+    assert (code, report["problem"]) == (1, "nothing of torch was checked by the tests")
     assert report["environment"].keys() >= {"versions", "python", "os", "git", "gpu"}
     assert not report["environment"].keys() & {"host", "command", "slurm"}
-    reasons = {reason for name, reason in report["not_checked"].items() if name.startswith("tests: ")}
-    assert reasons == {"needs a CUDA device and torch finds none"}
-    (swept,) = (check for check in report["checks"] if check["part"] == "sweep")
-    assert (swept["name"], swept["verdict"]) == ("digits_cnn none none torch", "passed")
+    assert {reason for name, reason in report["not_tried"].items() if name.startswith("tests: ")} == {
+        "needs a CUDA device and torch finds none"
+    }
+    swept = [(check["name"], check["verdict"]) for check in report["checks"] if check["part"] == "sweep"]
+    assert swept == [("digits_cnn none none torch", "passed")]
     printed = capfd.readouterr().out
     assert str(path) in printed
     assert "digits_cnn none none torch" in printed

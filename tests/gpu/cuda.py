@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 from omegaconf import OmegaConf
 
 from pq_sweep.doctor.gpu_check.jobs import why_not
+from pq_sweep.doctor.gpu_check.packages import RUNTIMES, lacks
 from pq_sweep.inputs.datasets import fake
 from pq_sweep.inputs.models import torchvision_model
 from pq_sweep.job.run import component
@@ -26,8 +28,15 @@ def choice(group: str, name: str, **options: Any) -> Any:
     return component(OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml"), **options)
 
 
+def need(*packages: str) -> None:
+    """Skip the test unless packages are here, and say which are to be brought."""
+    if reason := lacks(packages, torch.version.cuda or ""):
+        pytest.skip(reason)
+
+
 def able(name: str, **options: Any) -> Any:
     """Return a runtime, or skip the test if it cannot run here."""
+    need(*RUNTIMES[name])
     runtime = choice("runtime", name, **options)()
     if reason := why_not(runtime, DEVICE):
         pytest.skip(reason)
@@ -36,7 +45,7 @@ def able(name: str, **options: Any) -> Any:
 
 def resnet50() -> Model:
     """Return ResNet-50 with random weights."""
-    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    need("torchvision")
     return torchvision_model(name="resnet50", weights=None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 from commands import SHORT
 from conftest import Launch, only_sweep, results
 
-from gpu.cuda import able
+from gpu.cuda import able, need
 
 pytestmark = pytest.mark.gpu
 
@@ -72,8 +71,10 @@ def test_an_option_leaves_the_answers(
     tmp_path: Path, launch: Launch, record_property: Record, runtime: str, option: str
 ) -> None:
     able(runtime)
-    if option.startswith("compile") and not (find_spec("triton") and (shutil.which("cc") or shutil.which("gcc"))):
-        pytest.skip("torch.compile needs triton and a C compiler, and one of them is missing")
+    if option.startswith("compile"):
+        need("triton")
+        if not (shutil.which("cc") or shutil.which("gcc")):
+            pytest.skip("torch.compile needs a C compiler: apt-get install gcc")
     result = job(tmp_path, launch, "quantizer=none", f"runtime={runtime}", f"runtime.{option}")
     name, value = option.split("=")
     record_property("p50_ms", f"{result['latency']['1']['p50_ms']:.3f}")

@@ -9,6 +9,8 @@ import pytest
 from commands import launch_in
 from conftest import only_sweep, results
 
+from gpu.cuda import need
+
 pytestmark = pytest.mark.gpu
 
 Record = Callable[[str, object], None]
@@ -23,7 +25,7 @@ RESNET50 = ("model=resnet50", "model.weights=null", "dataset=fake", "dataset.ima
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A job with ResNet-50 in FP32."""
-    pytest.importorskip("torchvision", reason="torchvision is not installed")
+    need("torchvision")
     folder = tmp_path_factory.mktemp("job")
     done = launch_in(folder, "device=cuda", "runtime=torch", "tracking=none", *RESNET50, *LONG)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -40,6 +42,7 @@ def seen(latency: dict[str, Any], name: str) -> Any:
     """Return what NVML said, or skip the test with the reason why it did not."""
     state = latency["device_state"]
     if name not in state:
+        need("nvidia-ml-py")
         pytest.skip(f"NVML gives no {name} here: {state['unavailable'].get(name) or state['unavailable']}")
     return state[name]
 
@@ -47,6 +50,7 @@ def seen(latency: dict[str, Any], name: str) -> Any:
 def test_the_gpu_is_named_by_nvml_as_by_torch(result: dict[str, Any]) -> None:
     gpu = result["environment"]["gpu"]
     if "name" not in gpu["nvml"]:
+        need("nvidia-ml-py")
         pytest.skip(f"NVML does not say who the GPU is: {gpu['nvml']['unavailable']}")
 
     assert gpu["nvml"]["name"] == gpu["name"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_networks import fresh
 
-from gpu.cuda import DEVICE, opened
+from gpu.cuda import DEVICE, need, opened
 from pq_sweep.measure.timing import CudaClock
 from pq_sweep.types import Model, Preprocess
 
@@ -17,9 +17,11 @@ pytestmark = pytest.mark.gpu
 
 def vit() -> Model:
     """Return a small vision transformer of torchvision's with random weights."""
-    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    need("torchvision")
+    from torchvision.models import VisionTransformer
+
     torch.manual_seed(0)
-    network = models.VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10)
+    network = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=10)
     torch.nn.init.normal_(network.heads.head.weight)  # zeros otherwise
     return Model(network.eval(), 10, Preprocess(size=32, resize=32, channels=3))
 
