@@ -1,7 +1,8 @@
 """What hardware accelerates which precision: one table, and a sentence for each thing that a device lacks.
 
 A model runs without such a feature too, but on slower units: its latency then tells about the device, not about the
-technique. `docs/hardware.md` shows the table for common devices. Importing this imports no framework.
+technique. A second table has what each GPU reaches at most. `docs/hardware.md` shows both, the first for common
+devices. Importing this imports no framework.
 """
 
 from __future__ import annotations
@@ -170,3 +171,86 @@ def lacks(precision: str, device: Gpu | Cpu, *, sparse: bool = False, tf32: bool
     """Return one sentence for each thing asked for that the device does not accelerate."""
     lacking = missing(precision, device, sparse=sparse, tf32=tf32)
     return [f"{device} has no {feature.name}: {feature.without}." for feature in lacking]
+
+
+# --- what a GPU reaches at most ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """The most that NVIDIA states of a product: 10^12 dense operations a second by precision, and GB/s of its memory.
+
+    A multiplication and an addition are two operations, also of INT8. A precision that NVIDIA states nothing of, or
+    that the product has no units for, is left out.
+    """
+
+    tera: Mapping[str, float]
+    gb_per_s: float
+    source: str
+
+    def of(self, precision: str) -> float | None:
+        """Return the peak of a precision, or of "tf32", which is FP32 where there are no units for TF32."""
+        return self.tera.get(precision, self.tera["fp32"] if precision == "tf32" else None)
+
+
+# Where a source states tensor cores only with 2:4 sparsity, half of it is the dense peak.
+HALF_OF_SPARSE = ", halved where stated with sparsity"
+V100 = "NVIDIA, V100 data sheet 1165301"
+T4 = "NVIDIA, T4 data sheet 951643; its memory: product brief PB-09256"
+A100 = "NVIDIA, A100 data sheet 1758950; A100 40 GB: Ampere Architecture In-Depth, table 1"
+GA102 = "NVIDIA, Ampere GA102 whitepaper 2.0, table 3 and appendix A"
+H100_SXM_NVL = f"NVIDIA, H100 product page and data sheet{HALF_OF_SPARSE}"
+H100_PCIE = f"NVIDIA, H100 data sheet of 2022 and 2023{HALF_OF_SPARSE}"
+H200 = f"NVIDIA, H200 product page and data sheet{HALF_OF_SPARSE}"
+L4 = f"NVIDIA, L4 data sheet{HALF_OF_SPARSE}"
+L40 = "NVIDIA, L40 and L40S data sheets"
+ADA = "NVIDIA, Ada whitepaper 2.1, appendix A"
+RTX_6000_ADA = f"NVIDIA, RTX 6000 Ada Generation data sheet{HALF_OF_SPARSE}; INT8 as FP8, FP16 half, TF32 a quarter"
+BLACKWELL = "NVIDIA, RTX Blackwell whitepaper"
+
+PEAK_COLUMNS = ("fp32", "tf32", "fp16", "bf16", "int8")
+
+
+def _row(source: str, gb_per_s: float, *tera: float | None) -> Peaks:
+    stated = zip(PEAK_COLUMNS, tera, strict=True)
+    return Peaks({precision: value for precision, value in stated if value is not None}, gb_per_s, source)
+
+
+# By the name that NVML and torch give, which tells PCIe from SXM and 40 from 80 GB, without the brand before it. On
+# GeForce, FP16 is twice as fast with sums in FP16 as in FP32; this is the former, so that no share is too high.
+PEAKS: dict[str, Peaks] = {
+    "V100-SXM2-16GB": _row(V100, 900, 15.7, None, 125, None, None),
+    "V100-SXM2-32GB": _row(V100, 900, 15.7, None, 125, None, None),
+    "V100-PCIE-16GB": _row(V100, 900, 14, None, 112, None, None),
+    "V100-PCIE-32GB": _row(V100, 900, 14, None, 112, None, None),
+    "V100S-PCIE-32GB": _row(V100, 1134, 16.4, None, 130, None, None),
+    "T4": _row(T4, 320, 8.1, None, 65, None, 130),
+    "A100-SXM4-40GB": _row(A100, 1555, 19.5, 156, 312, 312, 624),
+    "A100-PCIE-40GB": _row(A100, 1555, 19.5, 156, 312, 312, 624),
+    "A100-SXM4-80GB": _row(A100, 2039, 19.5, 156, 312, 312, 624),
+    "A100 80GB PCIe": _row(A100, 1935, 19.5, 156, 312, 312, 624),
+    "A10": _row("NVIDIA, A10 data sheet", 600, 31.2, 62.5, 125, 125, 250),
+    "A30": _row("NVIDIA, A30 data sheet", 933, 10.3, 82, 165, 165, 330),
+    "A40": _row("NVIDIA, A40 data sheet", 696, 37.4, 74.8, 149.7, 149.7, 299.3),
+    "RTX A6000": _row(GA102, 768, 38.7, 77.4, 154.8, 154.8, 309.7),
+    "GeForce RTX 3090": _row(GA102, 936, 35.6, 35.6, 142, 71, 284),
+    "H100 80GB HBM3": _row(H100_SXM_NVL, 3350, 67, 494.5, 989.5, 989.5, 1979),
+    "H100 NVL": _row(H100_SXM_NVL, 3900, 60, 417.5, 835.5, 835.5, 1670.5),
+    "H100 PCIe": _row(H100_PCIE, 2000, 51, 378, 756.5, 756.5, 1513),
+    "H200": _row(H200, 4800, 67, 494.5, 989.5, 989.5, 1979),
+    "H200 NVL": _row(H200, 4800, 60, 417.5, 835.5, 835.5, 1670.5),
+    "L4": _row(L4, 300, 30.3, 60, 121, 121, 242.5),
+    "L40": _row(L40, 864, 90.5, 90.5, 181.05, 181.05, 362),
+    "L40S": _row(L40, 864, 91.6, 183, 362.05, 362.05, 733),
+    "RTX 6000 Ada Generation": _row(RTX_6000_ADA, 960, 91.1, 182.1, 364.25, 364.25, 728.5),
+    "GeForce RTX 4090": _row(ADA, 1008, 82.6, 82.6, 330.3, 165.2, 660.6),
+    "GeForce RTX 5090": _row(BLACKWELL, 1792, 104.8, 104.8, 419, 209.5, 838),
+}
+BRANDS = ("NVIDIA ", "Tesla ")
+
+
+def peaks(name: str) -> Peaks | None:
+    """Return what NVIDIA states of a GPU of this name; None for a part of a GPU (MIG, vGPU) and any other product."""
+    for brand in BRANDS:
+        name = name.removeprefix(brand)
+    return PEAKS.get(name)

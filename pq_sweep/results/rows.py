@@ -10,6 +10,7 @@ from pq_sweep.core.files import read_json
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.groups import job_name
 from pq_sweep.core.result import Compared, Latency, Result, Speed
+from pq_sweep.results.roofline import rates
 
 Row = dict[str, Any]
 Figures = dict[str, float | None]
@@ -34,7 +35,7 @@ def metrics(result: Result) -> dict[str, float]:
     flat |= {"prep_time_s": sum(prep.values()), "baseline_accuracy": result.baseline.top1}
     flat |= {f"size_mb/{name}": size / 1e6 for name, size in result.size_bytes.formats.items()}
     flat |= {f"prep_time_s/{stage}": seconds for stage, seconds in prep.items()}
-    flat |= _speeds(result.speed) if result.speed else {}
+    flat |= _speeds(result, result.speed) if result.speed else {}
     flat |= {"evaluation_images": images["evaluation"], "images_left_out": len(images.get("left_out", ()))}
     flat["images_suspicious"] = len(images["suspicious"]) if "suspicious" in images else None
     flat["images_decoded"] = images.get("decoded")
@@ -78,11 +79,12 @@ def _memories(speed: Speed) -> Figures:
     }
 
 
-def _speeds(speed: Speed) -> Figures:
+def _speeds(result: Result, speed: Speed) -> Figures:
     """Return the figures of each batch size."""
     flat: Figures = {}
     for size, timed in speed.latency.items():
-        flat |= {f"{name}/b{size}": value for name, value in _latencies(timed).items()}
+        figures = _latencies(timed) | rates(result, int(size), timed)
+        flat |= {f"{name}/b{size}": value for name, value in figures.items()}
     for size, pair in (speed.paired or {}).items():
         low, high = pair.speedup_ci95 or (None, None)
         flat |= {f"speedup/b{size}": pair.speedup}

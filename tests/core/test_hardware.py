@@ -12,7 +12,19 @@ import torch
 from conftest import ROOT, new_user, python
 from test_environments import environment_of
 
-from pq_sweep.core.hardware import CPU, CPUINFO, GPU, Cpu, Gpu, capability, cpu_flags, lacks, missing
+from pq_sweep.core.hardware import (
+    CPU,
+    CPUINFO,
+    GPU,
+    PEAKS,
+    Cpu,
+    Gpu,
+    capability,
+    cpu_flags,
+    lacks,
+    missing,
+    peaks,
+)
 from pq_sweep.doctor.judge import has_kernels
 from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, TensorRTRTX, Torch
 
@@ -128,6 +140,75 @@ def test_no_framework_is_imported(tmp_path: Path) -> None:
     assert not {"torch", "onnxruntime", "mlflow"} & set(done.stdout.split())
 
 
+# What a GPU reaches at most
+
+
+@pytest.mark.parametrize(
+    ("name", "fp32", "gb_per_s"),
+    [
+        ("Tesla V100-SXM2-16GB", 15.7, 900),
+        ("Tesla V100-PCIE-32GB", 14, 900),
+        ("Tesla T4", 8.1, 320),
+        ("A100-SXM4-40GB", 19.5, 1555),  # as older drivers name it
+        ("NVIDIA A100-SXM4-80GB", 19.5, 2039),
+        ("NVIDIA A100-PCIE-40GB", 19.5, 1555),
+        ("NVIDIA A100 80GB PCIe", 19.5, 1935),
+        ("NVIDIA H100 80GB HBM3", 67, 3350),
+        ("NVIDIA H100 PCIe", 51, 2000),
+        ("NVIDIA H100 NVL", 60, 3900),
+        ("NVIDIA H200", 67, 4800),
+        ("NVIDIA L4", 30.3, 300),
+        ("NVIDIA L40S", 91.6, 864),
+        ("NVIDIA GeForce RTX 4090", 82.6, 1008),
+        ("NVIDIA RTX 6000 Ada Generation", 91.1, 960),
+    ],
+)
+def test_a_product_is_known_by_its_whole_name(name: str, fp32: float, gb_per_s: float) -> None:
+    found = peaks(name)
+    assert found
+    assert (found.of("fp32"), found.gb_per_s) == (fp32, gb_per_s)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+        "GRID A100-40C",
+        "NVIDIA A10G",
+        "NVIDIA A100-SXM-64GB",
+        "Tesla V100-SXM3-32GB",
+        "NVIDIA GH200 480GB",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "A100",
+        "AMD EPYC 7763",
+        "",
+    ],
+)
+def test_of_a_part_of_a_gpu_or_another_product_nothing_is_known(name: str) -> None:
+    assert peaks(name) is None
+
+
+def test_tf32_without_its_units_is_fp32() -> None:
+    v100, a100 = PEAKS["V100-SXM2-16GB"], PEAKS["A100-SXM4-40GB"]
+    assert (v100.of("tf32"), v100.of("fp16"), v100.of("int8"), v100.of("bf16")) == (15.7, 125, None, None)
+    assert (a100.of("tf32"), a100.of("fp16"), a100.of("int8"), a100.of("mixed")) == (156, 312, 624, None)
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_peaks_have_the_ratios_of_tensor_cores_without_sparsity(name: str) -> None:
+    tera = PEAKS[name].tera
+    if "int8" in tera:
+        assert tera["int8"] == pytest.approx(2 * tera["fp16"], rel=0.03)
+    if "bf16" in tera:  # on GeForce sums in FP32, of which BF16 has no others, take twice as long
+        slower = 2 if name.startswith("GeForce") else 1
+        assert tera["fp16"] == pytest.approx(slower * tera["bf16"], rel=0.01)
+        assert tera["bf16"] == pytest.approx(2 * tera["tf32"], rel=0.02)
+    assert ("bf16" in tera) is ("tf32" in tera)
+    assert tera["fp32"] < tera["fp16"]
+    assert PEAKS[name].source.startswith("NVIDIA, ")
+
+
 # The page
 
 
@@ -145,6 +226,19 @@ def test_the_page_shows_every_feature_of_the_code() -> None:
     assert {"V100", "T4", "A100", "A10", "L4", "L40", "H100", "H200", "B200"} == set(
         ", ".join(table("GPU")).split(", ")
     )
+
+
+def test_the_page_has_the_peaks_of_the_code() -> None:
+    shown = {name: row for names, row in table("product").items() for name in names.split(", ")}
+    assert list(shown) == list(PEAKS)
+    columns = ("FP32", "TF32", "FP16", "BF16", "INT8")
+    for name, row in shown.items():
+        stated = {column.lower(): float(row[column]) for column in columns if row[column] != "-"}
+        assert (stated, float(row["GB/s"]), row["source"]) == (
+            PEAKS[name].tera,
+            PEAKS[name].gb_per_s,
+            PEAKS[name].source,
+        )
 
 
 def test_the_page_has_the_flags_of_the_code() -> None:

@@ -14,8 +14,8 @@ from pq_sweep.results.sweeps import Sweep
 
 # Columns that a reader may want now and then; the page hides them at first.
 DETAILS = (
-    "top-5 %", "drop p", "sparsity", "params", "MACs", "memory MB", "energy J/image", "pays after images",
-    "runs", "range of top-1 %", "zstd MB", "compared with",
+    "top-5 %", "drop p", "sparsity", "params", "MACs", "memory MB", "energy J/image", "compute share",
+    "pays after images", "runs", "range of top-1 %", "zstd MB", "compared with",
 )  # fmt: skip
 # Columns that say what a job is; the page hides those that are the same for all jobs.
 NAMES = (
@@ -92,6 +92,7 @@ def _figures(row: Row, sweep: Sweep, sizes: list[int]) -> dict[str, Any]:
         "memory MB": row.get("peak_memory_mb"),
         "memory ratio": _ratio(other, row, "peak_memory_mb"),
         "energy J/image": row.get(f"energy_per_image_j/b{sizes[0]}") if sizes else None,
+        "compute share": row.get(f"compute_share/b{sizes[-1]}") if sizes else None,
         "prep s": row.get("prep_time_s"),
         "pays after images": _finite(payback(row, other, sizes[0]) if sizes else None),
         "unstable": row.get("unstable") or None,
