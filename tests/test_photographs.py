@@ -21,7 +21,7 @@ SHORT = ("measure.batch_sizes=[1]", "measure.threads=1", "measure.iterations=5",
 QUANTIZED = ("quantizer=none,fp16,int8", "runtime=onnxruntime")
 AMOUNTS = (0.5, 0.7)
 # Photographs; fewer than all are stratified, and pruners are further apart than so many can hide.
-EVERY, HALF, SOME = 500, 200, 120
+EVERY, FEWER, SOME = 500, 150, 120
 
 Sweep = Callable[..., tuple[Path, list[dict[str, Any]]]]
 
@@ -109,9 +109,9 @@ class Photographs:
 def pruned(sweep: Sweep, pruners: tuple[str, ...], *more: str) -> Iterator[dict[float, float]]:
     """Yield by amount how much more accurate resnet18 is after each pruner than uncompressed, by torch."""
     amounts = ",".join(map(str, AMOUNTS))
-    images = f"dataset.evaluation={HALF}"
+    images = f"dataset.evaluation={FEWER}"
     _, jobs = sweep("resnet18", images, f"pruner={','.join(pruners)}", f"pruner.amount={amounts}", *more)
-    assert {job["accuracy"]["samples"] for job in jobs} == {HALF}
+    assert {job["accuracy"]["samples"] for job in jobs} == {FEWER}
     assert jobs[0]["baseline"]["top1"] == pytest.approx(TOP1["resnet18"], abs=0.03)
     found = iter(-job["accuracy"]["drop_points"] / 100 for job in jobs)
     for _ in pruners:
