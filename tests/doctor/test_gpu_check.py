@@ -418,11 +418,12 @@ def test_a_report_is_whole_after_every_step(tmp_path: Path) -> None:
     assert read_json(report.path)["problem"] is None
 
 
-def test_the_limit_of_a_step_is_its_share_of_the_budget_or_what_is_left(tmp_path: Path) -> None:
+def test_the_limit_of_a_step_is_its_own_longer_with_the_budget_or_what_is_left(tmp_path: Path) -> None:
     (step,) = steps("torch")
 
     assert a_report(tmp_path).limit(step) == Limit(60)
-    assert a_report(tmp_path, budget_s=240).limit(step) == Limit(30)
+    assert a_report(tmp_path, budget_s=240).limit(step) == Limit(60)
+    assert a_report(tmp_path, budget_s=960).limit(step) == Limit(120)
     late = a_report(tmp_path, spent_s=450).limit(step)
     assert (round(late.seconds), late.cut, late.ending) == (30, True, ("not tried", NO_TIME))
 

@@ -51,7 +51,7 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """Checks that run together in a process, for at most `seconds` of `BUDGET_S`; `needs` are packages."""
+    """Checks that run together in a process, for at most `seconds` within `BUDGET_S`; `needs` are packages."""
 
     name: str
     seconds: float

@@ -13,7 +13,7 @@ from pq_sweep.core.hardware import cpu_name
 from pq_sweep.doctor import Facts
 from pq_sweep.doctor.children import ChildError, first_line, in_child
 from pq_sweep.doctor.gpu_check import Check, Step
-from pq_sweep.doctor.gpu_check.packages import JOBS, is_there, lacks, to_bring
+from pq_sweep.doctor.gpu_check.packages import JOBS, USEFUL, is_there, lacks, to_bring, wanted
 
 PRIVATE = ("host", "command", "slurm")  # left out, as reports are published
 
@@ -37,8 +37,8 @@ class Machine:
         return "; ".join(filter(None, [self.absent or self.broken, lacks(step.needs, self.cuda)]))
 
     def lacking(self, steps: Sequence[Step]) -> list[str]:
-        """Return what pip would have to bring for all steps."""
-        return to_bring(dict.fromkeys(package for step in steps for package in step.needs), self.cuda)
+        """Return what pip would have to bring for all steps, without a gap."""
+        return to_bring(dict.fromkeys([*(package for step in steps for package in step.needs), *USEFUL]), self.cuda)
 
 
 def look_at(device: str) -> Machine:
@@ -72,7 +72,8 @@ def by_torch(device: str) -> dict[str, Any]:
 
     cuda = torch.version.cuda or ""
     if device != "cpu" and not torch.cuda.is_available():
-        absent = f"torch {torch.__version__} finds no CUDA device here{_why()}"
+        instead = "" if cuda else f"; needs {wanted('torch', cuda)}"
+        absent = f"torch {torch.__version__} finds no CUDA device here{_why()}{instead}"
         return {"cuda": cuda, "device": None, "absent": absent}
     return {"cuda": cuda, "device": device_name(device), "absent": ""}
 

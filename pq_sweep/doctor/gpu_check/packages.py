@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterable
 from ctypes.util import find_library
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -42,6 +43,7 @@ MODULES |= {
     "mlflow": "mlflow",
     "onnx": "onnx",
     "onnxscript": "onnxscript",
+    "onnx-ir": "onnx_ir",
     "onnxruntime": "onnxruntime",
     "tensorrt": "tensorrt",
     "onnxruntime-ep-nv-tensorrt-rtx-cu13": "onnxruntime_ep_nv_tensorrt_rtx",
@@ -49,8 +51,9 @@ MODULES |= {
     "nvidia-ml-py": "pynvml",
     "triton": "triton",
 }
-GRAPH = ("onnx", "onnxscript", "onnxruntime")
-ORT = ("onnx", "onnxscript", "onnxruntime-gpu", "nvidia-curand")
+EXPORT = ("onnx", "onnxscript", "onnx-ir")
+GRAPH = (*EXPORT, "onnxruntime")
+ORT = (*EXPORT, "onnxruntime-gpu", "nvidia-curand")
 # What the runtimes need beyond torch.
 RUNTIMES: dict[str, tuple[str, ...]] = {
     "torch": (),
@@ -59,6 +62,10 @@ RUNTIMES: dict[str, tuple[str, ...]] = {
     "tensorrt_native": (*GRAPH, "tensorrt"),
     "tensorrt_rtx": (*GRAPH, "onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-rtx-cu13-bindings"),
 }
+# What is measured without it, with gaps.
+USEFUL = ("nvidia-ml-py",)
+# Each of them has TensorRT's version; 11 is not supported.
+TENSORRTS = ("tensorrt", *(f"tensorrt-cu{cuda}{part}" for cuda in (12, 13) for part in ("", "-bindings")))
 PROVIDER = "capi/libonnxruntime_providers_cuda.so"
 CURAND = "libcurand.so.10"
 
@@ -77,9 +84,8 @@ def to_bring(packages: Iterable[str], cuda: str) -> list[str]:
 @cache
 def is_there(package: str) -> bool:
     """Say whether a package is installed, without importing it."""
-    if package == "onnxruntime-gpu":
-        return _has_provider()
-    return _has_curand() if package == "nvidia-curand" else is_module(MODULES[package])
+    other = {"onnxruntime-gpu": _has_provider, "nvidia-curand": _has_curand, "tensorrt": _has_tensorrt}
+    return other[package]() if package in other else is_module(MODULES[package])
 
 
 def is_module(name: str) -> bool:
@@ -101,6 +107,18 @@ def _has_curand() -> bool:
     folders = [folder for place in sys.path for folder in Path(place).glob("nvidia/*/lib")]
     folders += map(Path, filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)))
     return any((folder / CURAND).exists() for folder in folders) or find_library("curand") is not None
+
+
+def _has_tensorrt() -> bool:
+    """Say whether TensorRT is there, in no version but 10."""
+    return is_module("tensorrt") and all(found.startswith("10.") for found in map(_version, TENSORRTS) if found)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
 
 
 def wanted(package: str, cuda: str) -> str:
@@ -127,7 +145,7 @@ def _named(package: str, pins: dict[str, str]) -> str:
 def _pins(environment: str) -> dict[str, str]:
     """Return the versions of an environment file, without torchvision's, which follows from that of torch."""
     pins = dict(re.findall(r"^ +- ([\w-]+)==(\S+)$", (ROOT / environment).read_text(), re.MULTILINE))
-    return {name: version for name, version in pins.items() if name != "torchvision"}
+    return {name: pin for name, pin in pins.items() if name != "torchvision"}
 
 
 @cache

@@ -47,9 +47,9 @@ class Report:
         return self.folder / f"{slug(device) + NOT_TRIED * hopeless if device else NO_GPU}.json"
 
     def limit(self, step: Step) -> Limit:
-        """Return how long a step may take now."""
+        """Return how long a step may take now: a larger budget makes limits longer, a smaller one leaves out steps."""
         left = self.start + self.budget_s - time.monotonic()
-        own = step.seconds * self.budget_s / BUDGET_S
+        own = step.seconds * max(1.0, self.budget_s / BUDGET_S)
         return Limit(min(own, left), cut=left < own)
 
     def add(self, checks: Sequence[Check]) -> None:
@@ -127,10 +127,10 @@ def told(check: Check) -> str:
 
 def _draw_table(checks: Sequence[Check]) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table("part", "check", "verdict", "s", "figure or reason", header_style="bold")
+    table = Table("part", Column("check", overflow="fold"), "verdict", "s", "figure or reason", header_style="bold")
     for check in checks:
         seconds = "" if check.seconds is None else f"{check.seconds:.1f}"
         verdict = Text(check.verdict, COLOURS[check.verdict])
