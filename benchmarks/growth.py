@@ -28,10 +28,10 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from pq_sweep.core.folder import SweepFolder
 from pq_sweep.results.sweeps import read_sweep
 from pq_sweep.results.terminal import tables
 from pq_sweep.tracking.tracker import Mlflow
-from pq_sweep.tracking.view import BEGUN
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch.py"
 SHORT = [
@@ -131,7 +131,7 @@ def look(pid: int) -> Seen | None:
 
 def logged_s(sweep: Path, folder: Path) -> float:
     """Log the jobs of a sweep into an empty store and return the median seconds of all but the first."""
-    shutil.rmtree(sweep / BEGUN)  # as before the sweep
+    shutil.rmtree(SweepFolder(sweep).begun)  # as before the sweep
     tracker = Mlflow(f"sqlite:///{folder}/empty.db", "growth")
     tracker.begin(sweep)
     jobs = [sweep / row["job"] for row in read_sweep(sweep).rows]

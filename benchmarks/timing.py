@@ -39,7 +39,7 @@ def protocol(seconds: float) -> Protocol:
     warmup = {"warmup_iterations": 3, "warmup_s": 0.05, "window": None, "agreement": 0.0, "warmup_max_s": 0.0}
     sampling = {"min_iterations": 5, "iterations": 5, "min_s": seconds, "max_s": seconds, "interval": 0.0}
     rest = {"name": "benchmark", "batch_sizes": [], "eval_batch_size": 1, "threads": None, "paired": False}
-    return Protocol(**warmup, **sampling, **rest, repeats=1)
+    return Protocol(**warmup, **sampling, **rest, repeats=1, retries=0)
 
 
 def theirs_torch(session: Session, images: torch.Tensor, seconds: float) -> float:
