@@ -54,7 +54,7 @@ def server(database: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @dataclass
 class Many:
-    """A sweep of 32 small jobs, eight at a time, on a cluster and a database of its own."""
+    """A sweep of 24 small jobs, eight at a time, on a cluster and a database of its own."""
 
     site: Site
     store: str
@@ -80,7 +80,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
         slurm = until_the_end(stack, cluster(stack.enter_context(short_folder())))
         store = until_the_end(stack, postgres(folder)).uri
         site = site_in(folder, slurm, store)
-        amounts = ",".join(str(number / 50) for number in range(32))
+        amounts = ",".join(str(number / 50) for number in range(24))
         step_back = f"srun_args=['--task-prolog={folder}/step_back']"
         size = ("array_parallelism=8", "gpus_per_node=0", "cpus_per_task=1", step_back)
         grid = ("pruner=l1_global", f"pruner.amount={amounts}", *(f"hydra.launcher.{option}" for option in size))
