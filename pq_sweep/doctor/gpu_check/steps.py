@@ -11,7 +11,7 @@ from pq_sweep.doctor.gpu_check.suite import Suite
 DIGITS = ("model=digits_cnn", "dataset=digits")
 ALL = tuple(PRECISIONS)
 STORE = "tracking.uri=sqlite:///mlflow.db"
-TIMES = "test_speed.py::test_device_time_is_that_of_other_cuda_events"
+RESNET50_TIMES, ENGINE_TIMES = "other_cuda_events or torchs_tools or explains", "trtexec"
 
 
 def of_digits(runtime: str, seconds: float) -> Launch:
@@ -45,11 +45,12 @@ def of_tests(name: str, seconds: float, *selected: str, keyword: str = "", needs
 
 # Jobs first, before the process of the tests uses the GPU, which may be set to allow a single process.
 ANSWERS = ("test_answers.py", "test_sessions.py")
+RESNET50_ENGINE = ("torchvision", *RUNTIMES["tensorrt_native"])
 STEPS: tuple[Step, ...] = (
     of_tests("torch", 60, "test_torch.py"),
     of_digits("torch", 60),
     of_tests("onnxruntime", 100, *ANSWERS, keyword="onnxruntime", needs=RUNTIMES["onnxruntime"]),
-    of_tests("times of resnet50", 60, TIMES, needs=("torchvision",)),
+    of_tests("times of resnet50", 60, "test_speed.py", keyword=RESNET50_TIMES, needs=("torchvision",)),
     of_images("resnet50", "torch", 60, *ALL),
     of_images("vit_b_16", "torch", 60, "none", "fp16"),
     of_images("vit_b_16", "onnxruntime", 90, "none", "fp16"),
@@ -57,6 +58,7 @@ STEPS: tuple[Step, ...] = (
     of_tests("memory, clocks and energy", 60, "test_device.py", needs=("torchvision",)),
     of_tests("tensorrt_native", 120, *ANSWERS, keyword="tensorrt_native", needs=RUNTIMES["tensorrt_native"]),
     of_tests("tensorrt", 120, *ANSWERS, keyword="tensorrt and not tensorrt_native", needs=RUNTIMES["tensorrt"]),
+    of_tests("times of an engine", 120, "test_speed.py", keyword=ENGINE_TIMES, needs=RESNET50_ENGINE),
     of_digits("onnxruntime", 60),
     of_digits("tensorrt_native", 90),
     of_digits("tensorrt", 90),
@@ -69,6 +71,6 @@ STEPS: tuple[Step, ...] = (
     of_torch("pruned", (), "pruner=l1_global", "recovery=bn_reestimate,finetune"),
     of_torch("removed", ("torch-pruning",), "pruner=remove", "recovery=finetune"),
     of_torch("tracked", ("mlflow",), "tracking=mlflow", STORE),
-    of_tests("further times", 90, "test_speed.py", keyword=f"not {TIMES.partition('::')[2]}"),
+    of_tests("further times", 90, "test_speed.py", keyword=f"not ({RESNET50_TIMES} or {ENGINE_TIMES})"),
     of_tests("several GPUs", 60, "test_sessions.py", keyword="each_gpu"),
 )
