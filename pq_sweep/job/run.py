@@ -82,20 +82,16 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
     with stage.keeping_errors():
         check(cfg)
         plan = prepare(cfg, stage)
-        with stage("load"):
-            model, data = load(cfg, plan.work.device)
-        note_files(cfg, stage)
+        model, data = load_noted(plan, stage)
         with stage("baseline"):
             baseline = load_baseline(cfg, model, data, plan.work, plan.protocol)
         pruning, recovery = compress(plan, model, data, stage)
         network, formats = look_at_network(model, data, baseline, stage)
         notes = describe_notes(model, data, network, pruning, recovery)
-        with noting(cfg.quantizer, cfg.runtime):
-            session = plan.runtime.open(model, plan.quantizer, data, plan.work)
+        session = open_session(plan, model, data)
         del model  # from here on only the session holds memory
         save_layers(session, baseline, stage.files)
         ran = describe_session(session, precision_of(plan.quantizer), folder)
-        sizes = describe_sizes(session, baseline.result.size_bytes, formats)
         environment = describe(plan.work.device, plan.work.threads)
         accuracy, speed = measure(plan, session, data, baseline, stage, ran.sha256)
         result = Result(
@@ -108,7 +104,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             speed=speed,
             network=network,
             images=describe_images(data),
-            size_bytes=sizes,
+            size_bytes=describe_sizes(session, baseline.result.size_bytes, formats),
             preparation=stage.preparation,
             baseline=baseline.result,
             session=ran,
@@ -120,6 +116,20 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         note_files(cfg, stage)
         save(stage, result, pruning)
     return result
+
+
+def load_noted(plan: Plan, stage: Stages) -> tuple[Model, Data]:
+    """Load model and data, and write which files their functions opened."""
+    with stage("load"):
+        model, data = load(plan.cfg, plan.work.device)
+    note_files(plan.cfg, stage)
+    return model, data
+
+
+def open_session(plan: Plan, model: Model, data: Data) -> Session:
+    """Have the runtime make the artifact and open it, and note which files that opens."""
+    with noting(plan.cfg.quantizer, plan.cfg.runtime):
+        return plan.runtime.open(model, plan.quantizer, data, plan.work)
 
 
 def prepare(cfg: DictConfig, stage: Stages) -> Plan:
