@@ -50,6 +50,8 @@ class Calibrated:
         model = onnx.ModelProto()
         model.CopyFrom(self.model)  # the quantizer changes what it is given
         left_out = [*sharing(self.model, exclude or []), *_shared_tables(self.model)]
+        if self.options["op_types_to_quantize"] == TENSORRT_OPERATORS:
+            left_out += _sums_with_constants(self.model)
         chosen = {"nodes_to_quantize": sharing(self.model, only or []), "nodes_to_exclude": left_out}
         writer = QDQQuantizer(model, tensors_range=self.ranges, per_channel=True, **chosen, **self.options)
         with _quiet_about_vectors():
@@ -145,6 +147,12 @@ def _shared_tables(graph: onnx.ModelProto) -> list[str]:
     layers, operators = layer_weights(graph), {node.name: node.op_type for node in graph.graph.node}
     matrices = {name for node, names in layers.items() if operators[node] in MATRIX_OPERATORS for name in names}
     return [node for node, names in layers.items() if operators[node] == "Gather" and matrices & set(names)]
+
+
+def _sums_with_constants(graph: onnx.ModelProto) -> list[str]:
+    """Name the sums of an activation and a constant: only residual sums are in 8 bit, and TensorRT takes no others."""
+    constants = {item.name for item in graph.graph.initializer}
+    return [node.name for node in graph.graph.node if node.op_type == "Add" and constants & set(node.input)]
 
 
 def give_each_its_own(graph: onnx.ModelProto) -> bool:

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -63,6 +64,7 @@ class TensorRTNative(EngineBuilder):
         """
         library, folder = self.library(), JobFolder(work.folder).engine
         messages = collector(library)
+        messages.forget()
 
         def build() -> Any:
             if not (folder / ENGINE).exists():
@@ -176,12 +178,19 @@ def typing_flag(library: Any, precision: str) -> int:
     return 0
 
 
+@cache
 def collector(library: Any) -> Any:
-    """Return a logger that keeps TensorRT's errors, its warnings, and its messages about sparse kernels."""
+    """Return the logger of this process, which keeps TensorRT's errors, warnings, and messages about sparse kernels.
+
+    TensorRT tells the first logger everything while anything lives that was made with it, whatever others it is given.
+    """
 
     class Messages(library.ILogger):
         def __init__(self) -> None:
             super().__init__()
+            self.forget()
+
+        def forget(self) -> None:
             self.errors: list[str] = []
             self.warnings: list[str] = []
             self.sparsity: list[str] = []

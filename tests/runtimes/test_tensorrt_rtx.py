@@ -25,6 +25,7 @@ from hydra.errors import InstantiationException
 from independent import relative_error, runtime, torch_logits
 from mlflow import MlflowClient
 from onnx import ModelProto, helper, numpy_helper
+from torch import Tensor, nn
 
 from pq_sweep.compress import quantizers
 from pq_sweep.core.cache import Cache
@@ -104,6 +105,29 @@ def test_graphs_of_the_digits_network_are_built(
     session, folder = built(tmp_path, *made("digits_cnn"), QUANTIZERS[precision], capability)
     check(session, folder, precision)
     assert capability in session.engine
+
+
+class Shifted(nn.Module):
+    """The digits' network with a constant that is added to what it is given."""
+
+    def __init__(self, constant: Tensor) -> None:
+        super().__init__()
+        self.inner = digits_cnn().module
+        self.register_buffer("constant", constant)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.constant + x)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (1, 8, 8)], ids=str)
+def test_sums_with_constants_are_left_to_the_builder(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """As in torchvision's GoogLeNet and Inception, which change the normalisation of images."""
+    plain = digits_cnn()
+    model = Model(Shifted(torch.full(shape, 0.25)).eval(), 10, plain.preprocess)
+    session, folder = built(tmp_path, model, digits(plain), QUANTIZERS["int8"])
+    check(session, folder, "int8")
+    residual = [node for node in onnx.load(folder.parent / "model.onnx").graph.node if node.op_type == "Add"]
+    assert sum(all("Dequantize" in name for name in node.input) for node in residual) > 0
 
 
 @pytest.mark.parametrize("keep", ["fp32", "fp16"])
@@ -197,6 +221,24 @@ def test_a_graph_that_is_wrong_is_refused_with_its_reason(int8_graph: Path, tmp_
     work = Workspace(tmp_path, "cpu", 1, Stages(tmp_path, ""), batch_sizes=(1,))
     with pytest.raises(RuntimeMismatch, match=reason):
         builder.engine(tmp_path / "model.onnx", "int8", digits_cnn(), work, lambda *_: None)
+
+
+def test_what_one_build_is_told_is_not_lost_after_another_failed(
+    made: Callable[[str], tuple[Model, Data]], int8_graph: Path, tmp_path: Path
+) -> None:
+    """TensorRT tells the first logger of a process everything while a builder of its own is held, as by a traceback."""
+    kept = []
+    for name, (change, reason) in WRONG.items():
+        model = onnx.load(int8_graph)
+        change(model)
+        (tmp_path / name).mkdir()
+        onnx.save(model, tmp_path / name / "model.onnx")
+        work = Workspace(tmp_path / name, "cpu", 1, Stages(tmp_path / name, ""), batch_sizes=(1,))
+        with pytest.raises(RuntimeMismatch, match=reason) as caught:
+            options(build_only=True).engine(tmp_path / name / "model.onnx", "int8", digits_cnn(), work, lambda *_: None)
+        kept.append(caught.value)
+    session, _ = built(tmp_path / "sound", *made("digits_cnn"), QUANTIZERS["int8"])
+    assert session.details["builder_warnings"] == []
 
 
 def test_an_engine_in_the_cache_is_not_built_again(made: Callable[[str], tuple[Model, Data]], tmp_path: Path) -> None:
