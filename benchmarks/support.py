@@ -356,9 +356,9 @@ logits against the FP32 network's (200 dB: equal).
   signal-to-noise ratio is that of a network that nobody has repaired.
 - `export`, `fp16` and `int8` run the ONNX graph under ONNX Runtime; `int8` is calibrated on {images} images. With
   `remove + int8` the ratio is against the FP32 network that was left after removal.
-- `TensorRT builds`: NVIDIA's own parser and builder, those of TensorRT-RTX {rtx}, made engines of the FP32, FP16 and
-  INT8 graphs for compute capability 8.0 and 8.9 without a warning. The seconds are of all of them with the export, the
-  size is that of the INT8 engine for 8.9. None of them ran: that needs a GPU.
+- `TensorRT builds`: NVIDIA's own parser and builder, those of TensorRT-RTX {rtx}, made engines of the FP32, FP16
+  and INT8 graphs for compute capability 8.0 and 8.9 without a warning. The seconds are of all of them with the export,
+  the size is that of the INT8 engine for 8.9. None of them ran: that needs a GPU.
 - Weights are `trained` where they were at hand; `random` ones (BatchNorm measured on images) show that a technique
   works, not how well: for accuracy, run a sweep.
 
