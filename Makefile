@@ -41,7 +41,7 @@ test-all: install-tests
 
 # While working on something: what takes seconds; less than two minutes on two cores.
 test-fast: install-tests
-	$(BIN)/pytest $(PARALLEL) --numprocesses 2 -m "not slow and not slurm"
+	$(BIN)/pytest --numprocesses 2 -m "not slow and not slurm"
 
 lint: install-tests
 	$(BIN)/ruff check .

@@ -17,14 +17,15 @@ from functools import cache, partial
 from glob import glob
 from importlib.util import source_from_cache
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.environment import cache_home
+from pq_sweep.core.options import is_ours
 from pq_sweep.core.places import LEFT_BEHIND, SWEEP, forget_folders, state_of
 from pq_sweep.core.sources import INSTALLED, PACKAGE, STANDARD
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # What was opened, by kind of look and path, each with the state that it had then.
 Opened = dict[str, dict[str, Any]]
@@ -42,15 +43,17 @@ ACTIVE: list[str] = []
 @contextmanager
 def noting(*components: DictConfig) -> Iterator[None]:
     """Note the files that are opened inside as those of the components, unless these are this package's."""
-    names = [_package(options) for options in components if not _is_ours(options)]
+    names = _packages(components)
     if not names:
         yield
         return
     _listen()
     with ExitStack() as stack:
-        for module in ("safetensors", "safetensors.torch", "safetensors.numpy"):
-            if found := getattr(sys.modules.get(module), "safe_open", None):
-                stack.enter_context(patch(f"{module}.safe_open", partial(_open_safely, found)))
+        for name in ("safetensors", "safetensors.torch", "safetensors.numpy"):
+            module: Any = sys.modules.get(name)
+            if found := getattr(module, "safe_open", None):
+                stack.callback(setattr, module, "safe_open", found)
+                module.safe_open = partial(_open_safely, found)
         ACTIVE.extend(names)
         try:
             yield
@@ -64,7 +67,7 @@ def opened(components: Iterable[DictConfig], own: Path) -> Opened:
     What they wrote themselves, or what was changed meanwhile, is left out.
     """
     found: dict[str, set[str]] = {kind: set() for kind in LOOKS}
-    for name in {_package(options) for options in components if not _is_ours(options)}:
+    for name in set(_packages(components)):
         for (kind, path), before in list(FOUND[name].items()):
             if path not in WRITTEN and not Path(path).is_relative_to(own) and before == _mark(kind, path):
                 found[kind].add(path)
@@ -90,13 +93,10 @@ def look_again() -> None:
     forget_folders()
 
 
-def _is_ours(options: DictConfig) -> bool:
-    return str(options.get("_target_", "pq_sweep.")).startswith("pq_sweep.")
-
-
-def _package(options: DictConfig) -> str:
-    """Return the package or module at the top that a component is of."""
-    return str(options._target_).partition(".")[0]
+def _packages(components: Iterable[DictConfig]) -> list[str]:
+    """Return the package or module at the top of each component that is none of this package's."""
+    targets = [str(each._target_) for each in components if "_target_" in each and not is_ours(each)]
+    return [target.partition(".")[0] for target in targets]
 
 
 @cache

@@ -93,9 +93,7 @@ class Reader(ast.NodeVisitor):
             return
         self.found.names.append(base)
         for alias in node.names:
-            if (
-                alias.name == "*"
-            ):  # which takes the submodules that the package names in __all__, perhaps by a computation
+            if alias.name == "*":  # takes the submodules that the package names in __all__, perhaps computed
                 self.found.packages.append(base)
             else:
                 self.found.names.append(f"{base}.{alias.name}")

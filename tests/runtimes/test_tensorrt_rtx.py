@@ -179,35 +179,21 @@ def with_integer_bias(model: ModelProto) -> None:
     conv.input[2] = "bias_float"
 
 
-def zero_points(model: ModelProto, kind: type[np.generic], value: int, operator: str) -> None:
-    for number, node in enumerate([node for node in model.graph.node if node.op_type == operator]):
-        model.graph.initializer.append(numpy_helper.from_array(kind(value), f"zero_{number}"))
-        del node.input[2:]
-        node.input.append(f"zero_{number}")
-
-
-def with_zero_point(model: ModelProto) -> None:
-    activations = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    zero_points(model, np.int8, 3, "QuantizeLinear")
-    for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in activations:
+def with_zero_points(kind: type[np.generic], value: int, model: ModelProto) -> None:
+    """Give each activation a zero point, where it is quantized and where it is dequantized."""
+    graph = model.graph
+    graph.initializer.append(numpy_helper.from_array(kind(value), "zero"))
+    activations = {node.output[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear" or (node.op_type == "DequantizeLinear" and node.input[0] in activations):
             del node.input[2:]
-            node.input.append("zero_0")
-
-
-def with_unsigned_activations(model: ModelProto) -> None:
-    activations = {node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
-    zero_points(model, np.uint8, 0, "QuantizeLinear")
-    for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.input[0] in activations:
-            del node.input[2:]
-            node.input.append("zero_0")
+            node.input.append("zero")
 
 
 WRONG: dict[str, tuple[Callable[[ModelProto], None], str]] = {
     "INT32 bias": (with_integer_bias, r"(?i)int32"),
-    "zero points": (with_zero_point, r"(?i)zero.?point"),
-    "unsigned activations": (with_unsigned_activations, r"(?i)uint8"),
+    "zero points": (partial(with_zero_points, np.int8, 3), r"(?i)zero.?point"),
+    "unsigned activations": (partial(with_zero_points, np.uint8, 0), r"(?i)uint8"),
 }
 
 
