@@ -107,11 +107,13 @@ def test_paper_and_the_differences_from_it_are_stated(name: str) -> None:
     assert header(name).keys() >= {"Shows", "Grid", "Paper", "Differs"}
 
 
+@pytest.mark.slow
 @every_grid
 def test_grid_has_as_many_jobs_as_stated(name: str) -> None:
     assert len(jobs_of(name)) == int(header(name)["Jobs"])
 
 
+@pytest.mark.slow
 @every_grid
 def test_grid_repeats_no_job(name: str) -> None:
     overrides = [tuple(sorted(job.hydra.overrides.task)) for job in jobs_of(name)]
@@ -136,6 +138,7 @@ def test_gpu_is_demanded_where_tensorrt_is(name: str) -> None:
     assert ("needs CUDA" in header(name)["Run"]) == all(job.device == "cuda" for job in jobs_of(name))
 
 
+@pytest.mark.slow
 def test_smoke_covers_the_groups() -> None:
     groups = ("pruner", "recovery", "quantizer", "runtime")
     assert {group: len(chosen("smoke", group)) for group in groups} == dict.fromkeys(groups, 2)

@@ -54,6 +54,7 @@ def hits(case: Case, path: Path) -> int:
     return int((onnx_logits(path, case.images).argmax(1) == labels).sum())
 
 
+@pytest.mark.slow
 def test_the_fragile_network_is_whole_in_fp32_and_broken_in_int8(fragile: Case, tmp_path: Path) -> None:
     before = digits_cnn()
     assert relative_error(torch_logits(before.module, fragile.images), fragile.logits) < 1e-4
@@ -63,6 +64,7 @@ def test_the_fragile_network_is_whole_in_fp32_and_broken_in_int8(fragile: Case, 
     assert hits(fragile, fragile.source) > hits(fragile, tmp_path / "model.onnx") + 50
 
 
+@pytest.mark.slow
 @each_form
 def test_keeps_what_breaks_and_nothing_else(fragile: Case, tmp_path: Path, form: str) -> None:
     record = quantize("mixed", fragile, tmp_path / "model.onnx", form, max_drop=0.0)
@@ -76,6 +78,7 @@ def test_keeps_what_breaks_and_nothing_else(fragile: Case, tmp_path: Path, form:
     assert record["calibration_drop_points"] <= 0
 
 
+@pytest.mark.slow
 def test_noise_of_a_layer_is_what_quantizing_it_alone_adds(fragile: Case, tmp_path: Path) -> None:
     record = quantize("mixed", fragile, tmp_path / "model.onnx")
     noise = {layer["name"]: layer["snr_db"] for layer in record["layers"]}
@@ -105,6 +108,7 @@ def test_a_sound_network_keeps_nothing(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_more_may_be_lost_with_a_larger_max_drop(fragile: Case, tmp_path: Path) -> None:
     kept = [
         quantize("mixed", fragile, tmp_path / "model.onnx", max_drop=drop)["kept_layers"] for drop in (0.0, 20.0, 100.0)

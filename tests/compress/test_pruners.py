@@ -441,6 +441,7 @@ def onnx_weights(path: Path) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_the_pattern_is_in_the_exported_graph(data: Data, tmp_path: Path) -> None:
     model = digits_cnn()
     pruners.nm_sparsity(model, data, n=2, m=4)

@@ -345,6 +345,7 @@ class Tokens(nn.Module):
         return self.head(torch.relu(self.mix(tokens)).mean(1))
 
 
+@pytest.mark.slow
 @each_quantizer_with_exclude
 @pytest.mark.parametrize("pattern", ["mix", "mix.weight", "mi*"])
 def test_a_layer_over_tokens_is_excluded_by_its_parameter_name(
@@ -389,6 +390,7 @@ class Summed(nn.Module):
         return self.head(nn.functional.adaptive_avg_pool2d(down + right, 4).flatten(1))
 
 
+@pytest.mark.slow
 def test_fp16_of_a_tensor_that_two_operators_need_in_fp32(tmp_path: Path) -> None:
     model = replace(digits_cnn(), module=Summed().eval())
     case = exported(model, digits(model), tmp_path)

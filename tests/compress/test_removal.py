@@ -529,6 +529,7 @@ def test_shuffle_blocks_in_a_network_of_ones_own(data: Data) -> None:
     assert close(model.module(images), without_the_removed(whole, model.module)(images))
 
 
+@pytest.mark.slow
 def test_swin_keeps_whole_heads() -> None:
     model = configured("swin_t")
     removal.remove(model, NO_DATA, **REMOVE)
@@ -545,6 +546,7 @@ def test_swin_keeps_whole_heads() -> None:
     assert [(part.dim, part.norm.normalized_shape[0]) for part in merging] == [(48, 192), (96, 384), (192, 768)]
 
 
+@pytest.mark.slow
 def test_the_second_swin() -> None:
     model = torchvision_model(name="swin_v2_t", weights=None, num_classes=10)
     model = replace(model, preprocess=replace(model.preprocess, size=64))

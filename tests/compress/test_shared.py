@@ -254,6 +254,7 @@ def square(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Path]:
     return model, path
 
 
+@pytest.mark.slow
 def test_the_dynamic_quantizer_transposes_a_shared_weight_for_each_layer(
     square: tuple[Model, Path], data: Data, tmp_path: Path
 ) -> None:

@@ -317,6 +317,7 @@ def test_threads_are_those_asked_for(jobs: Jobs, name: str, threads: int) -> Non
 # The reference
 
 
+@pytest.mark.slow
 def test_the_baseline_is_measured_once(tmp_path: Path) -> None:
     def stamps() -> dict[str, int]:
         return {str(path): path.stat().st_mtime_ns for path in (tmp_path / "sweep" / "baseline").glob("*/*.[jnp]*")}
@@ -331,6 +332,7 @@ def test_the_baseline_is_measured_once(tmp_path: Path) -> None:
     assert first.result["baseline"] == second.result["baseline"]
 
 
+@pytest.mark.slow
 def test_other_weights_have_their_own_baseline(tmp_path: Path) -> None:
     torch.manual_seed(5)
     torch.save(digits_cnn(weights=None).module.state_dict(), tmp_path / "other.pt")
@@ -473,6 +475,7 @@ def test_a_job_that_fails_later_replaces_its_result(tmp_path: Path) -> None:
     assert not (done.folder / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_plain_job_leaves_no_record_of_an_earlier_removal(tmp_path: Path) -> None:
     """Whoever builds the network again from the folder would remove channels that are there."""
     run(tmp_path / "sweep" / "0", *JOBS["removed"])

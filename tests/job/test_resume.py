@@ -460,6 +460,7 @@ def test_what_was_kept_is_taken(tmp_path: Path) -> None:
     assert not list((tmp_path / "0").glob("*.kept.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keep_everything")
 def test_a_truncated_network_is_made_again(tmp_path: Path) -> None:
     expected = run(tmp_path / "whole" / "0", *FAST_TRAINED)
@@ -476,6 +477,7 @@ def test_a_truncated_network_is_made_again(tmp_path: Path) -> None:
     assert (predictions[0] == predictions[1]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keep_everything")
 @pytest.mark.parametrize("other", ["seed=1", "recovery.lr=0.002", "dataset.calibration=100"])
 def test_another_job_starts_from_scratch(tmp_path: Path, other: str) -> None:

@@ -48,6 +48,7 @@ def test_graphs_of_every_precision_are_read(tmp_path: Path, quantizer: str) -> N
     assert all(layer["nonzero"] > 0.9 * layer["weights"] for layer in found["after"].values())
 
 
+@pytest.mark.slow
 def test_removed_channels_are_fewer_weights(tmp_path: Path) -> None:
     found = described(tmp_path, "pruner=remove", "pruner.amount=0.5", "runtime=onnxruntime")
     inner = found["after"]["body.0.weight"]

@@ -51,6 +51,7 @@ def wait_for(done: Callable[[], bool], seconds: float = 20) -> bool:
     return done()
 
 
+@pytest.mark.slow
 def test_a_gpu_is_sampled_by_another_process(driver: Driver) -> None:
     driver(others=[NOBODY], reasons=0x4)
     with Monitor("cuda:0") as watched:

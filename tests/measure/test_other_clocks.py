@@ -59,6 +59,7 @@ def test_events_of_calls_in_flight_have_the_slower_of_device_and_host(
     assert in_flight_ms(call, 20) == pytest.approx(expected_ms, rel=0.02)
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_enqueued_alone_answers_as_its_session(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

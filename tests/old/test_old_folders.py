@@ -87,6 +87,7 @@ def test_a_result_is_read_without_loss(folder: Path) -> None:
     assert json.loads(json.dumps(Result.of(plain).plain())) == plain
 
 
+@pytest.mark.slow
 def test_the_recommendation_has_the_figures_of_the_table(work: Path) -> None:
     rows = {row["job"]: row for row in table(DATA / SWEEP / "results.csv")}
     done = ran(work, "pq_sweep.recommend", str(SWEEP), "--max-accuracy-drop", "1", "--json")
@@ -275,6 +276,7 @@ def test_an_export_is_as_good_as_its_card_says() -> None:
     assert right / 500 == pytest.approx(0.508, abs=0.004)
 
 
+@pytest.mark.slow
 def test_the_cache_of_the_time_is_listed_read_and_made_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(DATA / "cache", cache)

@@ -98,6 +98,7 @@ def test_without_a_job_within_the_limits_it_says_how_far_they_would_have_to_go(s
     assert "it would take size 20 MB (job 1), or accuracy_drop 3 points (job 2)" in done.stdout
 
 
+@pytest.mark.slow
 def test_jobs_of_several_devices_are_not_mixed(sweep: Path) -> None:
     write_result(sweep, "3", result(1.0, 0.0, 5.0, "A100"))
     done = recommend(sweep)
@@ -108,6 +109,7 @@ def test_jobs_of_several_devices_are_not_mixed(sweep: Path) -> None:
     assert told(sweep, "--device", "V100", "--max-accuracy-drop", "1")["winner"]["job"] == "1"
 
 
+@pytest.mark.slow
 def test_jobs_of_several_datasets_are_not_mixed(sweep: Path) -> None:
     jobs = [announced(str(number), amount=number / 10, dataset="digits") for number in range(3)]
     write_manifest(sweep, *jobs, announced("3", dataset="letters"))

@@ -68,6 +68,7 @@ def test_every_job_stands_beside_the_uncompressed_one(dozen: Sweep) -> None:
     assert baselines(dozen) == []
 
 
+@pytest.mark.slow
 def test_without_an_uncompressed_job_the_command_that_runs_it_is_told(tmp_path: Path) -> None:
     job = announced("0") | {"overrides": ["pruner=l1_global", "pruner.amount=0.5", "measure.batch_sizes=[1,8]"]}
     folder = write_manifest(tmp_path / "sweep", job, job | {"folder": "1"})
@@ -219,6 +220,7 @@ def test_page_figures_and_tables_are_written(dozen: Sweep, tmp_path: Path) -> No
     assert "l1\\_global" in (tmp_path / "tables" / "comparison.tex").read_text()
 
 
+@pytest.mark.slow
 def test_by_default_the_page_lies_in_the_sweeps_folder(dozen: Sweep, tmp_path: Path) -> None:
     assert told(tmp_path, str(dozen.folder)).stdout == f"report: {dozen.folder}/report.html\n"
 

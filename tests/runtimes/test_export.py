@@ -128,6 +128,7 @@ def test_a_traced_graph_takes_the_weights_of_any_network_of_its_structure(tmp_pa
         check_export(one, tmp_path / "filled.onnx")
 
 
+@pytest.mark.slow
 def test_a_traced_graph_holds_no_weights(tmp_path: Path) -> None:
     trace(attention(), tmp_path / "traced.onnx")
 

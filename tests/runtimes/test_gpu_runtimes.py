@@ -419,6 +419,7 @@ def test_tensorrt_answers_like_the_network(
     assert [built.ran for built in Gpu.sessions] == runs
 
 
+@pytest.mark.slow
 def test_tensorrt_takes_int8_weights_of_both_signs(
     data: Data, images: Tensor, expected: np.ndarray, tmp_path: Path
 ) -> None:
@@ -521,6 +522,7 @@ def test_tensorrt_native_answers_like_the_network(
     assert len(told()["contexts"]) == len(ranges[profile])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "options", "typed", "flags"),
     [
@@ -766,6 +768,7 @@ def test_an_engine_out_of_the_cache_counts_as_what_it_cost(data: Data, tmp_path:
     assert "load_engine" not in stage.preparation.prep_s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "change",

@@ -80,6 +80,7 @@ def opened(data: Data, tmp_path_factory: pytest.TempPathFactory) -> Opener:
 # Sessions
 
 
+@pytest.mark.slow
 @each_session
 @pytest.mark.parametrize("batch", [1, 3, 100])
 def test_a_session_answers_like_the_network(
@@ -94,6 +95,7 @@ def test_a_session_answers_like_the_network(
         assert snr_db(expected[:batch], logits.numpy()) > 20
 
 
+@pytest.mark.slow
 @each_session
 def test_a_session_takes_images_in_any_memory_layout(opened: Opener, images: Tensor, name: str) -> None:
     columns_first = images.transpose(2, 3).contiguous().transpose(2, 3)
@@ -438,6 +440,7 @@ def shifted(source: Path, target: Path, data: Data, *, form: str, stage: Stage, 
     return {"by": by, "form": form}
 
 
+@pytest.mark.slow
 def test_a_quantizer_of_the_user_works(data: Data, images: Tensor, expected: np.ndarray, tmp_path: Path) -> None:
     own = functools.partial(shifted, by=3.0)
     session = runtime("onnxruntime").open(digits_cnn(), own, data, workspace(tmp_path))

@@ -97,6 +97,7 @@ def ops(graph: Any) -> dict[str, int]:
     return {name: names.count(name) for name in set(names)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("precision", QUANTIZERS)
 def test_graphs_of_the_digits_network_are_built(
@@ -119,6 +120,7 @@ class Shifted(nn.Module):
         return self.inner(self.constant + x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1), (1, 8, 8)], ids=str)
 def test_sums_with_constants_are_left_to_the_builder(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """As in torchvision's GoogLeNet and Inception, which change the normalisation of images."""
@@ -130,6 +132,7 @@ def test_sums_with_constants_are_left_to_the_builder(tmp_path: Path, shape: tupl
     assert sum(all("Dequantize" in name for name in node.input) for node in residual) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["fp32", "fp16"])
 def test_graphs_of_mixed_precision_are_built(
     made: Callable[[str], tuple[Model, Data]], tmp_path: Path, keep: str
@@ -312,6 +315,7 @@ def workstation(monkeypatch: pytest.MonkeyPatch) -> Any:
     return library
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_engines_run_on_the_gpu_of_a_workstation(
     made: Callable[[str], tuple[Model, Data]], tmp_path: Path, workstation: Any, cuda_graph: bool

@@ -117,6 +117,7 @@ def test_completion(launch: Launch, line: str, expected: set[str]) -> None:
     assert set(done.stdout.split()) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "wrong", "valid", "suggested"),
     [
@@ -191,6 +192,7 @@ def test_own_config_folder_is_in_help(launch: Launch, my_conf: str, form: list[s
     assert described(done.stdout, "pruner")["l1_global"]
 
 
+@pytest.mark.slow
 def test_own_config_folder_can_be_used(launch: Launch, my_conf: str) -> None:
     done = launch("--config-dir", my_conf, "pruner=my_pruner", "--cfg", "job", "--package", "pruner")
     assert done.returncode == 0, done.stderr

@@ -65,6 +65,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", BAD)
 def test_what_cannot_be_searched_is_told_before_the_first_job(given: str, tmp_path: Path) -> None:
     done = launch_in(tmp_path, "search=constraint", *given.split())

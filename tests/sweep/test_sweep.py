@@ -421,6 +421,7 @@ def test_jobs_at_the_same_time_lie_in_the_folder_of_the_run(tmp_path: Path, laun
     assert {path.name for path in tmp_path.iterdir()} == {"s"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RUN", "MULTIRUN"])
 def test_two_folders_for_one_sweep_are_refused(mode: str, tmp_path: Path, launch: Launch) -> None:
     done = launch(f"hydra.mode={mode}", "hydra.run.dir=a", "hydra.sweep.dir=b", "tracking=none", *SHORT)
@@ -448,6 +449,7 @@ def test_prune_and_quantize_is_nine_jobs() -> None:
     assert {job["runtime"] for job in chosen} == {"onnxruntime"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [*permutations(["quantizer=none,int8", "pruner.amount=0.1,0.5", "seed=1,2"])])
 def test_jobs_that_share_a_stage_run_next_to_each_other(words: tuple[str, ...]) -> None:
     """However the command line was written: what is loaded changes least often, what is quantized most often."""

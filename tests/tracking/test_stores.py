@@ -79,6 +79,7 @@ def delete_experiment(uri: str) -> str:
     return str(number)
 
 
+@pytest.mark.slow
 def test_a_deleted_experiment_names_the_remedies(uri: str, sweep: Path, said: list[str]) -> None:
     number = delete_experiment(uri)
     tracker = Mlflow(uri, EXPERIMENT)
@@ -92,6 +93,7 @@ def test_a_deleted_experiment_names_the_remedies(uri: str, sweep: Path, said: li
     ]
 
 
+@pytest.mark.slow
 def test_an_experiment_that_is_deleted_between_jobs_names_the_remedies(
     uri: str, sweep: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +106,7 @@ def test_an_experiment_that_is_deleted_between_jobs_names_the_remedies(
     assert said[0].startswith(f"the MLflow experiment {EXPERIMENT!r} was deleted: bring it back by ")
 
 
+@pytest.mark.slow
 def test_what_was_deleted_is_complete_once_it_is_restored(uri: str, sweep: Path) -> None:
     number = delete_experiment(uri)
     assert not Mlflow(uri, EXPERIMENT).begin(sweep)
@@ -185,6 +188,7 @@ def test_commands_to_repeat_are_fit_for_a_shell(tmp_path: Path, sweep: Path, sai
     assert said[0].endswith(f"sync '{moved}'")
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_database_is_one_sentence(tmp_path: Path, sweep: Path, said: list[str]) -> None:
     (tmp_path / "text.db").write_text("this is no database, " * 1000)
     assert not Mlflow(f"sqlite:///{tmp_path}/text.db", EXPERIMENT).begin(sweep)

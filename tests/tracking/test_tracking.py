@@ -124,6 +124,7 @@ def test_sweep_is_a_parent_with_a_child_per_job(uri: str, tracker: Mlflow, sweep
     assert said == f"MLflow UI: python -m pq_sweep.tracking ui --uri {uri} (or: make ui)"
 
 
+@pytest.mark.slow
 def test_parent_of_a_sweep_without_failures_is_finished(uri: str, tracker: Mlflow, tmp_path: Path) -> None:
     sweep = write_manifest(tmp_path / "sweep", announced("0"))
     write_result(sweep, "0")
@@ -801,6 +802,7 @@ def test_sync_to_a_store_that_is_down_says_so_in_one_sentence(tmp_path: Path, sw
     assert "s3cret" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_sync_of_no_folder_is_refused(tmp_path: Path) -> None:
     done = sync(tmp_path, "nowhere")
     assert done.returncode == 1

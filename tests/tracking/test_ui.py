@@ -335,6 +335,7 @@ def test_ui_opens_the_browser_of_a_desktop_and_no_other(store: Path, tmp_path: P
     assert (tmp_path / "opened").read_text() == f"opened {running.address}\n"
 
 
+@pytest.mark.slow
 def test_ui_without_a_store_says_to_make_a_sweep_first(tmp_path: Path) -> None:
     done = ui(tmp_path)
 
