@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def quantizer(precision: str, *, calibrated: bool = True) -> Callable[[F], F]:
-    """Mark a function as a quantizer to `precision`; with calibrated=False it looks at no images."""
+def quantizer(precision: str | Callable[[Record], str], *, calibrated: bool = True) -> Callable[[F], F]:
+    """Mark a function as a quantizer to `precision`; with calibrated=False it looks at no images.
+
+    Where options decide on the precision, it is a function of them.
+    """
 
     def mark(function: F) -> F:
         function.precision = precision  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_method, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pq_sweep.compress.choices import CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS
@@ -228,7 +228,7 @@ def _combination(cfg: DictConfig) -> Iterator[str]:
         return
     try:
         with noting(cfg.quantizer):
-            precision = precision_of(get_method(cfg.quantizer._target_))
+            precision = precision_of(instantiate(cfg.quantizer, _partial_=True, _convert_="all"))
         runtime: RuntimeChoice = instantiate(cfg.runtime, _convert_="all")
         if cfg.device != "auto":
             runtime.resolve(precision, str(cfg.device))

@@ -24,7 +24,8 @@ def precision_of(quantizer: Quantizer) -> str:
         raise UserError(
             f"{function.__module__}.{function.__qualname__} is no quantizer; mark it with @quantizer('int8') or such."
         )
-    return str(function.precision)
+    precision = function.precision
+    return str(precision(getattr(quantizer, "keywords", {})) if callable(precision) else precision)
 
 
 def make_graph(

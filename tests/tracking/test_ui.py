@@ -134,6 +134,13 @@ def browsed(readme_sweep: Ran, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.fixture(scope="module")
+def page_of_make_sweep(browsed: Path) -> Iterator[Shown]:
+    """`ui` of the store that `make sweep` left."""
+    with shown(browsed) as running:
+        yield running
+
+
 def open_table(chromium: Any, address: str, screen: dict[str, int], jobs: int) -> Seen:
     """Open an address in a window that is new to it, and wait until so many rows are there."""
     seen: Seen = chromium.open(address, viewport=screen)
@@ -153,12 +160,12 @@ def figure(row: dict[str, str], name: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.chromium
-def test_make_ui_shows_the_figures_of_make_sweep_without_a_click(browsed: Path, readme_sweep: Ran) -> None:
+def test_make_ui_shows_the_figures_of_make_sweep_without_a_click(page_of_make_sweep: Shown, readme_sweep: Ran) -> None:
     with (only_sweep(readme_sweep[0]) / "results.csv").open(newline="") as file:
         expected = [*csv.DictReader(file)][::-1]
-    with shown(browsed) as running, started() as chromium:
-        large = open_table(chromium, running.address, LARGE, 3)
-        small = open_table(chromium, running.address, SMALL, 3)
+    with started() as chromium:
+        large = open_table(chromium, page_of_make_sweep.address, LARGE, 3)
+        small = open_table(chromium, page_of_make_sweep.address, SMALL, 3)
         seen = {name: window.page.evaluate(READ) for name, window in (("large", large), ("small", small))}
         large.shoot("mlflow-jobs")
         small.shoot("mlflow-jobs-small")
@@ -199,12 +206,12 @@ def test_jobs_of_two_sweeps_are_sorted_by_latency_and_a_kept_view_stays(browsed:
 
 @pytest.mark.slow
 @pytest.mark.chromium
-def test_mlflows_page_compares_the_jobs_of_make_sweep(browsed: Path) -> None:
+def test_mlflows_page_compares_the_jobs_of_make_sweep(browsed: Path, page_of_make_sweep: Shown) -> None:
     parent, jobs = parent_and_jobs(f"sqlite:///{browsed}/mlflow.db")
     chosen = json.dumps([jobs[name].info.run_id for name in "012"])
     experiment = parent.info.experiment_id
-    with shown(browsed) as running, started() as chromium:
-        root = running.address.partition("#")[0]
+    with started() as chromium:
+        root = page_of_make_sweep.address.partition("#")[0]
         compare = chromium.open(f'{root}#/compare-runs?runs={chosen}&experiments=["{experiment}"]', viewport=LARGE)
         compare.page.set_default_timeout(60_000)
         compare.page.get_by_text("Comparing 3 Runs").first.wait_for()
@@ -240,32 +247,38 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def served(store: Path) -> Iterator[Shown]:
+    """`ui` of that store."""
+    with shown(store, lines=3) as running:
+        yield running
+
+
 def view_of(client: MlflowClient, experiment: str) -> dict[str, Any]:
     return dict(json.loads(client.get_experiment_by_name(experiment).tags[table.TAG]))
 
 
 @pytest.mark.slow
-def test_ui_names_every_experiment_with_sweeps_the_newest_first(store: Path, tmp_path: Path) -> None:
+def test_ui_names_every_experiment_with_sweeps_the_newest_first(store: Path, served: Shown, tmp_path: Path) -> None:
     client = MlflowClient(f"sqlite:///{store}/mlflow.db")
-    with shown(store, lines=3) as running:
-        server = f"http://127.0.0.1:{running.port}"
-        ids = [client.get_experiment_by_name(name).experiment_id for name in ("last", "pq_sweep", "first")]
-        again = ui(tmp_path, MLFLOW_TRACKING_URI=server)
-        one = ui(tmp_path, "--uri", server, "--experiment", "first")
-        none = ui(tmp_path, "--uri", server, "--experiment", "nonsense")
-        busy = ui(store, "--port", str(running.port))
+    server = f"http://127.0.0.1:{served.port}"
+    ids = [client.get_experiment_by_name(name).experiment_id for name in ("last", "pq_sweep", "first")]
+    again = ui(tmp_path, MLFLOW_TRACKING_URI=server)
+    one = ui(tmp_path, "--uri", server, "--experiment", "first")
+    none = ui(tmp_path, "--uri", server, "--experiment", "nonsense")
+    busy = ui(store, "--port", str(served.port))
 
     expected = [f"MLflow, {name}: {table.address(server, id_)}" for name, id_ in
                 zip(("last", "pq_sweep", "first"), ids, strict=True)]  # fmt: skip
-    assert running.lines == expected == again.stdout.splitlines()
+    assert served.lines == expected == again.stdout.splitlines()
     assert one.stdout == f"MLflow: {table.address(server, ids[2])}\n"
     assert (none.returncode, none.stderr) == (
         1, "there is no experiment 'nonsense' in the store; leave out --experiment to see which there are.\n",
     )  # fmt: skip
     assert busy.returncode == 1
     assert busy.stderr == (
-        f"port {running.port} of 127.0.0.1 is taken, perhaps by an earlier `make ui`; give another, such as"
-        f" `make ui PORT={running.port + 1}`.\n"
+        f"port {served.port} of 127.0.0.1 is taken, perhaps by an earlier `make ui`; give another, such as"
+        f" `make ui PORT={served.port + 1}`.\n"
     )
     assert [name for name in view_of(client, "first")["selectedColumns"] if "latency" in name] == [
         f"metrics.`latency_ms/b{size}`" for size in (1, 8, 64)
@@ -294,8 +307,13 @@ def test_ui_of_postgresql_shows_its_password_to_nobody(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_ui_and_its_server_without_a_word(store: Path) -> None:
-    with shown(store, "--experiment", "last") as running:
+def test_ui_of_a_store_without_sweeps_says_so_and_ctrl_c_ends_it_and_its_server_without_a_word(tmp_path: Path) -> None:
+    MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()
+    with shown(tmp_path) as running:
+        assert running.lines == [
+            f"MLflow: http://127.0.0.1:{running.port} (sqlite:///{tmp_path}/mlflow.db has no sweep yet; `make sweep`"
+            " logs one)"
+        ]
         os.killpg(running.process.pid, signal.SIGINT)
         assert running.process.wait(40) == 0
     told = running.log.read_text().splitlines()
@@ -316,23 +334,22 @@ def test_ui_that_is_terminated_leaves_no_server(store: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ui_opens_the_browser_of_a_desktop_and_no_other(store: Path, tmp_path: Path) -> None:
+def test_ui_opens_the_browser_of_a_desktop_and_no_other(served: Shown, tmp_path: Path) -> None:
     for name, note in (("xdg-open", "opened"), ("lynx", "took the terminal")):
         program = tmp_path / name / name
         program.parent.mkdir()
         program.write_text(f'#!/bin/sh\necho "{note} $1" >> {tmp_path}/opened\n')
         program.chmod(0o755)
-    with shown(store, "--experiment", "last") as running:
-        server = f"http://127.0.0.1:{running.port}"
-        for programs, environ in (("xdg-open", {"DISPLAY": ":7"}), ("lynx", {"DISPLAY": ":7"}), ("xdg-open", {})):
-            path = {"PATH": str(tmp_path / programs), "TERM": "xterm", "DISPLAY": "", "WAYLAND_DISPLAY": ""} | environ
-            done = ui(tmp_path, "--uri", server, "--experiment", "last", **path)
-            assert done.returncode == 0, done.stderr
+    server = f"http://127.0.0.1:{served.port}"
+    for programs, environ in (("xdg-open", {"DISPLAY": ":7"}), ("lynx", {"DISPLAY": ":7"}), ("xdg-open", {})):
+        path = {"PATH": str(tmp_path / programs), "TERM": "xterm", "DISPLAY": "", "WAYLAND_DISPLAY": ""} | environ
+        done = ui(tmp_path, "--uri", server, "--experiment", "last", **path)
+        assert done.returncode == 0, done.stderr
     end = time.monotonic() + 10
     while not (tmp_path / "opened").exists() and time.monotonic() < end:
         time.sleep(0.1)
 
-    assert (tmp_path / "opened").read_text() == f"opened {running.address}\n"
+    assert (tmp_path / "opened").read_text() == f"opened {served.address}\n"
 
 
 @pytest.mark.slow
@@ -363,16 +380,6 @@ def test_ui_tells_why_its_server_does_not_start(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "MLflow's server does not start: " in done.stderr
     assert "file is not a database" in done.stderr.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_ui_of_a_store_without_sweeps_says_so(tmp_path: Path) -> None:
-    MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").search_experiments()
-    with shown(tmp_path) as running:
-        assert running.lines == [
-            f"MLflow: http://127.0.0.1:{running.port} (sqlite:///{tmp_path}/mlflow.db has no sweep yet; `make sweep`"
-            " logs one)"
-        ]
 
 
 @pytest.mark.slow
