@@ -18,7 +18,7 @@ from pq_sweep.sweep.grid import compose_grid
 
 CONF = ROOT / "conf"
 FILES = {path.stem: path for path in sorted((CONF / "experiment").glob("*.yaml"))}
-PAPERS = tuple(name for name in FILES if name.startswith(("pq_bench", "thesis")))
+PAPERS = tuple(name for name in FILES if name.startswith(("pq_bench", "thesis", "paper")))
 
 # A figure has a file of its name, or one for each of its panels.
 FIGURES = (
@@ -26,6 +26,8 @@ FIGURES = (
     "pq_bench_vit",
     "thesis_table4",
     *(f"thesis_fig{number}" for number in ("10", "14", "18", "19", "21", "22")),
+    *(f"paper002_table{number}" for number in range(1, 6)),
+    "paper002_order",
 )
 
 

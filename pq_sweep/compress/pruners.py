@@ -5,13 +5,14 @@ The pruner that takes channels out of the network is in `pq_sweep.compress.remov
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from pq_sweep.compress.classifier import classifier
 from pq_sweep.core.sentences import listed
 from pq_sweep.core.weights import LAYERS as LAYERS  # users' own pruners import both from here
 from pq_sweep.core.weights import Target, memory, prunable, prunable_by_name, untouched
@@ -20,41 +21,56 @@ from pq_sweep.types import Data, Model, Record, UserError
 # NVIDIA's sparse tensor cores, which came with Ampere, compute faster with zeros in this pattern.
 SPARSE_TENSOR_CORES = {"pattern": "2:4", "min_compute_capability": "8.0"}
 
-
-def none(model: Model, data: Data, *, amount: float = 0.0) -> None:
-    """Leave the network as it is; `amount` is ignored, so that one grid can hold the baseline too."""
-
-
-def random(model: Model, data: Data, *, amount: float, every_weight: bool = False) -> Record:
-    """Zero a random `amount` of each layer's weights."""
-    targets = _targets(model, every_weight)
-    return _each(model, targets, partial(torch_prune.random_unstructured, amount=float(amount)))
+# What is pruned together, and how much of it.
+Group = tuple[list[Target], float]
 
 
-def l1(model: Model, data: Data, *, amount: float, every_weight: bool = False) -> Record:
-    """Zero the `amount` smallest |w| of each layer (Han et al. 2015)."""
-    targets = _targets(model, every_weight)
-    return _each(model, targets, partial(torch_prune.l1_unstructured, amount=float(amount)))
+def none(model: Model, data: Data, *, amount: float = 0.0, amount_last: float | None = None) -> None:
+    """Leave the network as it is; the amounts are ignored, so that one grid can hold the baseline too."""
 
 
-def l1_global(model: Model, data: Data, *, amount: float, every_weight: bool = False) -> Record:
-    """Zero the `amount` smallest |w| over all layers of the network together."""
+def random(
+    model: Model, data: Data, *, amount: float, amount_last: float | None = None, every_weight: bool = False
+) -> Record:
+    """Zero a random `amount` of each layer's weights, and `amount_last` of the classifier's if that is given."""
+    groups = _with_last(model, _targets(model, every_weight), amount, amount_last)
+    return _each(model, groups, torch_prune.random_unstructured)
+
+
+def l1(
+    model: Model, data: Data, *, amount: float, amount_last: float | None = None, every_weight: bool = False
+) -> Record:
+    """Zero the `amount` smallest |w| of each layer (Han et al. 2015), or `amount_last` of the classifier."""
+    groups = _with_last(model, _targets(model, every_weight), amount, amount_last)
+    return _each(model, groups, torch_prune.l1_unstructured)
+
+
+def l1_global(
+    model: Model, data: Data, *, amount: float, amount_last: float | None = None, every_weight: bool = False
+) -> Record:
+    """Zero the `amount` smallest |w| over all layers together, or with `amount_last` over all but the classifier.
+
+    Of the classifier then go the `amount_last` smallest.
+    """
     targets, notes = _targets(model, every_weight), untouched(model.module)
-    torch_prune.global_unstructured(targets, pruning_method=torch_prune.L1Unstructured, amount=float(amount))
+    groups = _with_last(model, targets, amount, amount_last)
+    for together, share in groups:
+        torch_prune.global_unstructured(together, pruning_method=torch_prune.L1Unstructured, amount=share)
     _make_permanent(targets)
-    return told(float(amount), {"weights": _zeros(targets) / _size(targets)}, [*notes, *_emptied(model, targets)])
+    reached = {"weights": _zeros(targets) / _size(targets)}
+    return told(_asked(groups), reached, [*notes, *_emptied(model, targets)])
 
 
 def ln_structured(model: Model, data: Data, *, amount: float, n: float, dim: int, every_weight: bool = False) -> Record:
     """Zero the `amount` slices with the smallest Ln norm of each layer: dim 0 neurons, dim 1 their inputs."""
     targets = _sliced(_targets(model, every_weight), dim)
-    return _each(model, targets, partial(torch_prune.ln_structured, amount=float(amount), n=n, dim=dim))
+    return _each(model, [(targets, float(amount))], torch_prune.ln_structured, n=n, dim=dim)
 
 
 def random_structured(model: Model, data: Data, *, amount: float, dim: int, every_weight: bool = False) -> Record:
     """Zero a random `amount` of each layer's slices: dim 0 neurons, dim 1 their inputs."""
     targets = _sliced(_targets(model, every_weight), dim)
-    return _each(model, targets, partial(torch_prune.random_structured, amount=float(amount), dim=dim))
+    return _each(model, [(targets, float(amount))], torch_prune.random_structured, dim=dim)
 
 
 def nm_sparsity(model: Model, data: Data, *, n: int, m: int) -> Record:
@@ -137,16 +153,34 @@ def _sliced(targets: list[Target], dim: int) -> list[Target]:
     return kept
 
 
-def _each(model: Model, targets: list[Target], method: partial[Any]) -> Record:
+def _with_last(model: Model, targets: list[Target], amount: float, amount_last: float | None) -> list[Group]:
+    """Return what is pruned and how much of it, with the classifier by itself if it has an amount of its own."""
+    if amount_last is None:
+        return [(targets, float(amount))]
+    last = classifier(model)
+    others = [target for target in targets if target[0] is not last]
+    groups = [(others, float(amount)), ([target for target in targets if target[0] is last], float(amount_last))]
+    return [group for group in groups if group[0]]
+
+
+def _asked(groups: list[Group]) -> float:
+    """Return the share of all weights that the amounts of groups make."""
+    if len(groups) == 1:
+        return groups[0][1]
+    sizes = [_size(targets) for targets, _ in groups]
+    return sum(size * amount for size, (_, amount) in zip(sizes, groups, strict=True)) / sum(sizes)
+
+
+def _each(model: Model, groups: list[Group], method: Callable[..., Any], **options: Any) -> Record:
     """Prune each target by itself, and return what was asked beside what was reached."""
     notes = untouched(model.module)
-    for part, name in targets:
-        method(part, name)
+    for part, name, amount in [(*target, amount) for together, amount in groups for target in together]:
+        method(part, name, amount=amount, **options)
+    targets = [target for together, _ in groups for target in together]
     _make_permanent(targets)
-    dim = method.keywords.get("dim")
-    slices = {} if dim is None else {"slices": _zero_slices(targets, dim)}
+    slices = {"slices": _zero_slices(targets, options["dim"])} if "dim" in options else {}
     reached = slices | {"weights": _zeros(targets) / _size(targets)}
-    return told(method.keywords["amount"], reached, [*notes, *_emptied(model, targets)])
+    return told(_asked(groups), reached, [*notes, *_emptied(model, targets)])
 
 
 def told(amount: float, reached: dict[str, float], notes: list[str], why: str = "taken in whole numbers") -> Record:

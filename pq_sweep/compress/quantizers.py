@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pq_sweep.compress.choices import KEPT_PRECISIONS
 from pq_sweep.compress.mixed import plan_precisions
 from pq_sweep.compress.qdq import calibrate, give_each_its_own, halved, layer_weights, prepare, sharing
+from pq_sweep.compress.weight_only import Grid, chosen_weights, quantize_weights, with_types
 from pq_sweep.types import Data, Record, Stage, UserError, choose
 
 if TYPE_CHECKING:
@@ -118,6 +119,35 @@ def mixed(
         plan.write(target)
         plan.draw(target.with_name("precisions.svg"))
     return plan.record | graph.record
+
+
+@quantizer(lambda options: f"w{options['bits']}", calibrated=False)
+def weights(
+    source: Path,
+    target: Path,
+    data: Data,
+    *,
+    form: str,
+    stage: Stage,
+    bits: int,
+    block: int | None,
+    exclude: list[str],
+) -> Record:
+    """Store weights as integers of `bits` that are dequantized to FP32 as the model runs; activations stay FP32.
+
+    Scales have the least squared error, one for each output channel or, in linear layers, one for `block` inputs. The
+    file holds 8, 4 or 2 bits a weight; 3, 5, 6 and 7 bits are stored in the next larger of these.
+    """
+    import onnx
+
+    grid = Grid(bits, block)
+    with stage("quantize"):
+        graph = with_types(onnx.load(source), grid)
+        excluded = match_layers(graph, exclude)
+        chosen = chosen_weights(graph, excluded)
+        quantize_weights(graph, chosen, grid)
+        onnx.save(graph, target)
+    return {"excluded_nodes": excluded, "quantized_weights": len(chosen), "stored_bits": grid.container}
 
 
 @quantizer("int8_dynamic")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pq_sweep.compress.blocks import Score, refresh, rounding, shrinkers, stays, traceable
 from pq_sweep.compress.choices import IMPORTANCES
+from pq_sweep.compress.classifier import classifier
 from pq_sweep.compress.gradients import followed
 from pq_sweep.compress.pruners import require_parameters, told
 from pq_sweep.compress.ranking import Pruner
@@ -110,27 +111,6 @@ def replay(model: Model, record: Record) -> None:
             function = functions.prune_out_channels if outputs else functions.prune_in_channels
             graph.get_pruning_group(layers[name], function, channels).prune(record_history=False)
     refresh(module)
-
-
-def classifier(model: Model) -> nn.Module:
-    """Return the layer that gives the logits: the last one to run with one output per class."""
-    ran: list[nn.Module] = []
-
-    def note(layer: nn.Module, *_: Any) -> None:
-        if model.num_classes in (getattr(layer, "out_features", None), getattr(layer, "out_channels", None)):
-            ran.append(layer)
-
-    layers = [layer for layer in model.module.modules() if isinstance(layer, LAYERS)]
-    if not layers:
-        raise UserError("the network has no convolution or linear layer that could lose channels; use pruner=none.")
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    with torch.no_grad():
-        model.module(model.sample())
-    for hook in hooks:
-        hook.remove()
-    if not ran:
-        raise UserError(f"no layer of the model gives {model.num_classes} outputs; check model.num_classes.")
-    return ran[-1]
 
 
 def _pruner(model: Model, score: Score, **options: Any) -> Pruner:

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 GROUPS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime")
 
 
+ORDERS = ("prune_first", "quantize_first")
+
+
 def job_name(choices: dict[str, Any]) -> str:
-    """Say in a few words what a job is: "resnet18 l1_global 0.5 int8 tensorrt"."""
+    """Say in a few words what a job is: "resnet18 l1_global 0.5 int8 tensorrt", or "resnet18 int8 then l1 0.3 ..."."""
     pruner = [choices["pruner"], choices.get("amount")] if choices["pruner"] != "none" else ["none"]
     recovery = [] if choices["recovery"] == "none" else [choices["recovery"]]
-    parts = [choices["model"], *pruner, *recovery, choices["quantizer"], choices["runtime"], choices.get("node_type")]
+    quantizer = [choices["quantizer"], choices.get("bits")]
+    steps = [*quantizer, "then", *pruner] if "order" in choices else [*pruner, *recovery, *quantizer]
+    parts = [choices["model"], *steps, choices["runtime"], choices.get("node_type")]
     return " ".join(str(part) for part in parts if part is not None)
+
+
+def options_that_tell(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells jobs apart beside the choices of groups; what is as usual is left out."""
+    choices = {
+        "amount": config["pruner"].get("amount"),
+        "device": str(config.get("device")),
+        "seed": config.get("seed"),
+    }
+    unusual = {"node_type": config.get("node"), "bits": config["quantizer"].get("bits")}
+    order = config.get("order", ORDERS[0])
+    unusual["order"] = None if order == ORDERS[0] else order
+    return choices | {name: value for name, value in unusual.items() if value}
 
 
 COMPRESSING = ("pruner", "recovery", "quantizer")

@@ -26,6 +26,7 @@ QUANTIZATION = "ONNX Runtime, Quantize ONNX models, FAQ; its mlas/lib/platform.c
 HALF = "ONNX Runtime, mlas/lib/halfgemm.cpp: FP16 kernels on ARM alone"
 ONEDNN = "oneDNN, Developer Guide, Data Types, hardware limitations"
 HWCAPS = "Linux, ARM64 ELF hwcaps"
+DEQUANTIZED = "ONNX Runtime, operators DequantizeLinear and Conv; measured in docs/performance.md"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,9 @@ GPU: dict[str, Feature] = {
     "fp8": Feature("FP8 tensor cores", "FP8 does not run", MMA_SP, (8, 9)),
 }
 _NO_SPARSE = Feature("2:4 sparse matrix units", DENSE, MMA_SP)
-_ANY_CPU = {"sparse": _NO_SPARSE, "sparse fp32": _NO_SPARSE}
+_WEIGHTS = Feature("kernels for integer weights alone", "the file is smaller, time is not, as each run dequantizes them",
+                   DEQUANTIZED)  # fmt: skip
+_ANY_CPU = {"sparse": _NO_SPARSE, "sparse fp32": _NO_SPARSE, "weights": _WEIGHTS}
 CPU: dict[str, dict[str, Feature]] = {
     "x86_64": _ANY_CPU
     | {
@@ -78,7 +81,7 @@ CPU: dict[str, dict[str, Feature]] = {
                         flags=frozenset({"asimdhp"})),
     },
 }  # fmt: skip
-COMPUTED_AS = {"int8_dynamic": "int8", "mixed": "int8"}
+COMPUTED_AS = {"int8_dynamic": "int8", "mixed": "int8", **{f"w{bits}": "weights" for bits in range(2, 9)}}
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,12 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "retries": (0, math.inf, True),
     "dim": (0, 1, True),
     "percentile": (50, 100, False),
+    "bits": (2, 8, True),
+    "block": (2, math.inf, True),
 }
-NUMBERS = frozenset({*RANGES, "amount", "m", "low", "high", "step", "optimization_level", "seed", "repeat"})
+NUMBERS = frozenset(
+    {*RANGES, "amount", "amount_last", "m", "low", "high", "step", "optimization_level", "seed", "repeat"}
+)
 SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model",
             "build_only", "resume")  # fmt: skip
 LISTS = ("exclude", "batch_sizes")

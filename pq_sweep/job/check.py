@@ -12,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pq_sweep.compress.choices import CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS
+from pq_sweep.core.groups import ORDERS
 from pq_sweep.core.opened import noting
 from pq_sweep.core.options import LISTS, LISTS_OF_NUMBERS, RANGES, SWITCHES, TEXTS, is_ours, plain_items, spelled
 from pq_sweep.core.sources import find_module, module_of
@@ -76,9 +77,10 @@ def _values(cfg: DictConfig) -> Iterator[str]:
     if lists := [key for key in ONE_IN_A_JOB if isinstance(OmegaConf.select(cfg, key), ListConfig)]:
         yield from (_list_for_one(key, OmegaConf.select(cfg, key)) for key in lists)
         return
-    amount = cfg.pruner.get("amount", 0)
-    if not (_is_number(amount) and 0 <= amount < 1):
-        yield f"pruner.amount={amount} is out of range; give the share to prune, 0 <= amount < 1."
+    for name in ("amount", "amount_last"):
+        amount = cfg.pruner.get(name, 0)
+        if not (amount is None and name == "amount_last") and not (_is_number(amount) and 0 <= amount < 1):
+            yield f"pruner.{name}={amount} is out of range; give the share to prune, 0 <= {name} < 1."
     if not DEVICE.fullmatch(str(cfg.device)):
         yield f"device={cfg.device} is not known; valid are: auto, cpu, cuda, cuda:N."
     if not (_is_number(cfg.seed, whole=True) and 0 <= cfg.seed < 2**32):
@@ -107,12 +109,51 @@ def _values(cfg: DictConfig) -> Iterator[str]:
             yield from _numbers(name, part)
             yield from _kinds(name, part)
     yield from _pattern(cfg.pruner)
+    yield from _order(cfg)
+
+
+def quantizes_first(cfg: DictConfig) -> bool:
+    """Say whether a job prunes the weights of the quantized graph."""
+    return cfg.get("order") == "quantize_first"
+
+
+def _order(cfg: DictConfig) -> Iterator[str]:
+    """Check what comes first, and that the other steps can come in that order."""
+    if (order := cfg.get("order", ORDERS[0])) not in ORDERS:
+        yield f"order={order} is not known; valid are: {', '.join(ORDERS)}."
+    if not quantizes_first(cfg):
+        return
+    if str(cfg.pruner._target_).startswith("pq_sweep.compress.removal."):
+        yield (
+            "order=quantize_first cannot take channels out, as pruner=remove does: the quantized graph has its shapes"
+            " already; give order=prune_first, or a pruner that sets zeros, such as pruner=l1_global."
+        )
+    if is_ours(cfg.recovery) and not str(cfg.recovery._target_).endswith(".none"):
+        yield (
+            "order=quantize_first leaves nothing to recover, as a recovery trains the network before it is quantized;"
+            " give recovery=none, or order=prune_first."
+        )
+    if cfg.pruner.get("every_weight") is True and is_ours(cfg.pruner):
+        yield (
+            "pruner.every_weight=true cannot be with order=quantize_first, as only weights of matrix operators are"
+            " quantized; leave it out, or give order=prune_first."
+        )
+
+
+def without_graph(cfg: DictConfig, runtime: RuntimeChoice) -> str | None:
+    """Say why a runtime cannot take a graph that is quantized and then pruned, or None if it can."""
+    if not quantizes_first(cfg) or getattr(runtime, "graphs", True):
+        return None
+    return (
+        f"order=quantize_first prunes the weights of a graph, and runtime={_name(type(runtime))} runs the network"
+        " without one; give runtime=onnxruntime, tensorrt, tensorrt_native or tensorrt_rtx, or order=prune_first."
+    )
 
 
 def _not_finite(group: str, options: DictConfig) -> Iterator[str]:
     """Refuse numbers that no result can hold, but for a NaN that is out of a range, which is said anyway."""
     for name, value in plain_items(options):
-        ranged = math.isnan(value) and name in ("amount", *RANGES) if isinstance(value, float) else True
+        ranged = math.isnan(value) and name in ("amount", "amount_last", *RANGES) if isinstance(value, float) else True
         if not ranged and not math.isfinite(value):
             yield f"{group}.{name}={value} is no number that a result can hold; give a finite one, or quote a word."
 
@@ -230,12 +271,13 @@ def _combination(cfg: DictConfig) -> Iterator[str]:
         with noting(cfg.quantizer):
             precision = precision_of(instantiate(cfg.quantizer, _partial_=True, _convert_="all"))
         runtime: RuntimeChoice = instantiate(cfg.runtime, _convert_="all")
-        if cfg.device != "auto":
-            runtime.resolve(precision, str(cfg.device))
+        chosen = runtime.resolve(precision, str(cfg.device)) if cfg.device != "auto" else runtime
     except Exception as error:
         # Hydra wraps the error that a component raises about its options.
         yield " ".join(str(error.__cause__ if isinstance(error.__cause__, UserError) else error).split())
         return
+    if problem := without_graph(cfg, chosen):
+        yield problem
     kinds = ("cpu", "cuda") if cfg.device == "auto" else (str(cfg.device),)
     refusals = [impossible(runtime, precision, kind) for kind in kinds]
     if all(refusals):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,15 @@ def describe_network(model: Model, data: Data, dense: Counts) -> Network:
         labels=list(labels) if labels else None,
         licence=model.licence,
     )
+
+
+def pruned_in_graph(network: Network, details: Record) -> tuple[Network, Record] | None:
+    """Return the network with the zeros of its graph, if that was pruned, and the record of that."""
+    pruning = (details.get("quantizer") or {}).get("pruning")
+    if pruning is None:
+        return None
+    zeros, weights = pruning["zeros"], pruning["weights"]
+    return replace(network, sparsity=zeros / weights, nonzero_params=network.params - zeros), pruning
 
 
 def describe_images(data: Data) -> Record:

@@ -18,6 +18,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from pq_sweep.compress.order import ThenPruned
 from pq_sweep.compress.quantizers import none
 from pq_sweep.core.cache import open_cache
 from pq_sweep.core.environment import device_name, resolve_device
@@ -33,7 +34,7 @@ from pq_sweep.inputs.own_model import accepted_change, accepted_model
 from pq_sweep.inputs.plain import settled
 from pq_sweep.inputs.usable import require_usable
 from pq_sweep.job.baseline import Baseline, load_baseline
-from pq_sweep.job.check import check, impossible, refuse
+from pq_sweep.job.check import check, impossible, quantizes_first, refuse, without_graph
 from pq_sweep.job.describe import (
     describe,
     describe_images,
@@ -41,6 +42,7 @@ from pq_sweep.job.describe import (
     describe_notes,
     describe_session,
     describe_sizes,
+    pruned_in_graph,
     unaccelerated,
 )
 from pq_sweep.job.repeats import measure_apart, require_shareable, share_network
@@ -87,8 +89,9 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             baseline = load_baseline(cfg, model, data, plan.work, plan.protocol)
         pruning, recovery = compress(plan, model, data, stage)
         network, formats = look_at_network(model, data, baseline, stage)
-        notes = describe_notes(model, data, network, pruning, recovery)
         session = open_session(plan, model, data)
+        network, pruning = pruned_in_graph(network, session.details) or (network, pruning)
+        notes = describe_notes(model, data, network, pruning, recovery)
         del model  # from here on only the session holds memory
         save_layers(session, baseline, stage.files)
         ran = describe_session(session, precision_of(plan.quantizer), folder)
@@ -113,8 +116,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             config=resolved(cfg),
             environment=environment,
         )
-        note_files(cfg, stage)
-        save(stage, result, pruning)
+        save(cfg, stage, result, pruning)
     return result
 
 
@@ -128,7 +130,7 @@ def load_noted(plan: Plan, stage: Stages) -> tuple[Model, Data]:
 
 def open_session(plan: Plan, model: Model, data: Data) -> Session:
     """Have the runtime make the artifact and open it, and note which files that opens."""
-    with noting(plan.cfg.quantizer, plan.cfg.runtime):
+    with noting(plan.cfg.quantizer, plan.cfg.pruner, plan.cfg.runtime):
         return plan.runtime.open(model, plan.quantizer, data, plan.work)
 
 
@@ -145,7 +147,7 @@ def prepare(cfg: DictConfig, stage: Stages) -> Plan:
         free_at_first(device)
     require_shareable(device, protocol.repeats)
     work = Workspace(stage.folder, device, threads, stage, protocol.paired, tuple(protocol.batch_sizes))
-    quantizer = component(cfg.quantizer)
+    quantizer = quantizer_of(cfg)
     runtime = possible_runtime(cfg, quantizer, device)
     stage.cache, stage.turns = open_cache(cfg), Turns(device)
     # What an earlier try kept is only of use on the same kind of device.
@@ -153,12 +155,18 @@ def prepare(cfg: DictConfig, stage: Stages) -> Plan:
     return Plan(cfg, key, protocol, quantizer, runtime, work)
 
 
+def quantizer_of(cfg: DictConfig) -> Quantizer:
+    """Return the quantizer, which with order=quantize_first has the graph pruned that it writes."""
+    quantizer: Quantizer = component(cfg.quantizer)
+    return ThenPruned(quantizer, component(cfg.pruner), cfg.seed) if quantizes_first(cfg) else quantizer
+
+
 def possible_runtime(cfg: DictConfig, quantizer: Quantizer, device: str) -> Runtime:
     """Return the chosen runtime, or refuse it if it cannot run the precision or this machine cannot run it."""
     precision = precision_of(quantizer)
     choice: RuntimeChoice = instantiate(cfg.runtime, _convert_="all")
     runtime = choice.resolve(precision, device)
-    refuse(impossible(runtime, precision, device))
+    refuse(impossible(runtime, precision, device) or without_graph(cfg, runtime))
     runtime.require(device)
     return runtime
 
@@ -194,7 +202,7 @@ def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Recor
         what = f"the network after {group}={config._target_}"
         return with_notes(record, accepted_change(model, what, f"change the options of {group}, or what it does"))
 
-    records = change("prune", "pruner"), change("recover", "recovery")
+    records = None if quantizes_first(plan.cfg) else change("prune", "pruner"), change("recover", "recovery")
     if plan.protocol.repeats > 1:
         share_network(stage, model)
     return records
@@ -300,8 +308,9 @@ def save_layers(session: Session, baseline: Baseline, files: JobFolder) -> None:
     write_json(files.layers, {"before": baseline.layers, "after": after})
 
 
-def save(stage: Stages, result: Result, pruning: Record | None) -> None:
-    """Write what a job found; `result.json` comes last, as the sign that all is there."""
+def save(cfg: DictConfig, stage: Stages, result: Result, pruning: Record | None) -> None:
+    """Write what a job opened and found; `result.json` comes last, as the sign that all is there."""
+    note_files(cfg, stage)
     if pruning:
         write_json(stage.files.pruning, pruning)
     write_json(stage.files.result, result.plain())

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pq_sweep.core.stored import Stored, stored_weights
 from pq_sweep.core.weights import prunable_by_name
-from pq_sweep.types import Model
+from pq_sweep.types import Model, Record
 
 if TYPE_CHECKING:
     import onnx
 
 BINS = 61  # odd, so that zero lies in the middle of a bin
+MOST_CODES = 256
 
 Layers = dict[str, dict[str, Any]]
 
@@ -32,7 +34,11 @@ def compressed_layers(artifact: Path, dense: Layers) -> Layers:
     Histograms have the bins of the dense layer; values beyond them count in the outermost bins. A weight that the
     exporter renamed or folded away is left out.
     """
-    return {name: _describe(weight, dense[name]["limit"]) for name, weight in _stored(artifact) if name in dense}
+    return {
+        name: _describe(weight, dense[name]["limit"]) | codes
+        for name, weight, codes in _stored(artifact)
+        if name in dense
+    }
 
 
 def _describe(weight: Tensor, limit: float) -> dict[str, Any]:
@@ -46,10 +52,11 @@ def _describe(weight: Tensor, limit: float) -> dict[str, Any]:
     }
 
 
-def _stored(artifact: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights in a file by the names of the network's parameters."""
+def _stored(artifact: Path) -> Iterator[tuple[str, Tensor, Record]]:
+    """Yield the weights in a file by the names of the network's parameters, and what integers they are stored as."""
     if artifact.suffix == ".pt":
-        yield from torch.load(artifact, map_location="cpu", weights_only=True).items()
+        for name, values in torch.load(artifact, map_location="cpu", weights_only=True).items():
+            yield name, values, {}
         return
     graph = artifact if artifact.suffix == ".onnx" else artifact.with_name("model.onnx")
     if graph.exists():
@@ -58,28 +65,25 @@ def _stored(artifact: Path) -> Iterator[tuple[str, Tensor]]:
         yield from _initializers(onnx.load(graph).graph)
 
 
-def _initializers(graph: onnx.GraphProto) -> Iterator[tuple[str, Tensor]]:
-    """Yield the weights of a graph, 8-bit weights as the numbers that they stand for."""
+def _initializers(graph: onnx.GraphProto) -> Iterator[tuple[str, Tensor, Record]]:
+    """Yield the weights of a graph, integers as what they stand for, and how often each integer is there."""
     from onnx.numpy_helper import to_array
 
-    stored = {item.name: item for item in graph.initializer}
-    axes = {node.input[0]: _axis(node) for node in graph.node if node.op_type == "DequantizeLinear"}
-    for name, item in stored.items():
-        values = torch.from_numpy(to_array(item).astype("float32"))
-        base = name.removesuffix("_quantized")
-        if base != name and f"{base}_scale" in stored:
-            parts = (to_array(stored[f"{base}{end}"]).astype("float32") for end in ("_scale", "_zero_point"))
-            scale, zero = (_along(torch.from_numpy(part), axes.get(name, 0), values.dim()) for part in parts)
-            values = (values - zero) * scale
-        yield base, values
+    weights = {weight.item.name: weight for weight in stored_weights(graph)}
+    for item in graph.initializer:
+        weight = weights.get(item.name)
+        if weight and weight.scale is not None:
+            yield weight.name, torch.from_numpy(weight.values()), _codes(weight)
+        else:
+            yield item.name, torch.from_numpy(to_array(item).astype("float32")), {}
 
 
-def _axis(node: onnx.NodeProto) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+def _codes(weight: Stored) -> Record:
+    """Return how often each integer of a weight is there, from the smallest that is."""
+    import numpy as np
 
-
-def _along(values: Tensor, axis: int, dimensions: int) -> Tensor:
-    """Return a single number as a scalar, and one number per channel in a shape that multiplies along `axis`."""
-    if values.numel() == 1:
-        return values.reshape(())
-    return values.reshape([-1 if axis % dimensions == place else 1 for place in range(dimensions)])
+    found = weight.codes()
+    if found.max() - found.min() > MOST_CODES:
+        return {}
+    counts = np.bincount((found - found.min()).ravel())
+    return {"codes": {"lowest": int(found.min()), "counts": counts.tolist()}}

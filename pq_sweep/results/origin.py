@@ -9,7 +9,7 @@ import yaml
 
 from pq_sweep.core.files import read_json
 from pq_sweep.core.folder import JobFolder
-from pq_sweep.core.groups import GROUPS, job_name
+from pq_sweep.core.groups import GROUPS, job_name, options_that_tell
 from pq_sweep.core.sentences import without_password
 from pq_sweep.results.rows import Row
 
@@ -53,8 +53,8 @@ def _chosen(folder: JobFolder) -> dict[str, Any]:
         return {}
     recorded = _inside(_read(folder.path / ".hydra" / "hydra.yaml"), "hydra", "runtime", "choices")
     choices: dict[str, Any] = {group: str(_inside(recorded, group) or _name(config.get(group))) for group in GROUPS}
-    choices |= {"amount": _inside(config, "pruner", "amount"), "device": str(config.get("device"))}
-    return choices | {"seed": config.get("seed")} | ({"node_type": config["node"]} if config.get("node") else {})
+    groups = {group: config.get(group) if isinstance(config.get(group), dict) else {} for group in GROUPS}
+    return choices | options_that_tell({**config, **groups})
 
 
 def _name(options: Any) -> str | None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pq_sweep.runtimes.eager import Torch
 from pq_sweep.runtimes.graph import Precisions
-from pq_sweep.runtimes.ort import OnnxRuntime
+from pq_sweep.runtimes.ort import WEIGHT_ONLY, OnnxRuntime
 from pq_sweep.runtimes.tensorrt import TensorRT
 from pq_sweep.types import Runtime
 
@@ -21,7 +21,7 @@ class Auto:
     tensorrt: TensorRT
 
     precisions: ClassVar[Precisions] = {
-        "cpu": ("fp32", "fp16", "bf16", "int8", "int8_dynamic", "mixed"),
+        "cpu": ("fp32", "fp16", "bf16", "int8", "int8_dynamic", "mixed", *WEIGHT_ONLY),
         "cuda": ("fp32", "fp16", "bf16", "int8", "mixed"),
     }
 

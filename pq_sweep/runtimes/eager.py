@@ -31,6 +31,7 @@ class Torch:
 
     # FP16 on a CPU is emulated, some 26 times slower than FP32: not worth measuring.
     precisions: ClassVar[Precisions] = {"cpu": ("fp32", "bf16"), "cuda": ("fp32", "fp16", "bf16")}
+    graphs: ClassVar[bool] = False  # it runs the network itself
 
     def __post_init__(self) -> None:
         choose("runtime.compile", self.compile or "default", COMPILE_MODES)

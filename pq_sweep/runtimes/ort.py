@@ -27,6 +27,7 @@ LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
 # Beside what torch loads when it is imported: cuRAND is in a package of its own, and of cuDNN torch loads one library
 # that opens the others when it needs them, while ONNX Runtime 1.20 links all of them.
 PRELOADED = ("*/lib/libcurand.so.*", "*/lib/libcudnn*.so.*")
+WEIGHT_ONLY = tuple(f"w{bits}" for bits in range(2, 9))
 SHAPES = ("Shape", "Size")  # the operators by which a graph learns how many images it was given
 REASON = re.compile(
     r"(CUDA failure \d+: [^;]+|Invalid TensorRT EP option: [\w.]+|Unknown provider option: \S+"
@@ -46,7 +47,7 @@ class OnnxRuntime:
     options: dict[str, Any]
 
     precisions: ClassVar[Precisions] = {
-        "cpu": ("fp32", "fp16", "int8", "int8_dynamic", "mixed"),
+        "cpu": ("fp32", "fp16", "int8", "int8_dynamic", "mixed", *WEIGHT_ONLY),
         "cuda": ("fp32", "fp16"),
     }
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from pq_sweep.core.fingerprint import WITHOUT_EFFECT, digest, fingerprint_of, resolved, unfollowed
 from pq_sweep.core.folder import SweepFolder
-from pq_sweep.core.groups import GROUPS, group_of, job_name, option_of
+from pq_sweep.core.groups import GROUPS, group_of, job_name, option_of, options_that_tell
 from pq_sweep.core.options import BRACKETED, LISTS, entries_of, is_ours, spelled
 from pq_sweep.core.sentences import without_password
 from pq_sweep.job.check import COMPONENTS, problems
@@ -198,9 +198,7 @@ def announce(job: DictConfig, options: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"hydra.sweep.subdir={folder} is nested; job folders lie side by side, such as ${{hydra.job.num}}."
         )
-    choices = {group: str(chosen.get(group)) for group in GROUPS}
-    choices |= {"amount": OmegaConf.select(job, "pruner.amount"), "device": str(job.device), "seed": job.seed}
-    choices |= {"node_type": job.node} if job.node else {}
+    choices = {group: str(chosen.get(group)) for group in GROUPS} | options_that_tell(job)
     return {
         "folder": folder,
         "name": job_name(choices),

@@ -227,16 +227,8 @@ def histograms(view: View) -> Drawn:
     ]
     if not values:
         return NOTHING
-    jobs, layers = (list(dict.fromkeys(value[key] for value in values)) for key in ("job", "layer"))
-    job, layer = (
-        alt.param(name=name, value=options[-1], bind=alt.binding_select(options=options, name=f"{name} "))
-        for name, options in (("job", jobs), ("layer", layers))
-    )
-    # With the numbers written out row by row, the page would be ten times as large.
     base = (
-        _chart(values)
-        .transform_filter("datum.job == job && datum.layer == layer")
-        .transform_calculate(place="sequence(length(datum.before))")
+        _of_one_layer(values)
         .transform_flatten(["before", "after", "place"])
         .transform_calculate(
             value="datum.place * datum.step - datum.limit", end="(datum.place + 1) * datum.step - datum.limit"
@@ -252,7 +244,71 @@ def histograms(view: View) -> Drawn:
         tooltip=["when:N", alt.Tooltip("weights:Q"), alt.Tooltip("value:Q", format=".3g")],
     )
     caption = "After: what the file to deploy holds; 8-bit weights as the numbers that they stand for. Logarithmic."
-    return chart.add_params(job, layer), caption
+    return chart, caption
+
+
+def _of_one_layer(values: Values) -> alt.Chart:
+    """Return a chart of the layer of a job that a reader chooses, whose numbers lie in lists.
+
+    With the numbers written out row by row, the page would be ten times as large.
+    """
+    jobs, layers = (list(dict.fromkeys(value[key] for value in values)) for key in ("job", "layer"))
+    job, layer = (
+        alt.param(name=name, value=options[-1], bind=alt.binding_select(options=options, name=f"{name} "))
+        for name, options in (("job", jobs), ("layer", layers))
+    )
+    return (
+        _chart(values)
+        .add_params(job, layer)
+        .transform_filter("datum.job == job && datum.layer == layer")
+        .transform_calculate(place="sequence(length(datum.before))")
+    )
+
+
+def codes(view: View) -> Drawn:
+    """How often each integer of a layer's weights is there, beside the same network before its graph was pruned."""
+    values = [
+        {"job": view.label(row), "layer": name.removesuffix(".weight"), **_integers(after["codes"], unpruned.get(name))}
+        for row, layers in view.spreads
+        for unpruned in [view.codes_before(row)]
+        for name, after in layers["after"].items()
+        if "codes" in after
+    ]
+    if not values:
+        return NOTHING
+    chart = (
+        _of_one_layer(values)
+        .transform_flatten(["before", "after", "place"])
+        .transform_calculate(integer="datum.place + datum.lowest")
+        .transform_fold(["before", "after"], as_=["when", "weights"])
+        .transform_filter("isValid(datum.weights)")
+        .mark_bar(opacity=0.6)
+        .encode(
+            x=alt.X("integer:Q", title="integer in the file"),
+            y=alt.Y("weights:Q", stack=None, title="number of weights", scale=alt.Scale(type="symlog")),
+            color=alt.Color("when:N", title=None, sort=["before", "after"]),
+            tooltip=["when:N", "integer:Q", "weights:Q"],
+        )
+    )
+    caption = (
+        "Integers of the weights in the file to deploy. Before: the same job without pruning, if the sweep has it."
+    )
+    return chart, f"{caption} Logarithmic."
+
+
+def _integers(after: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return how often each integer is there before and after, over the integers of both."""
+    both = [after, *([before] if before else [])]
+    lowest = min(each["lowest"] for each in both)
+    length = max(each["lowest"] + len(each["counts"]) for each in both) - lowest
+    return {"lowest": lowest, "after": _laid(after, lowest, length), "before": _laid(before, lowest, length)}
+
+
+def _laid(found: dict[str, Any] | None, lowest: int, length: int) -> list[int | None]:
+    if found is None:
+        return [None] * length
+    start = found["lowest"] - lowest
+    return [*([0] * start), *found["counts"], *([0] * (length - start - len(found["counts"])))]
 
 
 def _spread(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -273,4 +329,5 @@ FIGURES: tuple[tuple[str, str, Callable[[View], Drawn]], ...] = (
     ("storage", "Size by format", storage),
     ("layer_sparsity", "Sparsity of each layer", layer_sparsity),
     ("histograms", "Weights before and after", histograms),
+    ("codes", "Integers of the weights", codes),
 )

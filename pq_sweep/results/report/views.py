@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.files import read_json
 from pq_sweep.core.folder import JobFolder
+from pq_sweep.core.groups import GROUPS
 from pq_sweep.results.comparison import is_uncompressed, reference, speedup
 from pq_sweep.results.decision import by_place, front, on_front
 from pq_sweep.results.report.frame import short
@@ -155,6 +156,15 @@ class View:
             if layers.get("after") and (left >= 0 or not found):
                 found.append((row, layers))
         return found
+
+    def codes_before(self, row: Row) -> dict[str, Any]:
+        """Return the integers in each layer of the job that differs from one only in pruning nothing."""
+        same = [key for key in (*GROUPS, "bits", "device", "seed") if key != "pruner"]
+        for other in self.finished:
+            if other.get("pruner") == "none" and all(other.get(key) == row.get(key) for key in same):
+                after = self.layers_of(other).get("after", {})
+                return {name: layer["codes"] for name, layer in after.items() if "codes" in layer}
+        return {}
 
 
 def views(sweep: Sweep, objectives: list[str]) -> list[View]:

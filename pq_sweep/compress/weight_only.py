@@ -1,0 +1,180 @@
+"""Graphs whose weights are integers of few bits, which are dequantized to FP32 as the model runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pq_sweep.core.stored import PRODUCTS, Stored, stored_weights, tensor
+from pq_sweep.types import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx
+
+# In a graph's metadata: the bits of each integer weight, where its type in the file has more.
+EXACT = "pq_sweep.bits"
+# The versions of operators and of the format from which on a graph may hold integers of so many bits.
+OPSETS, FORMATS = {8: 13, 4: 21, 2: 25}, {8: 7, 4: 10, 2: 13}
+BLOCKS_FROM = 21
+# Ranges that are tried first, as shares of the largest magnitude, and then around the best of them.
+SHARES = tuple(number / 24 for number in range(2, 27))
+NEARBY = tuple(number / 24 / 9 for number in range(-8, 9) if number)
+REFINEMENTS = 4
+AT_ONCE = 1 << 18  # weights whose codes are looked for at a time, few enough for a processor's cache
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Symmetric integers of `bits`; the scale is one per output channel or, with `block`, one per so many inputs."""
+
+    bits: int
+    block: int | None = None
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Return the smallest and the largest integer."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    @property
+    def container(self) -> int:
+        """Return the bits that each integer takes in the file."""
+        return next(bits for bits in sorted(OPSETS) if bits >= self.bits)
+
+    def require(self) -> None:
+        """Refuse bits that the installed packages have no type for."""
+        import onnx
+
+        if not hasattr(onnx.TensorProto, f"INT{self.container}"):
+            raise UserError(
+                f"quantizer.bits={self.bits} needs integers of {self.container} bits, which onnx {onnx.__version__} has"
+                " not; install onnx>=1.20 and onnxruntime>=1.24, or give quantizer.bits from 3 to 8."
+            )
+
+
+def quantize_weights(model: onnx.ModelProto, weights: list[Stored], grid: Grid) -> None:
+    """Replace float weights of a graph by integers and a DequantizeLinear each.
+
+    Blocks lie along the inputs of matrix products; convolutions have a scale for each output channel in any case.
+    """
+    import onnx
+    from tqdm import tqdm
+
+    kind = getattr(onnx.TensorProto, f"INT{grid.container}")
+    nodes = []
+    for weight in tqdm(weights, desc="weights", unit="layer", disable=None, leave=False):
+        block = grid.block if weight.operator in PRODUCTS else None
+        codes, scale = encode(weight, Grid(grid.bits, block))
+        name = weight.name
+        model.graph.initializer.remove(weight.item)
+        model.graph.initializer.extend([tensor(codes, f"{name}_quantized", kind), _float(scale, f"{name}_scale")])
+        options = {"axis": 1 - weight.outputs, "block_size": block} if block else {"axis": weight.outputs}
+        inputs = [f"{name}_quantized", f"{name}_scale"]
+        nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [name], f"{name}_DequantizeLinear", **options))
+    others = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *others])
+    _note_exact(model, {f"{weight.name}_quantized": grid.bits for weight in weights}, grid)
+
+
+def _float(values: np.ndarray, name: str) -> onnx.TensorProto:
+    import onnx
+
+    return tensor(values.astype("float32"), name, onnx.TensorProto.FLOAT)
+
+
+def _note_exact(model: onnx.ModelProto, bits: dict[str, int], grid: Grid) -> None:
+    """Write the exact bits of weights into a graph whose types have more."""
+    if grid.bits != grid.container:
+        entry = model.metadata_props.add()
+        entry.key, entry.value = EXACT, json.dumps(bits)
+
+
+def encode(weight: Stored, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Return the integers of a weight, in its shape, and their scales.
+
+    Scales have the least sum of squared errors. They are (outputs,), or, with blocks, in the weight's shape with its
+    inputs counted in blocks.
+    """
+    import numpy as np
+
+    values = np.moveaxis(weight.values(), weight.outputs, 0)  # outputs first
+    if not grid.block:
+        rows = values.reshape(len(values), -1)
+        codes, scale = fitted(rows, grid)
+        return np.moveaxis(codes.reshape(values.shape), 0, weight.outputs), scale
+    outputs, inputs = values.reshape(len(values), -1).shape
+    blocks = -(-inputs // grid.block)
+    padded = np.pad(values.reshape(outputs, inputs), ((0, 0), (0, blocks * grid.block - inputs)))
+    codes, scale = fitted(padded.reshape(-1, grid.block), grid)
+    codes = codes.reshape(outputs, -1)[:, :inputs].reshape(values.shape)
+    return np.moveaxis(codes, 0, weight.outputs), np.moveaxis(scale.reshape(outputs, blocks), 0, weight.outputs)
+
+
+def fitted(rows: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each row (N, K) its integers, int8 (N, K), and the scale (N,) that brings them closest to it.
+
+    The sum of squared errors has many minima, of which this finds one that is nearly the least: the best of many scales
+    is refined by giving each set of integers its best scale in turn, which never makes the error larger.
+    """
+    import numpy as np
+
+    parts = [_fitted(part.astype(np.float32), grid) for part in _parts(rows)]
+    return np.concatenate([codes for codes, _ in parts]), np.concatenate([scale for _, scale in parts])
+
+
+def _parts(rows: np.ndarray) -> Iterator[np.ndarray]:
+    count = max(1, AT_ONCE // max(1, rows.shape[1]))
+    yield from (rows[start : start + count] for start in range(0, len(rows), count))
+
+
+def _fitted(rows: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    import numpy as np
+
+    low, high = grid.limits
+    largest = np.abs(rows).max(1, keepdims=True)
+    largest = np.where(largest > 0, largest, 1).astype(np.float32)
+    best, error = largest / high, np.full_like(largest, np.inf)
+
+    def attempt(scale: np.ndarray) -> np.ndarray:
+        """Keep the scales that are better than the best so far, and return the best ones for the integers found."""
+        nonlocal best, error
+        codes = np.clip(np.rint(rows / scale), low, high)
+        found = np.square(codes * scale - rows).sum(1, keepdims=True, dtype=np.float64)
+        best, error = np.where(found < error, scale, best), np.minimum(found, error)
+        products, squares = (rows * codes).sum(1, keepdims=True), np.square(codes).sum(1, keepdims=True)
+        return np.where(products > 0, products / np.maximum(squares, 1), scale).astype(np.float32)
+
+    for share in SHARES:
+        attempt(largest * np.float32(share / high))
+    middle = best
+    for share in NEARBY:
+        attempt(np.maximum(middle + largest * np.float32(share / high), middle / 8))
+    scale = best
+    for _ in range(REFINEMENTS):
+        scale = attempt(scale)
+    attempt(scale)
+    return np.clip(np.rint(rows / best), low, high).astype(np.int8), best[:, 0].astype(np.float32)
+
+
+def with_types(model: onnx.ModelProto, grid: Grid) -> onnx.ModelProto:
+    """Return a graph in the versions of operators and format that hold such integers, or refuse them."""
+    import onnx
+    from onnx import version_converter
+
+    grid.require()
+    wanted = max(OPSETS[grid.container], BLOCKS_FROM if grid.block else 0)
+    known = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if known < wanted:
+        model = version_converter.convert_version(model, wanted)
+    model.ir_version = max(model.ir_version, FORMATS[grid.container], FORMATS[4] if grid.block else 0)
+    assert isinstance(model, onnx.ModelProto)
+    return model
+
+
+def chosen_weights(model: onnx.ModelProto, excluded: list[str]) -> list[Stored]:
+    """Return the float weights of a graph's matrix operators, without those of the nodes in `excluded`."""
+    left: set[Any] = {name for node in model.graph.node if node.name in set(excluded) for name in node.input}
+    return [each for each in stored_weights(model.graph) if each.scale is None and each.item.name not in left]
