@@ -60,7 +60,7 @@ def prune_graph(path: Path, pruner: partial[Any], seed: int) -> Record:
     graph = onnx.load(path)
     weights = stored_weights(graph.graph)
     layers = [_layer(weight) for weight in weights]
-    before = [layer.weight.detach().clone() for layer in layers]
+    before = [_values_of(layer).clone() for layer in layers]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         record = pruner(_as_model(weights, layers)) or {}
@@ -68,7 +68,7 @@ def prune_graph(path: Path, pruner: partial[Any], seed: int) -> Record:
     if any(changed):
         onnx.save(graph, path)
     zeros = sum(int((weight.values() == 0).sum()) for weight in weights)
-    return {**record, "weights": sum(layer.weight.numel() for layer in layers), "zeros": zeros}
+    return {**record, "weights": sum(_values_of(layer).numel() for layer in layers), "zeros": zeros}
 
 
 def _clear(weight: Stored, layer: nn.Module, before: Tensor) -> bool:
@@ -86,7 +86,8 @@ def _clear(weight: Stored, layer: nn.Module, before: Tensor) -> bool:
 
 def _values_of(layer: nn.Module) -> Tensor:
     weight: Any = layer.weight
-    return weight.detach()  # type: ignore[no-any-return]
+    values: Tensor = weight.detach()
+    return values
 
 
 def _layer(weight: Stored) -> nn.Module:
@@ -133,4 +134,4 @@ def _as_model(weights: list[Stored], layers: list[nn.Module]) -> Model:
     network = Layers()
     for weight, layer in zip(weights, layers, strict=True):
         network._modules[weight.name.removesuffix(".weight")] = layer  # add_module refuses dots
-    return Model(network, int(layers[-1].weight.shape[0]))
+    return Model(network, len(_values_of(layers[-1])))

@@ -70,7 +70,7 @@ def quantize_weights(model: onnx.ModelProto, weights: list[Stored], grid: Grid) 
         name = weight.name
         model.graph.initializer.remove(weight.item)
         model.graph.initializer.extend([tensor(codes, f"{name}_quantized", kind), _float(scale, f"{name}_scale")])
-        options = {"axis": 1 - weight.outputs, "block_size": block} if block else {"axis": weight.outputs}
+        options: dict[str, Any] = {"axis": 1 - weight.outputs, "block_size": block} if block else {"axis": weight.outputs}
         inputs = [f"{name}_quantized", f"{name}_scale"]
         nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [name], f"{name}_DequantizeLinear", **options))
     others = list(model.graph.node)
