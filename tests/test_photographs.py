@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torchvision
 from conftest import ROOT, new_user, only_sweep, python, results
 from PIL import Image
+
+from pq_sweep.core.stored import stored_weights
 
 TOP1 = {"resnet18": 0.962, "mobilenet_v2": 0.982, "squeezenet1_1": 0.924}  # of the 500, as the data's manifest says
 # Threads that wait for each other take many times longer on a busy machine.
@@ -52,7 +55,11 @@ def plain_loop(name: str, shared: Path, images: Iterable[str]) -> dict[str, int]
     """Evaluate image by image with torchvision alone; return the class index (of ten) by file."""
     model = torchvision.models.get_model(name)
     model.load_state_dict(torch.load(shared / "weights" / f"{name}.pth", weights_only=True))
-    model.eval()
+    return answers_of(model.eval(), name, shared, images)
+
+
+def answers_of(model: torch.nn.Module, name: str, shared: Path, images: Iterable[str]) -> dict[str, int]:
+    """Return what a network says of each image, prepared as torchvision does for a network of this name."""
     transform = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].transforms()
     wnids = (shared / "imagenet_wnids.txt").read_text().split()
     root = shared / "imagenette160"
@@ -168,3 +175,50 @@ class TestMobilenet(Photographs):
         assert record["calibration_drop_points"] <= 2
         assert job["accuracy"]["drop_points"] <= 3
         assert (folder / "0" / "precisions.svg").stat().st_size > 1000
+
+
+class TestLowBits:
+    """Integers in the file stand for what the job answered, and are ranked by that when they are pruned."""
+
+    def answers(self, sweep: Sweep, *overrides: str) -> tuple[Path, np.ndarray]:
+        folder, (job,) = sweep("resnet18", f"dataset.evaluation={SOME}", "runtime=onnxruntime", *overrides)
+        assert job["accuracy"]["samples"] == SOME
+        return folder, np.load(folder / "0" / "predictions.npy")
+
+    def test_weights_of_four_bits_answer_as_their_values_do_in_torch(self, sweep: Sweep, shared_data: Path) -> None:
+        folder, predicted = self.answers(sweep, "quantizer=weights", "quantizer.bits=4")
+        graph = onnx.load(folder / "0" / "model.onnx")
+        model = torchvision.models.resnet18().eval()
+        for name, part in list(model.named_modules()):
+            if isinstance(part, torch.nn.Conv2d):
+                part.bias = torch.nn.Parameter(torch.zeros(part.out_channels))
+            if isinstance(part, torch.nn.BatchNorm2d):
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, torch.nn.Identity())  # folded into the convolutions
+        constants = {item.name: onnx.numpy_helper.to_array(item) for item in graph.graph.initializer}
+        for node in graph.graph.node:
+            if node.op_type in ("Conv", "Gemm"):
+                layer: Any = model.get_submodule(node.input[1].removesuffix(".weight"))
+                codes, scale = (
+                    constants[f"{node.input[1]}_{part}"].astype("float32") for part in ("quantized", "scale")
+                )
+                layer.weight.data = torch.from_numpy(codes * scale.reshape(-1, *[1] * (codes.ndim - 1)))
+                layer.bias.data = torch.tensor(constants[node.input[2]])
+        with next(folder.glob("baseline/*/images.csv")).open() as file:
+            images = [row["image"] for row in csv.DictReader(file)]
+
+        assert (folder / "0" / "model.onnx").stat().st_size == pytest.approx(5.9e6, rel=0.02)
+        assert list(answers_of(model, "resnet18", shared_data, images).values()) == predicted.tolist()
+
+    def test_pruned_integers_are_ranked_by_value(self, sweep: Sweep, shared_data: Path) -> None:
+        """Ranked by the integers themselves, of which each channel has its own scale, most answers would be lost."""
+        pruner = ("quantizer=int8", "pruner=l1", "pruner.amount=0.5")
+        folder, ours = self.answers(sweep, *pruner, "order=quantize_first")
+        _, other = self.answers(sweep, *pruner)
+        _, dense = self.answers(sweep, "quantizer=int8")
+        graph = onnx.load(folder / "0" / "model.onnx")
+        zeros = [float((weight.codes() == 0).mean()) for weight in stored_weights(graph.graph)]
+
+        assert min(zeros) >= 0.49
+        assert np.mean(ours == dense) > 0.8
+        assert abs(np.mean(ours == dense) - np.mean(other == dense)) < 0.1  # the order makes no difference

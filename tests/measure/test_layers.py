@@ -63,8 +63,9 @@ def test_bytes_count_as_the_numbers_that_they_stand_for(tmp_path: Path, axis: in
     zero = np.zeros(len(scale), np.int8)
     items = {"w_quantized": stored, "w_scale": scale, "w_zero_point": zero}
     node = helper.make_node("DequantizeLinear", [*items], ["w"], axis=axis)
+    product = helper.make_node("MatMul", ["x", "w"], ["y"])
     graph = helper.make_graph(
-        [node], "g", [], [helper.make_tensor_value_info("w", TensorProto.FLOAT, [2, 3])],
+        [node, product], "g", [], [helper.make_tensor_value_info("w", TensorProto.FLOAT, [2, 3])],
         [numpy_helper.from_array(value, name) for name, value in items.items()],
     )  # fmt: skip
     onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
