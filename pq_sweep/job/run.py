@@ -305,7 +305,7 @@ def save_layers(
     layers = compressed_layers(stored, baseline.layers)
     after = {name: layer | products.pop(name, {}) for name, layer in layers.items()}
     write_json(files.layers, {"before": baseline.layers, "after": after, "products": products})
-    return held and held.summed(network, baseline.result)
+    return held.summed(network, baseline.result) if held else None
 
 
 def look_at_artifact(
