@@ -130,8 +130,9 @@ def _products(graph: Graph, node: onnx.NodeProto) -> Iterator[Product]:
         return
     factors, count = OPERATORS[node.op_type]
     for first, second in factors:
-        names = node.input[first], node.input[second]
-        yield _product(graph, node, names, count(graph, node, *names))
+        if second < len(node.input):  # an Einsum of one tensor multiplies nothing
+            names = node.input[first], node.input[second]
+            yield _product(graph, node, names, count(graph, node, *names))
 
 
 def _product(graph: Graph, node: onnx.NodeProto, names: tuple[str, str], macs: int) -> Product:
@@ -139,14 +140,14 @@ def _product(graph: Graph, node: onnx.NodeProto, names: tuple[str, str], macs: i
     left, right = names
     if graph.weight(right) is None and graph.weight(left) is not None:
         left, right = right, left
-    weight = graph.weight(right)
+    weight, activation_bits = graph.weight(right), INSIDE.get(node.op_type) or graph.bits(left)
     if weight is None:
-        return Product(node.name or node.output[0], macs, graph.bits(right), graph.bits(left))
+        return Product(node.name or node.output[0], macs, graph.bits(right), activation_bits)
     # A weight may be stored in few bits and multiplied in more, or be stored as floats and quantized by the graph.
     bits = graph.exact.get(weight) or min(graph.stored_bits(weight), graph.bits(right))
     codes, zero = graph.codes(weight)
     zeros = int((codes == zero).sum())
-    return Product(weight.removesuffix("_quantized"), macs, bits, graph.bits(left), codes.numel(), zeros)
+    return Product(weight.removesuffix("_quantized"), macs, bits, activation_bits, codes.numel(), zeros)
 
 
 def _convolution(graph: Graph, node: onnx.NodeProto, _: str, weight: str) -> int:
@@ -170,6 +171,18 @@ def _recurrent(graph: Graph, node: onnx.NodeProto, inputs: str, weight: str) -> 
     return prod(graph.shapes[node.input[0]][:2]) * prod(graph.shapes[weight])
 
 
+def _einsum(graph: Graph, node: onnx.NodeProto, _: str, __: str) -> int:
+    """Each output element is a sum over all indices that it does not have."""
+    equation = next(each.s.decode() for each in node.attribute if each.name == "equation")
+    terms, _, output = equation.replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for term, name in zip(terms.split(","), node.input, strict=True):
+        before, _, after = term.partition("...")
+        shape = graph.shapes[name]
+        sizes |= dict(zip(before, shape, strict=False)) | dict(zip(after[::-1], shape[::-1], strict=False))
+    return prod(graph.shapes[node.output[0]]) * prod(size for index, size in sizes.items() if index not in output)
+
+
 Factors = tuple[tuple[int, int], ...]
 Count = Callable[[Graph, "onnx.NodeProto", str, str], int]
 ONE: Factors = ((0, 1),)
@@ -179,6 +192,8 @@ OPERATORS: dict[str, tuple[Factors, Count]] = {
     "Conv": (ONE, _convolution),
     "ConvInteger": (ONE, _convolution),
     "ConvTranspose": (ONE, _transposed),
+    "DeformConv": (ONE, _convolution),
+    "Einsum": (ONE, _einsum),
     "Gemm": (ONE, _matrices),
     "MatMul": (ONE, _matrices),
     "MatMulInteger": (ONE, _matrices),
@@ -187,4 +202,7 @@ OPERATORS: dict[str, tuple[Factors, Count]] = {
     "LSTM": (RECURRENT, _recurrent),
     "GRU": (RECURRENT, _recurrent),
     "RNN": (RECURRENT, _recurrent),
+    "DynamicQuantizeLSTM": (RECURRENT, _recurrent),
 }
+# The bits to which an operator rounds its activations itself.
+INSIDE = {"DynamicQuantizeLSTM": 8}

@@ -43,6 +43,7 @@ DIGITS = {
     "fc1.weight": 64 * 256,
     "fc2.weight": 10 * 64,
 }
+PIXELS = Preprocess(size=8, resize=8, channels=1, mean=(0.0,), std=(1.0,))
 STEM = DIGITS["stem.0.0.weight"]
 
 
@@ -80,6 +81,7 @@ def quantized(source: Path, target: Path, name: str, form: str = "cpu", **option
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_resnet20_is_that_of_a_count_by_hand(tmp_path: Path) -> None:
     """He et al. 2016, section 4.2: three stages of six 3x3 convolutions; the shortcuts between stages are 1x1."""
     model, path = cifar_resnet(n=3, weights=None), tmp_path / "model.onnx"
@@ -159,13 +161,37 @@ class Recurrent(nn.Module):
         return self.head(self.rows(x[:, 0])[0][:, -1])
 
 
+@pytest.mark.slow
 def test_recurrent_layers_count_every_step(tmp_path: Path) -> None:
-    pixels = Preprocess(size=8, resize=8, channels=1, mean=(0.0,), std=(1.0,))
-    model, path = Model(Recurrent().eval(), 10, pixels), tmp_path / "model.onnx"
+    model, path = Model(Recurrent().eval(), 10, PIXELS), tmp_path / "model.onnx"
     export_onnx(model, path)
+    by_hand = 8 * 4 * (8 * 6 + 6 * 6) + 60
 
-    assert sum(macs_of(held(path)).values()) == 8 * 4 * (8 * 6 + 6 * 6) + 60 == count(model).macs
-    assert sum(macs_of(of_network(model, model.module.state_dict())).values()) == count(model).macs
+    assert sum(macs_of(held(path)).values()) == by_hand == count(model).macs
+    assert sum(macs_of(of_network(model, model.module.state_dict())).values()) == by_hand
+    found = quantized(path, tmp_path / "dynamic.onnx", "int8_dynamic")
+    assert (sum(macs_of(found).values()), summed(found, model).rel_bops) == (by_hand, 0.0625)
+
+
+class Indices(nn.Module):
+    """Products by indices over the rows of (B, 1, 8, 8) images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.few, self.head = nn.Parameter(torch.ones(4, 8)), nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = torch.einsum("...j,kj->...k", x[:, 0], self.few)
+        return self.head(torch.einsum("bij,bik->bjk", keys, x[:, 0]).sum(1))
+
+
+@pytest.mark.slow
+def test_products_by_indices_are_counted(tmp_path: Path) -> None:
+    model, path = Model(Indices().eval(), 10, PIXELS), tmp_path / "model.onnx"
+    export_onnx(model, path)
+    assert "Einsum" in {node.op_type for node in Graph(path).nodes}
+    assert sorted(product.macs for product in held(path).products) == [80, 8 * 8 * 4, 8 * 8 * 4]
+    assert count(model).macs == 80 + 2 * 256
 
 
 def test_what_no_operator_is_known_to_do_counts_in_fp32() -> None:
@@ -444,6 +470,7 @@ def test_a_network_of_torch_counts_in_its_own_precision(tmp_path: Path) -> None:
     assert layers["products"] == {}
 
 
+@pytest.mark.slow
 def test_removed_channels_lower_what_is_multiplied(tmp_path: Path) -> None:
     bits, result, layers = job(tmp_path, "quantizer=int8", "runtime=onnxruntime", "pruner=remove", "pruner.amount=0.5")
 
