@@ -140,11 +140,12 @@ def _product(graph: Graph, node: onnx.NodeProto, names: tuple[str, str], macs: i
     left, right = names
     if graph.weight(right) is None and graph.weight(left) is not None:
         left, right = right, left
-    weight, activation_bits = graph.weight(right), INSIDE.get(node.op_type) or graph.bits(left)
+    weight, (activation_bits, bits) = graph.weight(right), graph.bits(left, right)
+    activation_bits = INSIDE.get(node.op_type, activation_bits)
     if weight is None:
-        return Product(node.name or node.output[0], macs, graph.bits(right), activation_bits)
+        return Product(node.name or node.output[0], macs, bits, activation_bits)
     # A weight may be stored in few bits and multiplied in more, or be stored as floats and quantized by the graph.
-    bits = graph.exact.get(weight) or min(graph.stored_bits(weight), graph.bits(right))
+    bits = graph.exact.get(weight) or min(graph.stored_bits(weight), bits)
     codes, zero = graph.codes(weight)
     zeros = int((codes == zero).sum())
     return Product(weight.removesuffix("_quantized"), macs, bits, activation_bits, codes.numel(), zeros)

@@ -66,19 +66,19 @@ class Graph:
         """Return the bits of each element of a constant; those that the metadata tell win over those of its type."""
         return self.exact.get(name) or width(self.constants[name].data_type)
 
-    def bits(self, name: str) -> int:
-        """Return the bits in which a tensor goes into a product; behind Q/DQ those of the type in between."""
-        name = self._moved(name)
-        node = self.makers.get(name)
-        if node is not None and node.op_type == "DequantizeLinear":
-            name = node.input[0]
-        return width(self.kinds[name])
+    def bits(self, *factors: str) -> list[int]:
+        """Return the bits in which tensors are multiplied with each other: if all come out of Q/DQ, those in between.
 
-    def _moved(self, name: str) -> str:
-        """Return the tensor whose values a tensor has, moved."""
+        If only some do, they are multiplied as the floats that they are turned into.
+        """
+        encoded = [name for name in map(self._encoded, factors) if name is not None]
+        return [width(self.kinds[name]) for name in (encoded if len(encoded) == len(factors) else factors)]
+
+    def _encoded(self, name: str) -> str | None:
+        """Return the tensor that a DequantizeLinear turned into this one, or None."""
         while (node := self.makers.get(name)) is not None and node.op_type in MOVES:
             name = node.input[0]
-        return name
+        return node.input[0] if node is not None and node.op_type == "DequantizeLinear" else None
 
     def weight(self, name: str) -> str | None:
         """Return the name of the constant that a tensor is made of, or None if it is an activation."""

@@ -239,6 +239,9 @@ def test_an_excluded_layer_counts_as_it_is(source: Path, tmp_path: Path) -> None
     assert bits.rel_bops == (STEM * FULL + rest * 64) / (sum(DIGITS.values()) * FULL)
     assert bits.weight_bits == (144 * 32 + (58640 - 144) * 8) / 58640
     assert bits.activation_bits == (STEM * 32 + rest * 8) / (STEM + rest)
+    # What a neighbour has rounded is multiplied with FP32 weights as floats.
+    last = summed(quantized(source, tmp_path / "model.onnx", "int8", exclude=["last"]), digits_cnn())
+    assert last.bops == 640 * FULL + (sum(DIGITS.values()) - 640) * 64
     halved = quantized(source, tmp_path / "model.onnx", "fp16", exclude=["first"])
     assert summed(halved, digits_cnn()).bops == STEM * FULL + rest * 256
 
@@ -353,7 +356,7 @@ def test_blocks_have_zeros_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("between", "activation_bits"),
+    ("between", "bits"),
     [
         ([], 8),
         ([("Reshape", ["a"], ["b"], {}), ("Transpose", ["b"], ["a"], {"perm": [0, 1]})], 8),
@@ -362,10 +365,8 @@ def test_blocks_have_zeros_of_their_own(tmp_path: Path) -> None:
     ],
     ids=["directly", "moved", "computed", "converted"],
 )
-def test_activations_are_in_eight_bit_up_to_the_next_computation(
-    tmp_path: Path, between: list[Any], activation_bits: int
-) -> None:
-    """A weight that the graph itself quantizes is stored as floats and multiplied in eight bit."""
+def test_activations_are_in_eight_bit_up_to_the_next_computation(tmp_path: Path, between: list[Any], bits: int) -> None:
+    """The graph quantizes the weight, which is stored as floats: it has eight bits if the other factor has."""
     names = {"a": "floats", "b": "moved"}
     nodes: list[Any] = [
         ("QuantizeLinear", ["input", "scale", "zero"], ["codes"], {}),
@@ -385,7 +386,7 @@ def test_activations_are_in_eight_bit_up_to_the_next_computation(
     )
     assert found
     (product,) = found.products
-    assert (product.macs, product.weight_bits, product.activation_bits) == (40, 8, activation_bits)
+    assert (product.macs, product.weight_bits, product.activation_bits) == (40, bits, bits)
     assert found.packed_bytes == 4 + 1 + 160 + 20 + 16
 
 
