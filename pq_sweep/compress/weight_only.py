@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.stored import PRODUCTS, Stored, stored_weights, tensor
+from pq_sweep.measure.graph import EXACT
 from pq_sweep.types import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
 
-# In a graph's metadata: the bits of each integer weight, where its type in the file has more.
-EXACT = "pq_sweep.bits"
 # The versions of operators and of the format from which on a graph may hold integers of so many bits.
 OPSETS, FORMATS = {8: 13, 4: 21, 2: 25}, {8: 7, 4: 10, 2: 13}
 BLOCKS_FROM = 21
@@ -70,7 +69,9 @@ def quantize_weights(model: onnx.ModelProto, weights: list[Stored], grid: Grid) 
         name = weight.name
         model.graph.initializer.remove(weight.item)
         model.graph.initializer.extend([tensor(codes, f"{name}_quantized", kind), _float(scale, f"{name}_scale")])
-        options: dict[str, Any] = {"axis": 1 - weight.outputs, "block_size": block} if block else {"axis": weight.outputs}
+        options: dict[str, Any] = (
+            {"axis": 1 - weight.outputs, "block_size": block} if block else {"axis": weight.outputs}
+        )
         inputs = [f"{name}_quantized", f"{name}_scale"]
         nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [name], f"{name}_DequantizeLinear", **options))
     others = list(model.graph.node)

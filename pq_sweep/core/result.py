@@ -218,6 +218,24 @@ class Sizes(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bits(Part):
+    """The bits of an artifact's weights and of both factors of its products, by what it or its graph holds.
+
+    `packed_bytes` are those of all tensors if each weight took just its bits, `bops` the multiply-accumulates of one
+    image, each times the bits of both factors, and `rel_bops` their share of those of the uncompressed model in FP32.
+    `weight_bits` is the mean of the weights, `activation_bits` of the multiply-accumulates, and `sparsity` the share of
+    weights whose code stands for 0. What has nothing to be the mean of is None.
+    """
+
+    packed_bytes: int
+    bops: int
+    rel_bops: float | None
+    weight_bits: float | None
+    activation_bits: float | None
+    sparsity: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preparation(Part):
     """Seconds of the stages that make the compressed model and of all stages, and which came out of the cache."""
 
@@ -262,6 +280,7 @@ class Result(Part):
     network: Network
     images: Record
     size_bytes: Sizes
+    bits: Bits | None = None
     preparation: Preparation = field(metadata=INLINE)
     baseline: Reference
     session: Ran
@@ -278,6 +297,7 @@ class Result(Part):
             "speed": Speed.of(plain) if "latency" in plain else None,
             "network": Network.of(plain["network"]),
             "size_bytes": Sizes.of(plain["size_bytes"]),
+            "bits": Bits.of(plain["bits"]) if plain.get("bits") else None,
             "preparation": Preparation.of(plain),
             "baseline": Reference.of(plain["baseline"]),
             "session": Ran.of(plain["session"]),

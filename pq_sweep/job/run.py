@@ -27,7 +27,7 @@ from pq_sweep.core.fingerprint import digest, fingerprint, resolved
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.opened import noting, opened
 from pq_sweep.core.options import spelled
-from pq_sweep.core.result import Accuracy, Compared, Network, Result, Speed
+from pq_sweep.core.result import Accuracy, Bits, Compared, Network, Result, Speed
 from pq_sweep.core.threads import use_threads
 from pq_sweep.inputs.own_data import accepted_data
 from pq_sweep.inputs.own_model import accepted_change, accepted_model
@@ -50,6 +50,8 @@ from pq_sweep.job.stages import Stages
 from pq_sweep.job.steps import change_once, origin_of
 from pq_sweep.job.turns import Turns
 from pq_sweep.measure.accuracy import accuracy
+from pq_sweep.measure.bits import Holdings, by_layer, of_graph, of_network, with_rest
+from pq_sweep.measure.graph import Graph
 from pq_sweep.measure.latency import speed
 from pq_sweep.measure.layers import compressed_layers
 from pq_sweep.measure.memory import free_at_first
@@ -92,9 +94,9 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         session = open_session(plan, model, data)
         network, pruning = pruned_in_graph(network, session.details) or (network, pruning)
         notes = describe_notes(model, data, network, pruning, recovery)
-        del model  # from here on only the session holds memory
-        save_layers(session, baseline, stage.files)
         ran = describe_session(session, precision_of(plan.quantizer), folder)
+        bits = save_layers(session, ran.precision, model, network, baseline, stage.files)
+        del model  # from here on only the session holds memory
         environment = describe(plan.work.device, plan.work.threads)
         accuracy, speed = measure(plan, session, data, baseline, stage, ran.sha256)
         result = Result(
@@ -108,6 +110,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
             network=network,
             images=describe_images(data),
             size_bytes=describe_sizes(session, baseline.result.size_bytes, formats),
+            bits=bits,
             preparation=stage.preparation,
             baseline=baseline.result,
             session=ran,
@@ -302,10 +305,33 @@ def evaluate(plan: Plan, session: Session, data: Data, stage: Stages) -> tuple[A
     return Accuracy.of(stage.time_and_keep("accuracy", measured, path)), np.load(path)
 
 
-def save_layers(session: Session, baseline: Baseline, files: JobFolder) -> None:
-    """Write how the weights of each layer spread before and after compression."""
-    after = compressed_layers(session.artifact, baseline.layers)
-    write_json(files.layers, {"before": baseline.layers, "after": after})
+def save_layers(
+    session: Session, precision: str, model: Model, network: Network, baseline: Baseline, files: JobFolder
+) -> Bits | None:
+    """Write what each layer was before compression and what the artifact holds of it, and return its bits in sum."""
+    stored, held = look_at_artifact(session.artifact, files.model, precision, model)
+    products = by_layer(with_rest(held.products, network)) if held else {}
+    layers = compressed_layers(stored, baseline.layers)
+    after = {name: layer | products.pop(name, {}) for name, layer in layers.items()}
+    write_json(files.layers, {"before": baseline.layers, "after": after, "products": products})
+    return held.summed(network, baseline.result) if held else None
+
+
+def look_at_artifact(
+    artifact: Path, graph: Path, precision: str, model: Model
+) -> tuple[Graph | dict[str, torch.Tensor], Holdings | None]:
+    """Return what holds the weights of an artifact, which an engine was built from, and the bits of its products.
+
+    TensorRT may run each layer of an FP32 graph in BF16 if that was wanted, and does not have to.
+    """
+    if artifact.suffix == ".pt":
+        state = torch.load(artifact, map_location="cpu", weights_only=True)
+        return state, of_network(model, state)
+    path = artifact if artifact.suffix == ".onnx" else graph
+    if not path.exists():
+        return {}, None
+    found = Graph(path)
+    return found, None if precision == "bf16" else of_graph(found)
 
 
 def save(cfg: DictConfig, stage: Stages, result: Result, pruning: Record | None) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from math import prod
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from pq_sweep.core.weights import each_once
 from pq_sweep.types import Model
 
 Shape = torch.Size
@@ -22,14 +24,29 @@ OWN = ("aten", "prim", "prims")
 def arithmetic(model: Model) -> tuple[int, list[str]]:
     """Count the multiply-accumulates of one image in convolutions and matrix products, and name what is not counted."""
     formulas = _formulas()
-    images, others = model.sample(1), _Others(formulas)
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_attention_in_single_steps())
-        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=formulas))
-        stack.enter_context(others)
-        model.module(images)
+    others = _Others(formulas)
+    with _counting(formulas) as counter, others:
+        model.module(model.sample(1))
     return int(counter.get_total_flops() // 2), list(others.found)
+
+
+def arithmetic_by_weight(model: Model) -> dict[str, int]:
+    """Count the multiply-accumulates of one image by the name of the weight, "" where no parameter is multiplied.
+
+    Recurrent layers count for the largest of their weights. The network may have been converted to any floating type.
+    """
+    images = model.sample(1).to(next(model.module.parameters()).dtype)
+    with _counting(_formulas()) as counter, _ByWeight(counter, model.module) as found:
+        model.module(images)
+    return found.macs
+
+
+@contextmanager
+def _counting(formulas: dict[Any, Callable[..., int]]) -> Iterator[FlopCounterMode]:
+    """Count what a network computes meanwhile, without gradients."""
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
+    with torch.no_grad(), _attention_in_single_steps(), counter:
+        yield counter
 
 
 @contextmanager
@@ -64,6 +81,41 @@ class _Others(TorchDispatchMode):
         if computes and func.overloadpacket not in self.counted and (space not in OWN or name.startswith(OTHERWISE)):
             self.found[f"{space}.{name.partition('.')[0]}"] = None
         return result
+
+
+class _ByWeight(TorchDispatchMode):
+    """Tells by which parameter the operations of a pass multiply, with a counter that is entered before."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, counter: FlopCounterMode, module: nn.Module) -> None:
+        super().__init__()
+        self.counter = counter
+        # A view of a weight, such as its transpose, lies in the weight's memory.
+        self.places = [
+            (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
+            for name, parameter in each_once(module.named_parameters())
+        ]
+        self.macs: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at what the counter counts for an operation."""
+        before = self.counter.get_total_flops()
+        result = func(*args, **(kwargs or {}))
+        if counted := self.counter.get_total_flops() - before:
+            name = self._weight(args)
+            self.macs[name] = self.macs.get(name, 0) + counted // 2
+        return result
+
+    def _weight(self, args: Any) -> str:
+        """Return the name of the parameter that is largest among the arguments of an operation."""
+        several = (each if isinstance(each, list | tuple) else [each] for each in args)
+        tensors = [each for some in several for each in some if isinstance(each, torch.Tensor)]
+        for tensor in sorted(tensors, key=torch.Tensor.numel, reverse=True):
+            for start, end, name in self.places:
+                if start <= tensor.data_ptr() < end:
+                    return name
+        return ""
 
 
 # --- what torch's counter does not know ------------------------------------------------------------------------------

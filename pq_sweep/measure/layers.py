@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pq_sweep.core.stored import Stored, stored_weights
 from pq_sweep.core.weights import prunable_by_name
+from pq_sweep.measure.graph import Graph
 from pq_sweep.types import Model, Record
 
-if TYPE_CHECKING:
-    import onnx
-
 BINS = 61  # odd, so that zero lies in the middle of a bin
-MOST_CODES = 256
 
 Layers = dict[str, dict[str, Any]]
 
@@ -28,17 +23,34 @@ def dense_layers(model: Model) -> Layers:
     return {name: _describe(weight, float(weight.detach().abs().max())) for name, weight in found.items()}
 
 
-def compressed_layers(artifact: Path, dense: Layers) -> Layers:
-    """Describe the dense network's layers as an artifact, or the graph that it was built from, holds them.
+def compressed_layers(stored: Graph | Mapping[str, Tensor], dense: Layers) -> Layers:
+    """Describe the dense network's layers as a graph or a state_dict holds them.
 
     Histograms have the bins of the dense layer; values beyond them count in the outermost bins. A weight that the
     exporter renamed or folded away is left out.
     """
-    return {
-        name: _describe(weight, dense[name]["limit"]) | codes
-        for name, weight, codes in _stored(artifact)
-        if name in dense
-    }
+    if isinstance(stored, Graph):
+        return {base: _describe(stored.values(name), dense[base]["limit"]) | _codes(stored, name)
+                for base, name in _named(stored, dense)}  # fmt: skip
+    return {name: _describe(weight, dense[name]["limit"]) for name, weight in stored.items() if name in dense}
+
+
+def _named(graph: Graph, names: Container[str]) -> Iterator[tuple[str, str]]:
+    """Yield which weights of a graph have these names, and how the graph calls them."""
+    for name in graph.constants:
+        if (base := name.removesuffix("_quantized")) in names:
+            yield base, name
+
+
+def _codes(graph: Graph, name: str) -> Record:
+    """Return how often each integer of a weight is there, from the smallest that is; nothing of floats."""
+    import onnx
+
+    if "INT" not in onnx.TensorProto.DataType.Name(graph.kinds[name]):
+        return {}
+    codes = graph.codes(name)[0].int()
+    lowest = int(codes.min())
+    return {"codes": {"lowest": lowest, "counts": torch.bincount((codes - lowest).flatten()).tolist()}}
 
 
 def _describe(weight: Tensor, limit: float) -> dict[str, Any]:
@@ -50,40 +62,3 @@ def _describe(weight: Tensor, limit: float) -> dict[str, Any]:
         "limit": limit,
         "counts": [int(count) for count in bins],
     }
-
-
-def _stored(artifact: Path) -> Iterator[tuple[str, Tensor, Record]]:
-    """Yield the weights in a file by the names of the network's parameters, and what integers they are stored as."""
-    if artifact.suffix == ".pt":
-        for name, values in torch.load(artifact, map_location="cpu", weights_only=True).items():
-            yield name, values, {}
-        return
-    graph = artifact if artifact.suffix == ".onnx" else artifact.with_name("model.onnx")
-    if graph.exists():
-        import onnx
-
-        yield from _initializers(onnx.load(graph).graph)
-
-
-def _initializers(graph: onnx.GraphProto) -> Iterator[tuple[str, Tensor, Record]]:
-    """Yield the weights of a graph, integers as what they stand for, and how often each integer is there."""
-    from onnx.numpy_helper import to_array
-
-    weights = {weight.item.name: weight for weight in stored_weights(graph)}
-    for item in graph.initializer:
-        weight = weights.get(item.name)
-        if weight and weight.scale is not None:
-            yield weight.name, torch.from_numpy(weight.values()), _codes(weight)
-        else:
-            yield item.name, torch.from_numpy(to_array(item).astype("float32")), {}
-
-
-def _codes(weight: Stored) -> Record:
-    """Return how often each integer of a weight is there, from the smallest that is."""
-    import numpy as np
-
-    found = weight.codes()
-    if found.max() - found.min() > MOST_CODES:
-        return {}
-    counts = np.bincount((found - found.min()).ravel())
-    return {"codes": {"lowest": int(found.min()), "counts": counts.tolist()}}

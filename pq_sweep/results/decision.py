@@ -16,10 +16,13 @@ FIGURES = {
     "error": ("error_percent", "%"),
     "latency": ("latency_ms/b{batch}", "ms"),
     "size": ("engine_size_mb", "MB"),
+    "packed": ("packed_bytes", "bytes"),
+    "bops": ("rel_bops", "of FP32"),
     "memory": ("peak_memory_mb", "MB"),
     "energy": ("energy_per_image_j/b{batch}", "J"),
     "prep_time": ("prep_time_s", "s"),
 }
+MANY = 1e4  # from here on, numbers are written out
 # The figures of the Pareto front, unless others are asked for.
 OBJECTIVES = ["error", "latency", "size"]
 # Among jobs that are equally good, those that are better in these figures come first.
@@ -50,7 +53,7 @@ class Goal:
 
     def shown(self, name: str, value: float) -> str:
         """Return a value with its unit."""
-        return f"{value:.4g} {FIGURES[name][1]}"
+        return f"{value:{',.0f' if value >= MANY else '.4g'}} {FIGURES[name][1]}"
 
 
 @dataclass(frozen=True)

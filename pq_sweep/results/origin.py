@@ -53,7 +53,9 @@ def _chosen(folder: JobFolder) -> dict[str, Any]:
         return {}
     recorded = _inside(_read(folder.path / ".hydra" / "hydra.yaml"), "hydra", "runtime", "choices")
     choices: dict[str, Any] = {group: str(_inside(recorded, group) or _name(config.get(group))) for group in GROUPS}
-    groups: dict[str, Any] = {group: config.get(group) if isinstance(config.get(group), dict) else {} for group in GROUPS}
+    groups: dict[str, Any] = {
+        group: config.get(group) if isinstance(config.get(group), dict) else {} for group in GROUPS
+    }
     return choices | options_that_tell({**config, **groups})
 
 

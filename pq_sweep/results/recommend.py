@@ -154,7 +154,7 @@ def lines(chosen: list[dict[str, Any]], goal: Goal) -> Iterator[tuple[str, list[
         "accuracy drop",
         [_estimate(one["accuracy_drop"], one["accuracy_drop_ci95"], " points") for one in chosen],
     )
-    for name in ("latency", "size", "memory", "energy", "prep_time"):
+    for name in ("latency", "size", "packed", "bops", "memory", "energy", "prep_time"):
         if any(one[name] is not None for one in chosen):
             yield name.replace("_", " "), ["-" if one[name] is None else goal.shown(name, one[name]) for one in chosen]
     yield (
@@ -185,8 +185,9 @@ def none_feasible(decision: Decision) -> str:
 def add_goal(parser: argparse.ArgumentParser) -> None:
     """Add the options that say what is wanted."""
     for name, (_, unit) in FIGURES.items():
-        end = {"points": "", "%": "-percent"}.get(unit, f"-{unit.lower()}")
-        flag, metavar = f"--max-{name.replace('_', '-')}{end}", unit.upper().replace("%", "PERCENT")
+        end = {"points": "", "of FP32": "", "%": "-percent"}.get(unit, f"-{unit.lower()}")
+        metavar = {"of FP32": "SHARE", "%": "PERCENT"}.get(unit, unit.upper())
+        flag = f"--max-{name.replace('_', '-')}{end}"
         parser.add_argument(flag, dest=f"max_{name}", type=float, metavar=metavar)
     parser.add_argument("--minimize", default="latency", choices=FIGURES, help="default: latency")
     parser.add_argument("--batch", type=int, help="default: the smallest that was measured")

@@ -9,7 +9,7 @@ from typing import Any
 from pq_sweep.core.files import read_json
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.core.groups import job_name
-from pq_sweep.core.result import Compared, Latency, Result, Speed
+from pq_sweep.core.result import Bits, Compared, Latency, Result, Speed
 from pq_sweep.results.roofline import rates
 
 Row = dict[str, Any]
@@ -68,7 +68,11 @@ def _sizes(result: Result) -> Figures:
         "params": network.params,
         "params_removed": 1 - network.params / result.baseline.params,
         "macs": network.macs,
-    }
+    } | (_bits(result.bits) if result.bits else {})
+
+
+def _bits(bits: Bits) -> Figures:
+    return {"packed_bytes": bits.packed_bytes, "rel_bops": bits.rel_bops, "weight_bits": bits.weight_bits}
 
 
 def _memories(speed: Speed) -> Figures:

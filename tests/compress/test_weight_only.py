@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from pq_sweep.compress import quantizers
-from pq_sweep.compress.weight_only import EXACT, Grid, fitted
+from pq_sweep.compress.weight_only import Grid, fitted
 from pq_sweep.core.stored import packed, stored_weights
 from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job.stages import Stages
+from pq_sweep.measure.graph import EXACT
 from pq_sweep.runtimes import precision_of
 from pq_sweep.runtimes.export import export_onnx
 from pq_sweep.types import Data, Model, Preprocess, UserError

@@ -70,8 +70,9 @@ def test_what_an_earlier_version_did_not_write_is_none_or_the_default() -> None:
     found = Latency.of({"p50_ms": 2.0})
     assert (found.p50_ms, found.p90_ms, found.load_of_others, found.host_to_host) == (2.0, None, 0.0, None)
     plain = real_result()
-    del plain["hardware"], plain["baseline"]["macs"]
+    del plain["hardware"], plain["baseline"]["macs"], plain["bits"]
     assert Result.of(plain).hardware == []
+    assert Result.of(plain).bits is None
     assert Result.of(plain).baseline.macs is None
 
 

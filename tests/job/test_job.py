@@ -148,6 +148,7 @@ PARTS = {
     "network": dict,
     "images": dict,
     "size_bytes": dict,
+    "bits": dict,
     "prep_s": dict,
     "stage_s": dict,
     "baseline": dict,
@@ -180,6 +181,10 @@ def test_a_result_has_every_part(jobs: Jobs, name: str) -> None:
     sizes = result["size_bytes"]
     assert set(sizes) == {"original", "compressed", "compressed_zstd", "formats", "smallest_format"}
     assert sizes["formats"][sizes["smallest_format"]] == min(sizes["formats"].values())
+    assert set(result["bits"]) == {
+        "packed_bytes", "bops", "rel_bops", "weight_bits", "activation_bits", "sparsity",
+    }  # fmt: skip
+    assert result["bits"]["packed_bytes"] < sizes["compressed"]
     assert {"evaluation": 500, "calibration": 200}.items() <= result["images"].items()
     assert {"input", "licence", "params", "nonzero_params", "weights", "sparsity", "macs"} <= set(result["network"])
     assert {"runtime", "device", "engine", "precision", "artifact"} <= set(result["session"])

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job.run import run
+from pq_sweep.measure.graph import Graph
 from pq_sweep.measure.layers import BINS, compressed_layers, dense_layers
 
 
@@ -71,14 +72,10 @@ def test_bytes_count_as_the_numbers_that_they_stand_for(tmp_path: Path, axis: in
     onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
     values = stored * (scale[:, None] if axis == 0 else scale)
     dense = {"w": {"limit": 3.0}}
-    (layer,) = compressed_layers(tmp_path / "model.engine", dense).values()
+    (layer,) = compressed_layers(Graph(tmp_path / "model.onnx"), dense).values()
 
     assert layer["nonzero"] == 5
     assert layer["counts"] == np.histogram(values.clip(-3, 3), BINS, (-3, 3))[0].tolist()
-
-
-def test_an_engine_without_its_graph_tells_nothing(tmp_path: Path) -> None:
-    assert compressed_layers(tmp_path / "model.engine", {"w": {"limit": 1.0}}) == {}
 
 
 def test_every_prunable_weight_of_a_network_is_there() -> None:

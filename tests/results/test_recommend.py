@@ -83,6 +83,31 @@ def test_it_is_drawn_for_people(sweep: Path) -> None:
     assert "to make it again: python launch.py pruner=l1_global pruner.amount=0.1" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("minimize", "limit", "line", "shown"),
+    [
+        ("packed", ["--max-packed-bytes", "900000"], "packed_bytes", "packed 250,000 bytes is more than 120,000 bytes"),
+        ("bops", ["--max-bops", "0.5"], "rel_bops", "bops 0.25 of FP32 is more than 0.0625 of FP32"),
+    ],
+)
+def test_bits_can_be_small_too(sweep: Path, minimize: str, limit: list[str], line: str, shown: str) -> None:
+    bits = [(1_000_000, 1.0), (120_000, 0.0625), (250_000, 0.25)]
+    for number, (packed, share) in enumerate(bits):
+        found = result(4.0, 0.1, 10.0)
+        found["bits"] |= {"packed_bytes": packed, "rel_bops": share}
+        write_result(sweep, str(number), found)
+    earlier = result(4.0, 0.1, 10.0)
+    del earlier["bits"]
+    write_result(sweep, "3", earlier)
+    answer = told(sweep, "--minimize", minimize, *limit)
+
+    assert (answer["winner"]["job"], answer["runner_up"]["job"]) == ("1", "2")
+    assert (answer["winner"]["packed"], answer["winner"]["bops"]) == bits[1]
+    assert "is over" in answer["others"]["0"]
+    assert shown in answer["others"]["2"]
+    assert answer["others"]["3"] == f"has no {line}"
+
+
 def test_a_loss_of_accuracy_that_no_one_limited_is_pointed_out(sweep: Path) -> None:
     answer = told(sweep)
 

@@ -27,6 +27,7 @@ from pq_sweep.core.groups import job_name
 from pq_sweep.core.result import Result
 from pq_sweep.results import terminal as drawing
 from pq_sweep.results.comparison import comparable, reference
+from pq_sweep.results.report.frame import comparison
 from pq_sweep.results.rows import metrics
 from pq_sweep.results.spreadsheet import PQ_BENCH, write_csv
 from pq_sweep.results.sweeps import find_sweeps, read_sweep
@@ -516,6 +517,22 @@ def test_notes_are_said_once_with_their_jobs(tmp_path: Path, capsys: pytest.Capt
     assert out.count("The weights were converted from float16 to float32: job 1, 2\n") == 1
     assert out.count("pruner.amount=0.01 took out no channel: job 2\n") == 1
     assert [row["notes"] for row in csv_rows(sweep)] == ["", sentences[0], "; ".join(sentences)]
+
+
+def test_bits_are_figures_and_those_of_earlier_versions_are_empty(tmp_path: Path) -> None:
+    sweep = write_manifest(tmp_path / "sweep", announced("0"), announced("1"))
+    result = write_result(sweep, "0")
+    write_result(sweep, "1", {key: value for key, value in result.items() if key != "bits"})
+    first, second = csv.DictReader(write_csv(read_sweep(sweep)).open())
+    names = ("packed_bytes", "rel_bops", "weight_bits")
+
+    assert [float(first[name]) for name in names] == [result["bits"][name] for name in names]
+    assert [second[name] for name in names] == ["", "", ""]
+    frame = comparison(read_sweep(sweep), ["error"])
+    assert frame["packed MB"][0] == pytest.approx(result["bits"]["packed_bytes"] / 1e6)
+    assert frame["BOPs %"][0] == 100 * result["bits"]["rel_bops"]
+    assert frame["bits/weight"][0] == result["bits"]["weight_bits"]
+    assert frame[["packed MB", "BOPs %", "bits/weight"]].isna().all(axis=1).tolist() == [False, True]
 
 
 def test_memory_of_a_gpu_has_its_own_columns() -> None:

@@ -6,6 +6,7 @@ The code is that of `runtime=tensorrt_native`, with TensorRT-RTX's library in pl
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Callable
 from enum import IntEnum
 from functools import partial
@@ -258,6 +259,10 @@ def test_a_job_that_is_only_built_says_so_and_has_no_figures_of_speed(launch: La
         assert result["prep_s"]["build"] > 0
         assert result["session"]["compute_capability"] == "8.9"
         assert result["hardware"] == []
+        assert result["bits"]["rel_bops"] == (1, 0.0625)[job]
+        layers = json.loads((sweep / str(job) / "layers.json").read_text())
+        assert layers["after"].keys() == layers["before"].keys()
+        assert {layer["weight_bits"] for layer in layers["after"].values()} == {(32, 8)[job]}
     rows = list(csv.DictReader((sweep / "results.csv").open()))
     assert [row["status"] for row in rows] == ["built", "built"]
     assert all(float(row["engine_size_mb"]) > 0 and not row.get("accuracy") for row in rows)

@@ -163,11 +163,15 @@ def storage(view: View) -> Drawn:
         for row in view.shown
         for name, size in {
             "to deploy": row.get("engine_size_mb"),
+            "packed": row["packed_bytes"] / 1e6 if "packed_bytes" in row else None,
             **{key.removeprefix("size_mb/"): value for key, value in row.items() if key.startswith("size_mb/")},
         }.items()
         if size is not None
     ]
-    caption = "The file to deploy, and the pruned FP32 network in each format of storage. " + view.selection
+    caption = (
+        "The file to deploy, its tensors if each weight took just its bits (packed), and the pruned FP32 network in"
+        " each format of storage. " + view.selection
+    )
     return _bars(values, "format", "mb", "size, MB", stacked=False), caption
 
 

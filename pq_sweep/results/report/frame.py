@@ -15,7 +15,7 @@ from pq_sweep.results.sweeps import Sweep
 # Columns that a reader may want now and then; the page hides them at first.
 DETAILS = (
     "top-5 %", "drop p", "sparsity", "params", "MACs", "memory MB", "energy J/image", "compute share",
-    "pays after images", "runs", "range of top-1 %", "zstd MB", "compared with",
+    "pays after images", "runs", "range of top-1 %", "zstd MB", "bits/weight", "compared with",
 )  # fmt: skip
 # Columns that say what a job is; the page hides those that are the same for all jobs.
 NAMES = (
@@ -86,6 +86,9 @@ def _figures(row: Row, sweep: Sweep, sizes: list[int]) -> dict[str, Any]:
         "size MB": row.get("engine_size_mb"),
         "size ratio": _ratio(other, row, "engine_size_mb"),
         "zstd MB": row.get("engine_size_zstd_mb"),
+        "packed MB": _times(row.get("packed_bytes"), 1e-6),
+        "BOPs %": _times(row.get("rel_bops"), 100),
+        "bits/weight": row.get("weight_bits"),
         "sparsity": row.get("sparsity"),
         "params": row.get("params"),
         "MACs": row.get("macs"),
