@@ -25,6 +25,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "dim": (0, 1, True),
     "percentile": (50, 100, False),
 }
+# Numbers of a protocol that may be null: what is best, what the machine has, or none.
+MAY_BE_NULL = ("eval_batch_size", "threads", "window", "max_s")
 NUMBERS = frozenset({*RANGES, "amount", "m", "low", "high", "step", "optimization_level", "seed", "repeat"})
 SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model",
             "build_only", "resume")  # fmt: skip
