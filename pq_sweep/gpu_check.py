@@ -97,7 +97,7 @@ def heed_signals() -> None:
     """End with what is written when stopped, but not before the processes that this one started have ended."""
 
     def stop(*_: object) -> NoReturn:
-        sys.exit(FAILED)
+        sys.exit("the check was stopped")  # and with 1, which is FAILED
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGHUP under nohup

@@ -524,7 +524,7 @@ def test_a_check_that_is_stopped_leaves_a_whole_report(tmp_path: Path, stop: sig
     ]  # fmt: skip
     assert found["not_tried"] == {"sweep: two": BEGUN, "tests: three": NOT_REACHED}
     if stop is not signal.SIGKILL:
-        assert (code, printed) == (1, b"")
+        assert (code, printed) == (1, b"the check was stopped\n")
         assert not alive(child)
     else:
         os.killpg(child, signal.SIGKILL)
