@@ -79,4 +79,4 @@ gpu-check:
 	@python=$(PYTHON); \
 	if $(BIN)/python -c '$(SEES_CUDA)' 2>/dev/null || ! $$python -c 'import torch' 2>/dev/null && [ -x $(BIN)/python ]; \
 	then python=$(BIN)/python; fi; \
-	$$python -m pq_sweep.gpu_check $(if $(OUTPUT),--output $(OUTPUT)) $(if $(BUDGET_S),--budget-s $(BUDGET_S))
+	$$python -m pq_sweep.gpu_check $(if $(OUTPUT),--output '$(OUTPUT)') $(if $(BUDGET_S),--budget-s '$(BUDGET_S)')

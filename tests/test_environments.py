@@ -20,6 +20,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from pq_sweep.core.environment import PACKAGES
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # A set for GPUs, and the one in which the same versions are tested on a CPU.
 ON_CPU = {"environment.yml": "constraints-oldest.txt", "environment-cu13.yml": "constraints.txt"}
@@ -45,6 +47,13 @@ class Environment:
         """Return the name of the TensorRT that is pinned."""
         (name,) = (name for name in self.pins if name.startswith("tensorrt-"))
         return name
+
+
+@pytest.mark.parametrize("extra", ["cpu", "gpu", "rtx"])
+def test_a_job_depends_on_the_version_of_what_runs_its_graph(extra: str) -> None:
+    """A job in the folder of a sweep runs anew after another version was installed."""
+    brought = {Requirement(text).name for text in PROJECT["optional-dependencies"][extra]}
+    assert brought - {"nvidia-curand"} <= set(PACKAGES)
 
 
 def environment_of(name: str) -> Environment:

@@ -20,7 +20,8 @@ from pq_sweep.core.stored import stored_weights
 
 TOP1 = {"resnet18": 0.962, "mobilenet_v2": 0.982, "squeezenet1_1": 0.924}  # of the 500, as the data's manifest says
 # Threads that wait for each other take many times longer on a busy machine.
-SHORT = ("measure.batch_sizes=[1]", "measure.threads=1", "measure.iterations=5", "measure.max_s=0.1", "tracking=none")
+SHORT = ("measure.batch_sizes=[1]", "measure.threads=1", "measure.iterations=5", "measure.min_s=0", "measure.max_s=0.1",
+         "tracking=none")  # fmt: skip
 QUANTIZED = ("quantizer=none,fp16,int8", "runtime=onnxruntime")
 AMOUNTS = (0.5, 0.7)
 # Photographs; fewer than all are stratified, and pruners are further apart than so many can hide.

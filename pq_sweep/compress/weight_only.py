@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.stored import PRODUCTS, Stored, stored_weights, tensor
@@ -69,11 +70,10 @@ def quantize_weights(model: onnx.ModelProto, weights: list[Stored], grid: Grid) 
         name = weight.name
         model.graph.initializer.remove(weight.item)
         model.graph.initializer.extend([tensor(codes, f"{name}_quantized", kind), _float(scale, f"{name}_scale")])
-        options: dict[str, Any] = (
-            {"axis": 1 - weight.outputs, "block_size": block} if block else {"axis": weight.outputs}
-        )
+        axis = {"axis": 1 - weight.outputs, "block_size": block} if block else {"axis": weight.outputs}
         inputs = [f"{name}_quantized", f"{name}_scale"]
-        nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [name], f"{name}_DequantizeLinear", **options))
+        node: Any = partial(onnx.helper.make_node, "DequantizeLinear", inputs, [name], f"{name}_DequantizeLinear")
+        nodes.append(node(**axis))
     others = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*nodes, *others])

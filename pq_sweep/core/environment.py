@@ -17,8 +17,8 @@ from pq_sweep.types import UserError
 
 PACKAGES = (
     "pq-sweep", "torch", "torchvision", "torch-pruning", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu",
-    "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "numpy", "scikit-learn", "pillow", "hydra-core", "omegaconf",
-    "mlflow",
+    "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx-cu13-bindings", "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+    "numpy", "scikit-learn", "pillow", "hydra-core", "omegaconf", "mlflow",
 )  # fmt: skip
 
 

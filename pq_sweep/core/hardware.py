@@ -58,7 +58,7 @@ GPU: dict[str, Feature] = {
     "fp8": Feature("FP8 tensor cores", "FP8 does not run", MMA_SP, (8, 9)),
 }
 _NO_SPARSE = Feature("2:4 sparse matrix units", DENSE, MMA_SP)
-_WEIGHTS = Feature("kernels for integer weights alone", "the file is smaller, time is not, as each run dequantizes them",
+_WEIGHTS = Feature("kernels for integer weights alone", "the file is smaller, time is not: each run dequantizes them",
                    DEQUANTIZED)  # fmt: skip
 _ANY_CPU = {"sparse": _NO_SPARSE, "sparse fp32": _NO_SPARSE, "weights": _WEIGHTS}
 CPU: dict[str, dict[str, Feature]] = {

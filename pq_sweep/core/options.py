@@ -27,6 +27,8 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "bits": (2, 8, True),
     "block": (2, math.inf, True),
 }
+# Numbers of a protocol that may be null: what is best, what the machine has, or none.
+MAY_BE_NULL = ("eval_batch_size", "threads", "window", "max_s")
 NUMBERS = frozenset(
     {*RANGES, "amount", "amount_last", "m", "low", "high", "step", "optimization_level", "seed", "repeat"}
 )

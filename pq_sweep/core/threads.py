@@ -8,10 +8,21 @@ from contextlib import contextmanager
 
 import torch
 
+from pq_sweep.types import UserError
+
 
 def use_threads(threads: int | None) -> int:
-    """Set torch's CPU threads, by default to the cores that this process may use, and return the number."""
-    count = threads or len(os.sched_getaffinity(0))
+    """Set torch's CPU threads, by default to the cores that this process may use, and return the number.
+
+    More threads than cores are refused: they wait for each other, and latency would tell of that alone.
+    """
+    cores = len(os.sched_getaffinity(0))
+    if (count := threads or cores) > cores:
+        usable = f"1 to {cores}" if cores > 1 else "1"
+        raise UserError(
+            f"measure.threads={count} is more than the number of cores that this process may use; give {usable}, or"
+            " null for all."
+        )
     torch.set_num_threads(count)
     return count
 

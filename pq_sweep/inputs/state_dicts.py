@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pq_sweep.inputs.checkpoints import DATA, HOW_TO_SAVE, read_checkpoint
+from pq_sweep.inputs.checkpoints import DATA, read_checkpoint
 from pq_sweep.inputs.entries import (
     Entries,
     State,
@@ -29,6 +29,7 @@ from pq_sweep.inputs.entries import (
 )
 from pq_sweep.inputs.finite import is_finite
 from pq_sweep.inputs.mismatch import Mismatch, quantized, reshaped
+from pq_sweep.inputs.mistaken import HOW_TO_SAVE
 from pq_sweep.types import UserError
 
 log = logging.getLogger(__name__)

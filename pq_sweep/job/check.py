@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pq_sweep.compress.choices import CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS
-from pq_sweep.core.groups import ORDERS
 from pq_sweep.core.opened import noting
-from pq_sweep.core.options import LISTS, LISTS_OF_NUMBERS, RANGES, SWITCHES, TEXTS, is_ours, plain_items, spelled
+from pq_sweep.core.options import (
+    LISTS,
+    LISTS_OF_NUMBERS,
+    MAY_BE_NULL,
+    RANGES,
+    SWITCHES,
+    TEXTS,
+    is_ours,
+    plain_items,
+    spelled,
+)
 from pq_sweep.core.sources import find_module, module_of
+from pq_sweep.inputs.mistaken import refuse_mistaken
+from pq_sweep.job.order import order_problems, quantizes_first
 from pq_sweep.runtimes import precision_of
 from pq_sweep.types import RuntimeChoice, UserError
 
@@ -109,35 +122,8 @@ def _values(cfg: DictConfig) -> Iterator[str]:
             yield from _numbers(name, part)
             yield from _kinds(name, part)
     yield from _pattern(cfg.pruner)
-    yield from _order(cfg)
-
-
-def quantizes_first(cfg: DictConfig) -> bool:
-    """Say whether a job prunes the weights of the quantized graph."""
-    return cfg.get("order") == "quantize_first"
-
-
-def _order(cfg: DictConfig) -> Iterator[str]:
-    """Check what comes first, and that the other steps can come in that order."""
-    if (order := cfg.get("order", ORDERS[0])) not in ORDERS:
-        yield f"order={order} is not known; valid are: {', '.join(ORDERS)}."
-    if not quantizes_first(cfg):
-        return
-    if str(cfg.pruner._target_).startswith("pq_sweep.compress.removal."):
-        yield (
-            "order=quantize_first cannot take channels out, as pruner=remove does: the quantized graph has its shapes"
-            " already; give order=prune_first, or a pruner that sets zeros, such as pruner=l1_global."
-        )
-    if is_ours(cfg.recovery) and not str(cfg.recovery._target_).endswith(".none"):
-        yield (
-            "order=quantize_first leaves nothing to recover, as a recovery trains the network before it is quantized;"
-            " give recovery=none, or order=prune_first."
-        )
-    if cfg.pruner.get("every_weight") is True and is_ours(cfg.pruner):
-        yield (
-            "pruner.every_weight=true cannot be with order=quantize_first, as only weights of matrix operators are"
-            " quantized; leave it out, or give order=prune_first."
-        )
+    yield from order_problems(cfg)
+    yield from _ends(cfg.measure)
 
 
 def without_graph(cfg: DictConfig, runtime: RuntimeChoice) -> str | None:
@@ -227,6 +213,23 @@ def _pattern(pruner: DictConfig) -> Iterator[str]:
         yield "pruner.amount has no meaning beside pruner.n and pruner.m, which say how much goes; leave it out."
 
 
+def _ends(measure: DictConfig) -> Iterator[str]:
+    """Check that what ends warm-up and sampling in any case does not come before what they last at least."""
+    yield from (
+        f"measure.{name}=null is not valid; give a number."
+        for name in RANGES
+        if is_ours(measure) and name in measure and measure[name] is None and name not in MAY_BE_NULL
+    )
+    parts = [("sampling", "min_s", "max_s")] + [("warm-up", "warmup_s", "warmup_max_s")] * bool(measure.get("window"))
+    for part, least, most in parts if is_ours(measure) else ():
+        low, high = measure.get(least), measure.get(most)
+        if _is_number(low) and _is_number(high) and low > high:
+            yield (
+                f"measure.{least}={low} is more than measure.{most}={high}, at which {part} ends in any case; lower"
+                f" measure.{least} or raise measure.{most}."
+            )
+
+
 def _targets(cfg: DictConfig) -> Iterator[str]:
     """Check that the modules of all components are there, without importing them."""
     for group in COMPONENTS:
@@ -261,6 +264,16 @@ def _files(cfg: DictConfig) -> Iterator[str]:
             yield f"model.weights={value} is an address and no path; {right}."
         elif name == "weights" and not (value and (not _looks_like_path(value) or Path(value).expanduser().is_file())):
             yield f"model.weights={value} is no file; give DEFAULT, null or the path of a state_dict."
+        elif name == "weights" and _looks_like_path(value):
+            yield from _told(partial(refuse_mistaken, Path(value).expanduser()))
+
+
+def _told(check: Callable[[], None]) -> Iterator[str]:
+    """Yield the sentence with which a check refuses something."""
+    try:
+        check()
+    except UserError as error:
+        yield str(error)
 
 
 def _combination(cfg: DictConfig) -> Iterator[str]:
@@ -268,6 +281,7 @@ def _combination(cfg: DictConfig) -> Iterator[str]:
     if not DEVICE.fullmatch(str(cfg.device)) or any(True for _ in _kinds("runtime", cfg.runtime)):
         return
     try:
+        _refuse_unknown(cfg.runtime)
         with noting(cfg.quantizer):
             precision = precision_of(instantiate(cfg.quantizer, _partial_=True, _convert_="all"))
         runtime: RuntimeChoice = instantiate(cfg.runtime, _convert_="all")
@@ -284,12 +298,28 @@ def _combination(cfg: DictConfig) -> Iterator[str]:
         yield str(refusals[0])
 
 
+def _refuse_unknown(runtime: DictConfig) -> None:
+    """Refuse an option that our own runtime does not have: in a grid, others may have it."""
+    for place, options in _ours("runtime", runtime):
+        kind = get_class(options._target_)
+        valid = list(signature(kind).parameters)
+        for name in map(str, options):
+            if name not in valid and not name.startswith("_"):
+                raise UserError(
+                    f"{place}.{name} is no option of the runtime {_name(kind)}, whose options are: {', '.join(valid)};"
+                    " leave it out, or run each runtime as a sweep of its own."
+                )
+
+
 def impossible(runtime: RuntimeChoice, precision: str, device: str) -> str | None:
     """Say why a runtime cannot run a precision on a device, or None if it can."""
     if precision in runtime.precisions.get(device.partition(":")[0], ()):
         return None
     name = _name(type(runtime))
-    possible = [f"{', '.join(names)} on {kind}" for kind, names in runtime.precisions.items() if names]
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for kind, names in runtime.precisions.items():
+        kinds.setdefault(tuple(names), []).append(kind)
+    possible = [f"{', '.join(names)} on {' and '.join(alike)}" for names, alike in kinds.items() if names]
     return (
         f"runtime={name} cannot run precision {precision} on device={device}; it runs {' and '.join(possible)}."
         f" Precision {precision} runs with: {', '.join(_realisers(precision)) or 'none'}."
@@ -298,9 +328,9 @@ def impossible(runtime: RuntimeChoice, precision: str, device: str) -> str | Non
 
 def _realisers(precision: str) -> list[str]:
     """Name the runtimes and devices of this package that realise a precision."""
-    from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, Torch
+    from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, TensorRTRTX, Torch
 
-    runtimes = (Torch, OnnxRuntime, TensorRT, TensorRTNative)
+    runtimes = (Torch, OnnxRuntime, TensorRT, TensorRTNative, TensorRTRTX)
     return [f"runtime={_name(runtime)} device={kind}" for runtime in runtimes
             for kind, names in runtime.precisions.items() if precision in names]  # fmt: skip
 

@@ -34,7 +34,7 @@ from pq_sweep.inputs.own_model import accepted_change, accepted_model
 from pq_sweep.inputs.plain import settled
 from pq_sweep.inputs.usable import require_usable
 from pq_sweep.job.baseline import Baseline, load_baseline
-from pq_sweep.job.check import check, impossible, quantizes_first, refuse, without_graph
+from pq_sweep.job.check import check, impossible, refuse, without_graph
 from pq_sweep.job.describe import (
     describe,
     describe_images,
@@ -45,6 +45,7 @@ from pq_sweep.job.describe import (
     pruned_in_graph,
     unaccelerated,
 )
+from pq_sweep.job.order import quantizes_first
 from pq_sweep.job.repeats import measure_apart, require_shareable, share_network
 from pq_sweep.job.stages import Stages
 from pq_sweep.job.steps import change_once, origin_of

@@ -47,20 +47,29 @@ def _only(rows: list[Row], what: str, wanted: str | None) -> list[Row]:
     """Return the rows with the one value that is meant, and the rows of jobs that ended before they had a value."""
     column = PLACES[what]
     found = {str(row.get(column)) for row in rows if row["status"] == "finished"}
+    if not found:
+        raise UserError(nothing_finished(rows))
     meant = {name for name in found if wanted is None or wanted.casefold() in name.casefold()}
     meant = {wanted} if wanted in meant else meant  # not also longer names that contain it
     if len(meant) != 1:
         given = f"--{what} {wanted} is" if wanted else "the jobs are"
         why = f"{given} of {len(meant)} {what}s" if meant else f"{given} of no {what} on which a job finished"
-        raise UserError(f"{why}; give --{what} as part of one of: {', '.join(sorted(found)) or 'none'}.")
+        raise UserError(f"{why}; give --{what} as part of one of: {', '.join(sorted(found))}.")
     return [row for row in rows if row.get(column) in {*meant, None}]
+
+
+def nothing_finished(rows: list[Row]) -> str:
+    """Return the sentence for jobs among which none can be recommended, whatever is asked."""
+    built = sum(row["status"] == "built" for row in rows)
+    why = f" ({built} of {len(rows)} were only built, for another machine)" if built else ""
+    return f"no job has finished{why}, so there is nothing to recommend; see python -m pq_sweep.results."
 
 
 def batch_size(rows: list[Row], wanted: int | None) -> int:
     """Return the batch size to decide for, by default the smallest that was measured."""
     known = batch_sizes(rows)
     if not known:
-        raise UserError("no job has finished, so there is nothing to recommend; see python -m pq_sweep.results.")
+        raise UserError(nothing_finished(rows))
     if wanted is not None and wanted not in known:
         raise UserError(f"--batch {wanted} was not measured; valid are: {', '.join(map(str, known))}.")
     return known[0] if wanted is None else wanted

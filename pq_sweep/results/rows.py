@@ -161,6 +161,7 @@ def _finished(result: Result) -> Row:
         "unstable": _unstable(result.speed) if result.speed else "",
         "hardware": result.hardware,
         **({} if result.notes is None else {"notes": result.notes}),
+        **({"built_for": session.details["compute_capability"]} if "compute_capability" in session.details else {}),
         "gpu_uuid": (environment["gpu"] or {}).get("uuid") or "",
         "host": environment["host"],
         **_where(environment["slurm"]),

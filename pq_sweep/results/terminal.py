@@ -116,10 +116,14 @@ def _unfinished(sweep: Sweep) -> Iterator[str]:
 
 
 def _built(sweep: Sweep) -> Iterator[str]:
-    """Say which jobs did not run."""
-    jobs = [row["job"] for row in sweep.rows if row["status"] == "built"]
+    """Say which jobs did not run, and what they were built for."""
+    jobs: dict[str, list[str]] = {}
+    for row in sweep.rows:
+        if row["status"] == "built":
+            jobs.setdefault(row.get("built_for", ""), []).append(row["job"])
     if jobs:
-        yield f"built for another machine and not run, so without accuracy and latency: job {', '.join(jobs)}"
+        each = [", ".join(names) + (f" (compute capability {what})" if what else "") for what, names in jobs.items()]
+        yield f"built for another machine and not run, so without accuracy and latency: job {', '.join(each)}"
 
 
 def _disturbed(sweep: Sweep) -> Iterator[str]:

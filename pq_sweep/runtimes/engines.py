@@ -19,7 +19,7 @@ from pq_sweep.core.files import read_json, write_json
 from pq_sweep.core.fingerprint import file_hash
 from pq_sweep.core.hardware import GPU, Capability, Gpu
 from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch
-from pq_sweep.runtimes.ort import ENVIRONMENTS
+from pq_sweep.runtimes.ort import ENVIRONMENTS, require_onnxruntime
 from pq_sweep.types import Model, Runtime, Stage, UserError, Workspace, choose
 
 T = TypeVar("T")
@@ -70,6 +70,7 @@ class EngineBuilder:
     def require(self, device: str) -> None:
         """Refuse to start without a supported TensorRT, or with an option that the GPU does not support."""
         self.library()
+        require_onnxruntime(self.name)
         if self.sparsity:
             need("sparse", "runtime.sparsity=true", device)
 

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -62,6 +63,7 @@ class OnnxRuntime:
 
     def require(self, device: str) -> None:
         """Refuse a device for which the installed package has no provider."""
+        require_onnxruntime("onnxruntime")
         require_provider(_provider(device))
 
     def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session:
@@ -300,6 +302,15 @@ def library_error(provider: str) -> str:
     except OSError as error:
         return str(error)
     return ""
+
+
+def require_onnxruntime(runtime: str) -> None:
+    """Refuse to start without ONNX Runtime, which checks and quantizes every graph, whatever is to run it."""
+    if find_spec("onnxruntime") is None:
+        raise UserError(
+            f"runtime={runtime} needs ONNX Runtime, which checks and quantizes graphs; install it by pip install -e"
+            f" '.[cpu]', or for a GPU {ENVIRONMENTS}."
+        )
 
 
 def require_provider(provider: str) -> None:

@@ -17,6 +17,7 @@ from pq_sweep.core.hardware import GPU, Capability, Gpu, capability
 from pq_sweep.runtimes.engines import shape_of
 from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.native import ENGINE, WARNINGS, TensorRTNative
+from pq_sweep.runtimes.ort import require_onnxruntime
 from pq_sweep.runtimes.session import BySize, CallSession
 from pq_sweep.types import Data, Model, Quantizer, Runtime, Session, UserError, Workspace
 
@@ -51,6 +52,8 @@ class TensorRTRTX(TensorRTNative):
                 f"runtime.compute_capability={self.compute_capability} is only for runtime.build_only=true, as an"
                 " engine that runs is built for the device; leave it out."
             )
+        if self.compute_capability is not None:
+            _read(self.compute_capability)
 
     def resolve(self, precision: str, device: str) -> Runtime:
         """Refuse to run where there is no GPU."""
@@ -68,10 +71,13 @@ class TensorRTRTX(TensorRTNative):
     def require(self, device: str) -> None:
         """Refuse to start without TensorRT-RTX, or for a GPU that it is not for."""
         target, library = self.target(device), self.library()
+        require_onnxruntime(self.name)
         if self.build_only and target not in builds_for(library):
+            given = self.compute_capability is not None
+            what = f"runtime.compute_capability={_dotted(target)}" if given else f"{_dotted(target)} of {device}"
             raise UserError(
-                f"runtime.compute_capability={_dotted(target)} is not known to TensorRT-RTX {library.__version__};"
-                f" valid are: {', '.join(map(_dotted, builds_for(library)))}."
+                f"{what} is not known to TensorRT-RTX {library.__version__}; give another"
+                f" runtime.compute_capability, valid are: {', '.join(map(_dotted, builds_for(library)))}."
             )
         if not self.build_only and target not in RUNS_ON:
             this = Gpu(device_name(device), target)
@@ -116,10 +122,15 @@ class TensorRTRTX(TensorRTNative):
         return config
 
     def _call(self, engine: Any, model: Model, work: Workspace) -> BySize:
-        """Make the calls, and run each once: TensorRT-RTX compiles kernels for the device when they first run."""
+        """Make the calls, and run each once: TensorRT-RTX compiles kernels for the device when they first run.
+
+        Calls that are recorded have run for that.
+        """
         import torch
 
         calls = super()._call(engine, model, work)
+        if self.cuda_graph:
+            return calls
         with work.stage("build"):
             for size in work.batch_sizes:
                 calls(torch.zeros(shape_of(model, size), device=work.device))
@@ -145,7 +156,7 @@ def import_rtx() -> Any:
             ctypes.CDLL(str(next(Path(folder).glob(name))), mode=ctypes.RTLD_GLOBAL)
         import tensorrt_rtx_bindings
     except (OSError, ImportError, StopIteration) as error:
-        raise UserError(f"runtime=tensorrt_rtx cannot load TensorRT-RTX ({error or name}); {INSTALL}.") from error
+        raise UserError(f"runtime=tensorrt_rtx cannot load TensorRT-RTX ({str(error) or name}); {INSTALL}.") from error
     return tensorrt_rtx_bindings
 
 
@@ -159,7 +170,10 @@ def _read(value: str | float) -> Capability:
     try:
         return capability(str(value))
     except ValueError:
-        raise UserError(f"runtime.compute_capability={value} is not valid; give one such as 8.9.") from None
+        raise UserError(
+            f"runtime.compute_capability={value} is not valid; give one such as 8.9, and several as 8.6,8.9, with a job"
+            " for each."
+        ) from None
 
 
 def _dotted(value: Capability) -> str:

@@ -39,7 +39,14 @@ for path in map(Path, sys.argv[1:]):
     run(OmegaConf.load(path), folder)
 print(*(module.__file__ for name, module in sorted(sys.modules.items()) if name.startswith("pq_sweep")), sep="\\n")
 """
-SHORT = ("measure.batch_sizes=[1]", "measure.iterations=5", "measure.max_s=0", "device=cpu", "tracking=none")
+SHORT = (
+    "measure.batch_sizes=[1]",
+    "measure.iterations=5",
+    "measure.min_s=0",
+    "measure.max_s=0",
+    "device=cpu",
+    "tracking=none",
+)
 RUN = (
     "pruner=remove recovery=bn_reestimate quantizer=mixed quantizer.images=16 runtime=onnxruntime measure.paired=true",
     "pruner=l1_global recovery=finetune recovery.epochs=1 runtime=torch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from pq_sweep import gpu_check as command
 from pq_sweep.core.environment import device_name
 from pq_sweep.core.files import read_json, write_json
 from pq_sweep.doctor.gpu_check import NO_TIME, Check, Limit, Step, Verdict
+from pq_sweep.doctor.gpu_check import report as written
 from pq_sweep.doctor.gpu_check.children import python_path, run_python
 from pq_sweep.doctor.gpu_check.jobs import Launch
 from pq_sweep.doctor.gpu_check.machine import Machine
@@ -428,6 +430,34 @@ def test_the_limit_of_a_step_is_its_own_longer_with_the_budget_or_what_is_left(t
     assert (round(late.seconds), late.cut, late.ending) == (30, True, ("not tried", NO_TIME))
 
 
+def test_a_report_of_no_time_does_not_replace_that_of_the_device(tmp_path: Path) -> None:
+    report = a_report(tmp_path, "torch", "tensorrt", spent_s=470)
+    report.write()
+
+    assert report.path.name == "nvidia-l4-not-tried.json"
+    assert a_report(tmp_path, "torch", spent_s=450).path.name == "nvidia-l4.json"
+    slow = a_report(tmp_path, "torch")
+    named = slow.path
+    slow.start -= 470
+    assert slow.path == named, "the name stays as time goes by"
+
+
+def test_a_disk_that_is_full_costs_only_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(command, "look_at", lambda device: GPU)
+    monkeypatch.setattr(written, "write_json", full)
+    code = command.check("cuda:0", tmp_path, 480, steps("torch", "resnet50 torch"))
+
+    shown = capsys.readouterr()
+    assert code == 1
+    assert "resnet50 torch" in shown.out
+    assert f"{tmp_path / 'nvidia-l4.json'} cannot be written (No space left on device)" in shown.err
+
+
 def test_a_step_that_breaks_is_a_failure_and_one_without_time_is_not_started(tmp_path: Path) -> None:
     broken, fine = steps("broken", "fine")
     report = a_report(tmp_path)
@@ -475,26 +505,104 @@ gpu_check.main()
 """
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
 def test_a_check_that_is_stopped_leaves_a_whole_report(tmp_path: Path, stop: signal.Signals) -> None:
     own = {"TMPDIR": str(tmp_path)}
-    process = subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT, env=new_user() | own)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT, env=new_user() | own, stderr=subprocess.PIPE
+    )
     pid = tmp_path / "pid"
     while not (pid.exists() and pid.read_text()) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(stop)
-    code, child = process.wait(30), int(pid.read_text())
+    _, printed = process.communicate(timeout=30)
+    code, child = process.returncode, int(pid.read_text())
 
     found = read_json(tmp_path / "nvidia-l4.json")
     assert [(check["name"], check["verdict"]) for check in found["checks"]] == [
         ("one", "passed"), ("two", "not tried"), ("three", "not tried")
     ]  # fmt: skip
     assert found["not_tried"] == {"sweep: two": BEGUN, "tests: three": NOT_REACHED}
-    if stop is signal.SIGTERM:
-        assert code == 1
+    if stop is not signal.SIGKILL:
+        assert (code, printed) == (1, b"the check was stopped\n")
         assert not alive(child)
     else:
         os.killpg(child, signal.SIGKILL)
+
+
+# The command line
+
+
+def refused_by_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *given: str) -> str:
+    """Return what the command says before it looks at anything."""
+    monkeypatch.setattr(sys, "argv", ["gpu_check", *given])
+    monkeypatch.setattr(command, "look_at", lambda device: pytest.fail("it looked at the device"))
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == 1
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("given", ["0", "-480", "19.9", "nan", "inf", "five", ""])
+def test_seconds_in_which_nothing_can_be_tried_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    told = refused_by_the_command(monkeypatch, capsys, f"--budget-s={given}")
+    assert told.endswith(f"argument --budget-s: {given} is not valid; give a number of seconds from 20 on")
+
+
+@pytest.mark.parametrize("name", ["a_file", "a_file/inside"])
+def test_a_folder_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "a_file").touch()
+    told = refused_by_the_command(monkeypatch, capsys, f"--output={tmp_path / name}")
+    assert f"the folder {tmp_path / name} cannot be written (" in told
+    assert told.endswith("; give another by --output")
+
+
+def test_a_second_check_does_not_begin_beside_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with command.reserved(tmp_path, command.Parser()):
+        told = refused_by_the_command(monkeypatch, capsys, f"--output={tmp_path}")
+    assert told.endswith(f"another check is writing into {tmp_path}; wait until it has ended")
+    with command.reserved(tmp_path, command.Parser()):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_without_its_checkout_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    assert f"{tmp_path} has no environment.yml; run this in a checkout" in refused_by_the_command(monkeypatch, capsys)
+
+
+SPEAKING = """
+import os, subprocess, sys, time
+from pq_sweep.doctor.gpu_check.streams import open_streams, say
+
+open_streams()
+for number in range(3):
+    say("\u250f a table")
+    time.sleep(0.1)
+subprocess.run([sys.executable, "-c", "print('a child')"], check=True)
+say("an error", error=True)
+print("done", file=open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.parametrize("how", ["", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "| head -1", "> /dev/full"])
+def test_nothing_fails_because_of_who_reads_what_is_printed(tmp_path: Path, how: str) -> None:
+    (tmp_path / "speak.py").write_text(SPEAKING)
+    script = f"set -e; {sys.executable} speak.py said {how}"
+    own = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, env=new_user() | own, capture_output=True, check=False)
+
+    assert (tmp_path / "said").read_text() == "done\n", done.stderr
+    assert done.returncode == 0
+    assert not how or done.stderr.strip() in (b"an error", b"")
+    assert how or done.stdout.startswith(b"\\u250f a table\n")
 
 
 @pytest.mark.slow

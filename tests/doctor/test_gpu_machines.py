@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 import venv
 from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -267,7 +268,7 @@ def test_every_package_that_a_step_needs_is_one_of_this_project() -> None:
 def test_a_report_without_anything_tried_never_replaces_that_of_a_device(tmp_path: Path) -> None:
     present = Machine({"device": "NVIDIA L4"}, "13.0")
     unusable = Machine({"device": "NVIDIA L4"}, "13.0", absent="it is not usable")
-    names = [Report(tmp_path, machine, STEPS, 480, 0).path.name for machine in (present, unusable)]
+    names = [Report(tmp_path, machine, STEPS, 480, time.monotonic()).path.name for machine in (present, unusable)]
 
     assert names == ["nvidia-l4.json", "nvidia-l4-not-tried.json"]
 

@@ -38,10 +38,18 @@ REFUSED: list[tuple[str, list[str], str]] = [
     ("evaluation batch of 0", ["measure.eval_batch_size=0"], "measure.eval_batch_size=0 is out of range"),
     ("evaluation batch of 1.5", ["measure.eval_batch_size=1.5"], "measure.eval_batch_size=1.5"),
     ("no threads", ["measure.threads=0"], "measure.threads=0 is out of range"),
+    ("no least time", ["measure.min_s=null"], "measure.min_s=null is not valid; give a number."),
+    ("samples end early", ["measure.min_s=5", "measure.max_s=1"], "measure.min_s=5 is more than measure.max_s=1"),
     ("negative seed", ["seed=-1"], "seed=-1 is out of range; give a whole number"),
     ("seed too large", ["seed=99999999999999999999"], "seed=99999999999999999999 is out of range"),
     ("unknown quantizer", ["quantizer=int7"], "quantizer=int7 is not known; valid are: bf16, fp16, int8"),
     ("unknown runtime", ["runtime=tflite"], "runtime=tflite is not known; valid are: auto, onnxruntime"),
+    (
+        "option of another runtime",
+        ["-m", "runtime=onnxruntime,tensorrt_rtx", "++runtime.build_only=true"],
+        "runtime.build_only is no option of the runtime onnxruntime, whose options are: tf32, options; leave it out",
+    ),
+    ("option of no runtime", ["+runtime.torch.fast=true"], "runtime.torch.fast is no option of the runtime torch"),
     ("unknown device", ["device=tpu"], "device=tpu is not known; valid are: auto, cpu, cuda, cuda:N"),
     ("unknown experiment", ["experiment=table_9"], "experiment=table_9 is not known; valid are: "),
     ("unknown calibration", ["quantizer=int8", "quantizer.calibration=mse"], "valid are: minmax, entropy, percentile"),
@@ -78,6 +86,7 @@ REFUSED: list[tuple[str, list[str], str]] = [
     ("missing checkpoint", ["model.weights=nowhere/net.pth"], "model.weights=nowhere/net.pth is no file"),
     ("missing checkpoint here", ["model.weights=nowhere.pt"], "model.weights=nowhere.pt is no file"),
     ("empty checkpoint name", ["model.weights="], "model.weights="),
+    ("empty checkpoint", ["model.weights=./a_file"], "a_file is no readable state_dict (the file is empty); copy or"),
     ("no dataset root", [FOLDER], "dataset.root has no value; give dataset.root="),
     ("missing dataset root", [FOLDER, "dataset.root=nowhere"], "dataset.root=nowhere is not a folder"),
     ("dataset root is a file", [FOLDER, "dataset.root=a_file"], "dataset.root=a_file is not a folder"),
@@ -100,8 +109,6 @@ FAILED: list[tuple[str, tuple[str, ...], str]] = [
     ("checkpoints", ("model.weights=other.pth",), "other.pth does not fit the model: "),
     ("checkpoints", ("model.weights=evil.pth",), "evil.pth is no readable state_dict"),
     ("checkpoints", ("model.weights=list.pth",), "list.pth holds no state_dict; save one by torch.save"),
-    ("checkpoints", ("model.weights=empty.pth",), "empty.pth is no readable state_dict"),
-    ("checkpoints", ("model.weights=noise.safetensors",), "noise.safetensors is no readable state_dict"),
     ("checkpoints", ("model.weights=NOWHERE",), "model.weights=NOWHERE is no file; give DEFAULT, null or"),
     ("folders", ("dataset.root=no_classes",), "no_classes holds no images; expected one sub-folder per class"),
     ("folders", ("dataset.root=empty_class",), "has class folders without images: n01443537; fill or remove"),
@@ -138,9 +145,7 @@ class Evil:
 
 
 def write_checkpoints(folder: Path) -> None:
-    for name in ("noise.pth", "noise.safetensors"):
-        (folder / name).write_bytes(bytes(range(7, 250)) * 20)
-    (folder / "empty.pth").touch()
+    (folder / "noise.pth").write_bytes(bytes(range(7, 250)) * 20)
     torch.save(torch.nn.Linear(3, 2).state_dict(), folder / "other.pth")
     torch.save([1, 2, 3], folder / "list.pth")
     torch.save({"stem.weight": Evil()}, folder / "evil.pth")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, refused
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from pq_sweep.core.fingerprint import resolved
 from pq_sweep.core.options import spelled
+from pq_sweep.core.threads import use_threads
 from pq_sweep.job.check import problems
 
 
@@ -83,6 +86,58 @@ def test_a_word_that_yaml_takes_for_a_number_reaches_a_component_of_others_as_it
 def test_numbers_that_are_none_are_refused(override: str, sentence: str) -> None:
     found = told("pruner=l1", "dataset._target_=my_module.make", override)
     assert any(one.startswith(sentence) for one in found), found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (("measure=quick", "measure.min_s=3"), "measure.min_s=3 is more than measure.max_s=0.85, at which sampling ends"
+         " in any case; lower measure.min_s or raise measure.max_s."),
+        (("measure=rigorous", "measure.warmup_s=20"), "measure.warmup_s=20 is more than measure.warmup_max_s=15.0, at"
+         " which warm-up ends in any case; lower measure.warmup_s or raise measure.warmup_max_s."),
+    ],
+)  # fmt: skip
+def test_what_ends_before_it_may_is_refused(overrides: tuple[str, ...], sentence: str) -> None:
+    assert told(*overrides) == [sentence]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("measure=mlperf",), ("measure.min_s=3", "measure.max_s=null"), ("measure=standard", "measure.min_s=20"),
+     ("measure.warmup_s=5",), ("measure._target_=my_module.make", "measure.min_s=9")],
+)  # fmt: skip
+def test_times_that_fit_are_taken(overrides: tuple[str, ...]) -> None:
+    assert told(*overrides) == []
+
+
+def test_more_threads_than_cores_are_refused() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert refused(lambda: use_threads(cores + 1)).startswith(
+        f"measure.threads={cores + 1} is more than the number of cores that this process may use; give 1"
+    )
+    before = torch.get_num_threads()
+    try:
+        assert (use_threads(cores), use_threads(None)) == (cores, cores)
+    finally:
+        torch.set_num_threads(before)
+
+
+MISTAKEN = {
+    "empty.pth": (b"", "the file is empty"),
+    "page.pth": (b"<!DOCTYPE html>", "a web page, as a failed download leaves it"),
+    "pointer.pth": (b"version https://git-lfs.github.com/spec/v1", "a pointer of git-lfs to the file"),
+    "cut.pth": (b"PK\x03\x04archive", "it is cut short or damaged"),
+    "noise.safetensors": (b"noise", "a safetensors file that is damaged or none at all"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_a_file_that_is_plainly_no_checkpoint_is_refused_before_any_job(mine: Path, name: str) -> None:
+    content, what = MISTAKEN[name]
+    (mine / name).write_bytes(content)
+    (sentence,) = told(f"model.weights={mine / name}")
+    assert sentence.startswith(f"model.weights={mine / name} is no readable state_dict ({what}); ")
+    assert told("model._target_=my_module.make", f"model.weights={mine / name}") == []
 
 
 def test_a_file_that_chooses_nothing_is_told() -> None:

@@ -343,7 +343,7 @@ def columns(
     photographs: Result,
     gpu: tuple[Result, dict[str, Any]],
 ) -> list[str]:
-    """Return the columns of a sweep with jobs in every state, of which one has the figures of a GPU too."""
+    """Return the columns of a sweep with jobs in every state, one with figures of a GPU too, one as if only built."""
     on_gpu = compressed | {name: gpu[0][name] for name in ("memory", "latency")}
     machine = gpu[0]["environment"]
     product = machine["gpu"] | {"name": "NVIDIA A100-SXM4-40GB"}  # of which there are peaks
@@ -357,7 +357,7 @@ def columns(
     sweep = write_manifest(tmp_path / "sweep", *jobs)
     (sweep / "sweep.json").write_text(json.dumps(read(sweep / "sweep.json") | {"started": time.time()}))
     write_result(sweep, "0", on_gpu)
-    write_result(sweep, "1", photographs)
+    write_result(sweep, "1", photographs | {"session": photographs["session"] | {"compute_capability": "8.9"}})
     write_error(sweep, "2")
     lost = {"stderr": ["killed"], "slurm": {"slurm_job": "12_2", "state": "FAILED", "exit_code": "0:9", "node": "v1"}}
     (sweep / "2" / "error.json").write_text(json.dumps(read(sweep / "2" / "error.json") | lost))

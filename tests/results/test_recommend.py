@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import new_user, python
+from conftest import new_user, python, refused
 from sweep_folders import announced, real_result, write_error, write_manifest, write_result
 
+from pq_sweep.results.recommend import _only
 from pq_sweep.types import UserError
 
 Done = subprocess.CompletedProcess[str]
@@ -182,7 +183,12 @@ def test_a_sweep_without_a_finished_job_has_nothing_to_recommend(tmp_path: Path)
     done = recommend(folder)
 
     assert done.returncode == 1
-    assert "of no device on which a job finished" in done.stderr
+    assert done.stderr == "no job has finished, so there is nothing to recommend; see python -m pq_sweep.results.\n"
+
+
+def test_jobs_that_were_only_built_are_no_candidates() -> None:
+    rows = [{"status": "built", "device_name": "CPU"}, {"status": "failed"}]
+    assert "(1 of 2 were only built, for another machine)" in refused(lambda: _only(rows, "device", "H100"))
 
 
 def test_components_of_ones_own_are_part_of_the_command(sweep: Path) -> None:

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import gpu_stand_in
 import numpy as np
@@ -34,7 +35,7 @@ from pq_sweep.core.folder import JobFolder
 from pq_sweep.inputs.datasets import digits, fake
 from pq_sweep.inputs.models import digits_cnn, torchvision_model
 from pq_sweep.job.stages import Stages
-from pq_sweep.runtimes import RuntimeMismatch, rtx
+from pq_sweep.runtimes import RuntimeMismatch, engines, ort, rtx
 from pq_sweep.types import Data, Model, Session, Workspace
 
 pytestmark = [
@@ -249,7 +250,10 @@ def test_a_job_that_is_only_built_says_so_and_has_no_figures_of_speed(launch: La
     done = launch("-m", "runtime=tensorrt_rtx", "runtime.build_only=true", "quantizer=none,int8", "device=cpu", *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 done, 2 built" in done.stdout
-    assert "built for another machine and not run, so without accuracy and latency: job 0, 1" in done.stdout
+    assert (
+        "built for another machine and not run, so without accuracy and latency: job 0, 1 (compute capability 8.9)\n"
+        in done.stdout
+    )
     sweep = only_sweep(tmp_path)
     for job, result in enumerate(results(sweep)):
         assert result["status"] == "built"
@@ -264,7 +268,7 @@ def test_a_job_that_is_only_built_says_so_and_has_no_figures_of_speed(launch: La
         assert layers["after"].keys() == layers["before"].keys()
         assert {layer["weight_bits"] for layer in layers["after"].values()} == {(32, 8)[job]}
     rows = list(csv.DictReader((sweep / "results.csv").open()))
-    assert [row["status"] for row in rows] == ["built", "built"]
+    assert [(row["status"], row["built_for"]) for row in rows] == [("built", "8.9")] * 2
     assert all(float(row["engine_size_mb"]) > 0 and not row.get("accuracy") for row in rows)
     again = launch("-m", "runtime=tensorrt_rtx", "runtime.build_only=true", "quantizer=none,int8", "device=cpu", *SHORT,
                    f"hydra.sweep.dir={sweep}")  # fmt: skip
@@ -277,7 +281,7 @@ def test_a_job_that_is_only_built_says_so_and_has_no_figures_of_speed(launch: La
     assert report.returncode == 0, report.stderr
     recommended = python(["-m", "pq_sweep.recommend", str(sweep)], tmp_path, new_user())
     assert recommended.returncode != 0
-    assert "Traceback" not in recommended.stderr
+    assert recommended.stderr.startswith("no job has finished (2 of 2 were only built, for another machine), so there")
 
 
 def stored_runs(folder: Path) -> list[Any]:
@@ -298,9 +302,16 @@ def test_what_cannot_be_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch
     for given, part in (
         ("9.0", "is not known to TensorRT-RTX 1."),
         ("7.0", "valid are: 7.5, 8.0, 8.6, 8.9, 12.0, 12.1."),
-        ("Ada", "is not valid; give one such as 8.9."),
     ):
         assert part in refused(lambda given=given: options(build_only=True, compute_capability=given).require("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert refused(lambda: options(build_only=True).require("cuda:0")).startswith(
+        "9.0 of cuda:0 is not known to TensorRT-RTX 1."
+    )
+    for given in ("Ada", "sm89", 12, [8.6, 8.9], True):  # as a job's config is checked, before anything is loaded
+        with pytest.raises(InstantiationException) as caught:
+            options(build_only=True, compute_capability=given)
+        assert f"runtime.compute_capability={given} is not valid; give one such as 8.9" in str(caught.value.__cause__)
     assert "needs compute capability 8.0 or later, not 7.5" in refused(
         lambda: options(build_only=True, compute_capability="7.5", sparsity=True).require("cpu")
     )
@@ -323,15 +334,22 @@ def workstation(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_engines_run_on_the_gpu_of_a_workstation(
-    made: Callable[[str], tuple[Model, Data]], tmp_path: Path, workstation: Any, cuda_graph: bool
+    made: Callable[[str], tuple[Model, Data]],
+    tmp_path: Path,
+    workstation: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda_graph: bool,
 ) -> None:
     model, data = made("digits_cnn")
     stage = Stages(tmp_path, "")
     work = Workspace(tmp_path, "cuda:0", 1, stage, batch_sizes=(1, 8))
     builder = runtime("tensorrt_rtx", cuda_graph=cuda_graph)
     builder.require("cuda:0")
+    warmed = Mock(side_effect=rtx.shape_of)  # the sizes of the calls that are only made so that kernels are compiled
+    monkeypatch.setattr(rtx, "shape_of", warmed)
     session = builder.open(model, quantizers.none, data, work)
 
+    assert [size for _, size in (call.args for call in warmed.mock_calls)] == ([] if cuda_graph else [1, 8])
     images = data.evaluation.fetch(list(range(21)))
     assert relative_error(torch_logits(model.module, images), session(images).numpy()) < 1e-5
     assert session.runs
@@ -350,6 +368,23 @@ def test_gpus_of_data_centres_are_refused(monkeypatch: pytest.MonkeyPatch, capab
     assert text.startswith("runtime=tensorrt_rtx is for GPUs of compute capability 7.5, 8.6, 8.9, 12.0, 12.1 and this")
     assert text.endswith("; use runtime=tensorrt_native or runtime=tensorrt.")
     options(build_only=True).require("cpu")
+
+
+def test_libraries_that_are_not_there_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    empty = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(rtx, "find_spec", lambda name: empty)
+    text = refused(rtx.import_rtx.__wrapped__)
+    assert text.startswith("runtime=tensorrt_rtx cannot load TensorRT-RTX (libtensorrt_rtx.so.*); install it by pip")
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt_native", "tensorrt_rtx"])
+def test_without_onnxruntime_no_graph_is_begun(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The extra `rtx` does not bring it, as the package for a GPU may be wanted."""
+    monkeypatch.setattr(ort, "find_spec", lambda wanted: None)
+    monkeypatch.setattr(engines, "import_tensorrt", lambda runtime: None)
+    build = {"build_only": True} if name == "tensorrt_rtx" else {}
+    text = refused(lambda: runtime(name, **build).require("cpu"))
+    assert text.startswith(f"runtime={name} needs ONNX Runtime, which checks and quantizes graphs; install it by pip")
 
 
 @pytest.mark.parametrize("lacking", [rtx.API, rtx.LIBRARIES])

@@ -8,15 +8,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from pq_sweep.core.files import write_json
-from pq_sweep.doctor.gpu_check import BUDGET_S, Check, Limit, Step
+from pq_sweep.doctor.gpu_check import BUDGET_S, NO_TIME, Check, Limit, Step
 from pq_sweep.doctor.gpu_check.machine import Machine
+from pq_sweep.doctor.gpu_check.streams import say
 
 COLOURS = {"passed": "green", "failed": "red", "not tried": "yellow"}
+START_S = 20.0  # with less time left no further step is started
 WIDTH = 118  # of a table that does not go to a terminal
 NO_GPU = "no-gpu"
 NOT_TRIED = "-not-tried"  # in the name of a report that must not replace one of the same device
@@ -38,13 +41,19 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     done: int = 0
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    unwritten: str = ""  # why the file is not that of the last step
 
-    @property
+    @cached_property
     def path(self) -> Path:
-        """Return the file, which is not that of a device unless something can be tried on it."""
+        """Return the file, which is not that of a device unless something can be tried on it from the beginning."""
         device = self.machine.about["device"]
-        hopeless = bool(self.steps) and all(map(self.machine.prevents, self.steps))
+        hopeless = bool(self.steps) and all(map(self.prevents, self.steps))
         return self.folder / f"{slug(device) + NOT_TRIED * hopeless if device else NO_GPU}.json"
+
+    def prevents(self, step: Step) -> str:
+        """Say why a step cannot be tried now, or return "" if it can."""
+        limit = self.limit(step)
+        return self.machine.prevents(step) or (NO_TIME if limit.cut and limit.seconds < START_S else "")
 
     def limit(self, step: Step) -> Limit:
         """Return how long a step may take now: a larger budget makes limits longer, a smaller one leaves out steps."""
@@ -63,8 +72,12 @@ class Report:
         ahead = [step.not_tried(NOT_REACHED if number else BEGUN) for number, step in enumerate(self.ahead)]
         seconds = round(time.monotonic() - self.start, 1)
         about = {"started": self.started, "seconds": seconds, "budget_s": self.budget_s, "complete": not ahead}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, about | assemble(self.machine, self.steps, [*self.checks, *ahead]))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, about | assemble(self.machine, self.steps, [*self.checks, *ahead]))
+            self.unwritten = ""
+        except OSError as error:  # the disk is full: what is found from now on can still be shown
+            self.unwritten = f"{self.path} cannot be written ({error.strerror})"
 
     @property
     def ahead(self) -> Sequence[Step]:
@@ -115,7 +128,7 @@ def draw(checks: Sequence[Check]) -> None:
     """Print a table of all checks, with figures, or the reason for what did not pass."""
     if find_spec("rich") is None:
         for check in checks:
-            print(f"{check.part}: {check.name}: {check.verdict} {told(check)}".rstrip())
+            say(f"{check.part}: {check.name}: {check.verdict} {told(check)}".rstrip())
     else:
         _draw_table(checks)
 
@@ -136,4 +149,7 @@ def _draw_table(checks: Sequence[Check]) -> None:
         verdict = Text(check.verdict, COLOURS[check.verdict])
         table.add_row(check.part, check.name, verdict, seconds, Text(told(check)))
     console = Console(highlight=False)
-    (console if console.is_terminal else Console(highlight=False, width=WIDTH)).print(table)
+    console = console if console.is_terminal else Console(highlight=False, width=WIDTH)
+    with console.capture() as drawn:
+        console.print(table)
+    say(drawn.get().rstrip())
