@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pq_sweep.compress.choices import KEPT_PRECISIONS
+from pq_sweep.compress.fp8 import in_fp8, without_kernels
 from pq_sweep.compress.mixed import plan_precisions
 from pq_sweep.compress.qdq import calibrate, give_each_its_own, halved, layer_weights, prepare, sharing
 from pq_sweep.compress.weight_only import Grid, chosen_weights, quantize_weights, with_types
@@ -91,6 +92,34 @@ def int8(
         excluded = match_layers(graph.model, exclude)
         graph.write(target, exclude=excluded)
     return {"excluded_nodes": excluded, **graph.record}
+
+
+@quantizer("fp8")
+def fp8(
+    source: Path,
+    target: Path,
+    data: Data,
+    *,
+    form: str,
+    stage: Stage,
+    calibration: str,
+    images: int,
+    exclude: list[str],
+    percentile: float,
+) -> Record:
+    """Quantize weights and the activations that they are multiplied with to 8-bit floating point (E4M3).
+
+    Options are those of `int8`. Convolutions for which TensorRT has no FP8 kernels stay in FP32, and are named.
+    """
+    import onnx
+
+    graph = calibrate(source, data, form=form, stage=stage, method=calibration, images=images, percentile=percentile)
+    with stage("quantize"):
+        without = without_kernels(graph.model)
+        excluded = sharing(graph.model, [*match_layers(graph.model, exclude), *without])
+        onnx.save(in_fp8(graph, excluded), target)
+    record = {"excluded_nodes": excluded, "without_fp8_kernels": without}
+    return record | {"calibration_images": graph.images}
 
 
 @quantizer("mixed")

@@ -12,7 +12,7 @@ from pq_sweep.core.hardware import Peaks, peaks
 from pq_sweep.core.result import Latency, Ran, Result
 
 # Bytes of a weight; of `mixed` it is the least, as some of its layers keep more. Images and logits are FP32 everywhere.
-WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "mixed": 1}
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "mixed": 1, "fp8": 1}
 FP32_BYTES = 4
 
 

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 PROFILES = ("each", "range")
 RECORD = "built.json"
+# Precisions that TensorRT runs only on GPUs with tensor cores for them, and what to do on others.
+NEEDED = {"bf16": "leave it out", "fp8": "use quantizer=int8 or quantizer=fp16"}
 WITHOUT_EFFECT = ("cuda_graph",)  # on the engine: a CUDA graph is recorded after it is built
 
 
@@ -72,7 +74,16 @@ class EngineBuilder:
         self.library()
         require_onnxruntime(self.name)
         if self.sparsity:
-            need("sparse", "runtime.sparsity=true", device)
+            need("sparse", "runtime.sparsity=true", self.gpu(device))
+
+    def gpu(self, device: str) -> Gpu:
+        """Return the GPU that engines are built for."""
+        return Gpu(device_name(device), self.target(device))
+
+    def require_precision(self, precision: str, device: str) -> None:
+        """Refuse a precision that the GPU does not run, before anything is built."""
+        if precision in NEEDED:
+            need(precision, f"quantizer={precision} under TensorRT", self.gpu(device), NEEDED[precision])
 
     def profiles(self, sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """Return the batch sizes (least, optimal, most) of each optimization profile."""
@@ -113,15 +124,12 @@ def import_tensorrt(runtime: str) -> Any:
     return tensorrt
 
 
-def need(feature: str, what: str, device: str) -> None:
-    """Refuse `what` if the GPU lacks the feature of the hardware table that it needs."""
-    import torch
-
-    least, found = GPU[feature].since or (0, 0), torch.cuda.get_device_capability(device)
-    if found < least:
-        this = Gpu(device_name(device), found)
+def need(feature: str, what: str, gpu: Gpu, instead: str = "leave it out") -> None:
+    """Refuse `what` if a GPU lacks the feature of the hardware table that it needs, and say what to do instead."""
+    least = GPU[feature].since or (0, 0)
+    if gpu.capability < least:
         raise UserError(
-            "{} needs compute capability {}.{} or later and this is {}; leave it out.".format(what, *least, this)
+            "{} needs compute capability {}.{} or later and this is {}; {}.".format(what, *least, gpu, instead)
         )
 
 

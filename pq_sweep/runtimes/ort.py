@@ -29,6 +29,10 @@ LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
 # that opens the others when it needs them, while ONNX Runtime 1.20 links all of them.
 PRELOADED = ("*/lib/libcurand.so.*", "*/lib/libcudnn*.so.*")
 WEIGHT_ONLY = tuple(f"w{bits}" for bits in range(2, 9))
+# What the CPU provider has no kernels for and computes in FP32 between a DequantizeLinear and a QuantizeLinear, unless
+# it tries to fuse these into a kernel; by precision, with what to say of it.
+SIMULATED = {"fp8": "FP8 is computed in FP32 by ONNX Runtime on a CPU: accuracy and size hold, time does not"}
+UNFUSED = {"session.disable_quant_qdq": "1"}
 SHAPES = ("Shape", "Size")  # the operators by which a graph learns how many images it was given
 REASON = re.compile(
     r"(CUDA failure \d+: [^;]+|Invalid TensorRT EP option: [\w.]+|Unknown provider option: \S+"
@@ -48,7 +52,7 @@ class OnnxRuntime:
     options: dict[str, Any]
 
     precisions: ClassVar[Precisions] = {
-        "cpu": ("fp32", "fp16", "int8", "int8_dynamic", "mixed", *WEIGHT_ONLY),
+        "cpu": ("fp32", "fp16", "int8", "int8_dynamic", "mixed", "fp8", *WEIGHT_ONLY),
         "cuda": ("fp32", "fp16"),
     }
 
@@ -73,11 +77,15 @@ class OnnxRuntime:
 
     def load(self, graph: Path, quantizer: Quantizer, work: Workspace, details: dict[str, Any]) -> Session:
         """Load a graph that the quantizer wrote."""
-        provider, disabled = _provider(work.device), _crashing_optimizers(quantizer, graph)
+        provider, disabled = _provider(work.device), _wrong_optimizers(quantizer, graph)
         details = details | {"disabled_optimizers": disabled}
+        simulated = SIMULATED.get(precision_of(quantizer))
+        entries = UNFUSED if simulated else {}
+        if simulated:
+            details |= {"simulated": simulated, "session_options": entries}
         with work.stage("build"):
             if work.device == "cpu":
-                call, nodes = on_cpu(graph, work, disabled)
+                call, nodes = on_cpu(graph, work, disabled, entries)
             else:
                 use_tf32(self.tf32, work.device)
                 options = texts(self.options) | {"use_tf32": str(int(self.tf32))}
@@ -88,9 +96,11 @@ class OnnxRuntime:
         return CallSession(call, "onnxruntime", engine(provider), work.device, graph, details)
 
 
-def on_cpu(graph: Path, work: Workspace, disabled: tuple[str, ...]) -> tuple[Call, dict[str, int]]:
+def on_cpu(
+    graph: Path, work: Workspace, disabled: tuple[str, ...], entries: dict[str, str]
+) -> tuple[Call, dict[str, int]]:
     """Load a graph on the CPU for any number of images; return the call and how many nodes are on each provider."""
-    session = ort_session(graph, CPU, {}, work, disabled)
+    session = ort_session(graph, CPU, {}, work, disabled, entries=entries)
     call = Unbound(session)
     return call, placed_on(CPU, session, call, model_input(session, 1, work.device))
 
@@ -175,14 +185,18 @@ def ort_session(
     disabled: tuple[str, ...] = (),
     *,
     batch: int | None = None,
+    entries: dict[str, str] | None = None,
 ) -> onnxruntime.InferenceSession:
-    """Load a graph on `provider` and nothing else, for just `batch` images if that is given.
+    """Load a graph on `provider` and nothing else, for just `batch` images if that is given; `entries` are of the session's
+    config.
 
     Raise RuntimeMismatch with the reason if that is impossible.
     """
     import onnxruntime
 
     settings = _settings(work)
+    for name, value in (entries or {}).items():
+        settings.add_session_config_entry(name, value)
     if batch is not None:
         settings.add_free_dimension_override_by_name(BATCH, batch)
     if provider != CPU:
@@ -349,8 +363,14 @@ def operators_of(graph: Path) -> set[str]:
     return {node.op_type for node in onnx.load(graph).graph.node}
 
 
-def _crashing_optimizers(quantizer: Quantizer, graph: Path) -> tuple[str, ...]:
-    """Name the optimizers to leave out: this one kills the process on FP16 transformers (onnxruntime 1.31.1)."""
-    if precision_of(quantizer) != "fp16":
+def _wrong_optimizers(quantizer: Quantizer, graph: Path) -> tuple[str, ...]:
+    """Name the optimizers to leave out as of onnxruntime 1.31.1.
+
+    One kills the process on FP16 transformers. Another takes a Relu before a QuantizeLinear for a part of it, as it is
+    where the lowest code stands for 0, and drops it before FP8 as well, where negative numbers then stay.
+    """
+    if (precision := precision_of(quantizer)) == "fp8":
+        return ("ReluQuantRewrite",)
+    if precision != "fp16":
         return ()
     return ("NchwcTransformer",) if "LayerNormalization" in operators_of(graph) else ()
