@@ -12,6 +12,9 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from pq_sweep.compress.qdq import MATRIX_OPERATORS, Calibrated, sharing
+from pq_sweep.compress.weight_only import with_opset
+from pq_sweep.core.stored import tensor
+from pq_sweep.types import Record
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,24 +48,16 @@ def in_fp8(graph: Calibrated, exclude: list[str]) -> onnx.ModelProto:
 
     Nodes that share a weight are in FP8 together: the graph holds the weight once.
     """
-    model = with_opset(graph.model, OPSET)
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(with_opset(graph.model, OPSET))
     chosen = _chosen(model, graph, exclude)
     dequantized = _store_weights(model, chosen)
     nodes = list(_with_rounded_inputs(model, graph, chosen))
     del model.graph.node[:]
     model.graph.node.extend([*dequantized, *nodes])
     return model
-
-
-def with_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
-    """Return a copy of a graph in this version of ONNX's operators or a later one."""
-    import onnx
-    from onnx import version_converter
-
-    known = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model if known >= least else version_converter.convert_version(model, least))
-    return copy
 
 
 def _chosen(model: onnx.ModelProto, graph: Calibrated, exclude: list[str]) -> list[onnx.NodeProto]:
@@ -98,11 +93,14 @@ def _store_weights(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> list[
         values, scales = rounded_to_fp8(onnx.numpy_helper.to_array(weights[name]), axis)
         model.graph.initializer.remove(weights[name])
         model.graph.initializer.extend([_fp8(values, f"{name}_quantized"), _float(scales, f"{name}_scale")])
-        inputs, options = [f"{name}_quantized", f"{name}_scale"], {} if axis is None else {"axis": axis}
-        dequantized.append(
-            onnx.helper.make_node("DequantizeLinear", inputs, [name], f"{name}_DequantizeLinear", **options)
-        )
+        inputs, options = [f"{name}_quantized", f"{name}_scale"], _options(axis)
+        node = onnx.helper.make_node("DequantizeLinear", inputs, [name], f"{name}_DequantizeLinear", **options)
+        dequantized.append(node)
     return dequantized
+
+
+def _options(axis: int | None) -> Record:
+    return {} if axis is None else {"axis": axis}
 
 
 def _channels(node: onnx.NodeProto, place: int, dimensions: int) -> int | None:
@@ -163,11 +161,10 @@ def _rounding(model: onnx.ModelProto, name: str, graph: Calibrated) -> Iterator[
 def _fp8(values: np.ndarray, name: str) -> onnx.TensorProto:
     import onnx
 
-    kind = onnx.TensorProto.FLOAT8E4M3FN
-    return onnx.TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=values.tobytes())
+    return tensor(values, name, onnx.TensorProto.FLOAT8E4M3FN)
 
 
 def _float(values: np.ndarray, name: str) -> onnx.TensorProto:
     import onnx
 
-    return onnx.numpy_helper.from_array(values.astype("float32"), name)
+    return tensor(values.astype("float32"), name, onnx.TensorProto.FLOAT)

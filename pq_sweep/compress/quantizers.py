@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pq_sweep.compress.choices import KEPT_PRECISIONS
+from pq_sweep.compress.choices import INT4_BLOCKS, KEPT_PRECISIONS
 from pq_sweep.compress.fp8 import in_fp8, without_kernels
+from pq_sweep.compress.int4 import in_int4
 from pq_sweep.compress.mixed import plan_precisions
 from pq_sweep.compress.qdq import calibrate, give_each_its_own, halved, layer_weights, prepare, sharing
 from pq_sweep.compress.weight_only import Grid, chosen_weights, quantize_weights, with_types
@@ -177,6 +178,25 @@ def weights(
         quantize_weights(graph, chosen, grid)
         onnx.save(graph, target)
     return {"excluded_nodes": excluded, "quantized_weights": len(chosen), "stored_bits": grid.container}
+
+
+@quantizer("int4", calibrated=False)
+def int4(source: Path, target: Path, data: Data, *, form: str, stage: Stage, block: int, exclude: list[str]) -> Record:
+    """Store the weights of linear layers as 4-bit integers, with a scale for each `block` of inputs (64 or 128).
+
+    Activations are not quantized: they are FP16 for TensorRT, as is all else, and FP32 for a CPU. Convolutions, and
+    layers whose inputs are no whole number of blocks, are not in INT4.
+    """
+    import onnx
+
+    if block not in INT4_BLOCKS:
+        raise UserError(f"quantizer.block={block} is not known; valid are: {', '.join(map(str, INT4_BLOCKS))}.")
+    with stage("quantize"):
+        graph = onnx.load(source)
+        excluded = match_layers(graph, exclude)
+        graph, quantized = in_int4(graph, block, excluded)
+        onnx.save(halved(graph, []) if form == "tensorrt" else graph, target)
+    return {"excluded_nodes": excluded, "int4_nodes": quantized}
 
 
 @quantizer("int8_dynamic")

@@ -163,7 +163,7 @@ def _simulated(sweep: Sweep) -> Iterator[str]:
     """Say which jobs computed in another precision than their own, so that their latency is left out of comparisons."""
     pairs = [(row["simulated"], row["job"]) for row in sweep.rows if row.get("simulated")]
     for sentence, jobs in _by_reason(pairs):
-        yield f"simulated: {sentence}: job {jobs}"
+        yield f"simulated: {sentence.rstrip('.')}: job {jobs}"
 
 
 def _notes(sweep: Sweep) -> Iterator[str]:

@@ -99,7 +99,7 @@ def _figures(row: Row, sweep: Sweep, sizes: list[int]) -> dict[str, Any]:
         "prep s": row.get("prep_time_s"),
         "pays after images": _finite(payback(row, other, sizes[0]) if sizes else None),
         "unstable": row.get("unstable") or None,
-        "simulated": row.get("simulated"),
+        "simulated": row.get("simulated") or None,
         **_repeats(row),
         "compared with": None if other is None or is_uncompressed(row) else other["job"],
     }
