@@ -180,7 +180,14 @@ def weights(
     return {"excluded_nodes": excluded, "quantized_weights": len(chosen), "stored_bits": grid.container}
 
 
-@quantizer("int4", calibrated=False)
+def _in_blocks(options: Record) -> str:
+    """Return INT4's name, or refuse blocks that TensorRT does not take before anything is loaded."""
+    if (block := options.get("block")) not in INT4_BLOCKS:
+        raise UserError(f"quantizer.block={block} is not known; valid are: {', '.join(map(str, INT4_BLOCKS))}.")
+    return "int4"
+
+
+@quantizer(_in_blocks, calibrated=False)
 def int4(source: Path, target: Path, data: Data, *, form: str, stage: Stage, block: int, exclude: list[str]) -> Record:
     """Store the weights of linear layers as 4-bit integers, with a scale for each `block` of inputs (64 or 128).
 
@@ -189,8 +196,6 @@ def int4(source: Path, target: Path, data: Data, *, form: str, stage: Stage, blo
     """
     import onnx
 
-    if block not in INT4_BLOCKS:
-        raise UserError(f"quantizer.block={block} is not known; valid are: {', '.join(map(str, INT4_BLOCKS))}.")
     with stage("quantize"):
         graph = onnx.load(source)
         excluded = match_layers(graph, exclude)

@@ -456,19 +456,21 @@ def test_graphs_in_int4_are_built(
     assert set(types) - {"Int4", "Half", "Float"} <= {"Int64", "Int32", "Bool"}  # of shapes
 
 
-def test_gpus_without_fp8_are_refused_before_anything_is_built(
-    made: Callable[[str], tuple[Model, Data]], tmp_path: Path
+@pytest.mark.parametrize(("name", "least", "less"), [("fp8", "8.9", "8.6"), ("int4", "8.0", "7.5")])
+def test_gpus_without_a_precision_are_refused_before_anything_is_built(
+    made: Callable[[str], tuple[Model, Data]], tmp_path: Path, name: str, least: str, less: str
 ) -> None:
-    text = refused(lambda: built(tmp_path, *made("digits_cnn"), fp8, "8.6"))
+    text = refused(lambda: built(tmp_path, *made("digits_cnn"), {"fp8": fp8, "int4": int4}[name], less))
     assert text == (
-        "quantizer=fp8 under TensorRT needs compute capability 8.9 or later and this is the GPU to build for (compute"
-        " capability 8.6); use quantizer=int8 or quantizer=fp16."
+        f"quantizer={name} under TensorRT needs compute capability {least} or later and this is the GPU to build for"
+        f" (compute capability {less}); use quantizer=int8 or quantizer=fp16."
     )
     assert not (tmp_path / "model.onnx").exists()
 
 
-def test_gpus_without_int4_are_refused_by_the_builder(
-    made: Callable[[str], tuple[Model, Data]], tmp_path: Path
+def test_the_builder_itself_refuses_int4_on_turing(
+    made: Callable[[str], tuple[Model, Data]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engines, "NEEDED", {})
     with pytest.raises(RuntimeMismatch, match=r"sm75.*int4"):
         built(tmp_path, *made("digits_cnn"), int4, "7.5")
