@@ -7,23 +7,21 @@ from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 import torch
-from independent import runtime, snr_db, tensors, torch_logits, workspace
+from independent import Opened, opened_on_cpu, snr_db, tensors, torch_logits
 from onnx.reference import ReferenceEvaluator
 from random_networks import randomise
 from torch import Tensor, nn
 
 from pq_sweep.compress import quantizers
 from pq_sweep.compress.fp8 import LARGEST, rounded_to_fp8
-from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
-from pq_sweep.types import Data, Model, Preprocess, Session
+from pq_sweep.types import Data, Model, Preprocess
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 fp8 = partial(quantizers.fp8, calibration="minmax", images=32, exclude=[], percentile=99.9)
@@ -55,22 +53,13 @@ class Small(nn.Module):
         return self.head(self.see("head", x.mean(1)))
 
 
-Opened = tuple[Session, onnx.ModelProto, Model, Data]
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """A small network in FP8 under ONNX Runtime."""
     module = Small().eval()
     randomise(module)
     model = Model(module, 10, Preprocess(size=8, resize=8, channels=1, mean=(0.0,), std=(1.0,)))
-    return opened(model, tmp_path_factory.mktemp("small"), fp8)
-
-
-def opened(model: Model, folder: Path, quantizer: Any) -> Opened:
-    data = digits(model)
-    session = runtime("onnxruntime").open(model, quantizer, data, workspace(folder))
-    return session, onnx.load(folder / "model.onnx"), model, data
+    return opened_on_cpu(model, tmp_path_factory.mktemp("small"), fp8)
 
 
 def images_of(data: Data, count: int = 100) -> Tensor:
@@ -223,7 +212,7 @@ def test_answers_are_those_of_numbers_in_fp8(small: Opened) -> None:
 
 
 def test_answers_are_those_of_onnx_itself(tmp_path: Path) -> None:
-    session, graph, _, data = opened(digits_cnn(), tmp_path, fp8)
+    session, graph, _, data = opened_on_cpu(digits_cnn(), tmp_path, fp8)
     images = images_of(data, 20)
     (expected,) = ReferenceEvaluator(graph).run(None, {"input": images.numpy()})
     assert snr_db(expected, session(images).numpy()) > 45
@@ -242,19 +231,19 @@ def test_activations_beyond_their_range_saturate(small: Opened) -> None:
 
 def test_excluded_layers_stay_in_fp32(small: Opened, tmp_path: Path) -> None:
     _, _, model, _ = small
-    session, graph, _, _ = opened(model, tmp_path, partial(fp8, exclude=["first", "mix", "last"]))
+    session, graph, _, _ = opened_on_cpu(model, tmp_path, partial(fp8, exclude=["first", "mix", "last"]))
     assert set(stored_weights(graph)) == {"conv.weight"}
     assert len(session.details["quantizer"]["excluded_nodes"]) == 4
 
 
 def test_excluding_all_changes_nothing(tmp_path: Path) -> None:
-    session, graph, model, data = opened(digits_cnn(), tmp_path, partial(fp8, exclude=["*"]))
+    session, graph, model, data = opened_on_cpu(digits_cnn(), tmp_path, partial(fp8, exclude=["*"]))
     assert not stored_weights(graph)
     assert snr_db(torch_logits(model.module, images_of(data)), session(images_of(data)).numpy()) > 100
 
 
 def test_a_file_of_fp8_is_a_quarter_and_says_that_it_is_simulated(tmp_path: Path) -> None:
-    session, _, model, data = opened(digits_cnn(), tmp_path, fp8)
+    session, _, model, data = opened_on_cpu(digits_cnn(), tmp_path, fp8)
     parameters = sum(value.numel() for value in model.module.parameters())
     assert session.artifact.stat().st_size < 1.4 * parameters
     assert session.details["simulated"].startswith("FP8 is computed in FP32 by ONNX Runtime on a CPU")

@@ -11,16 +11,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from independent import runtime, snr_db, tensors, torch_logits, workspace
+from independent import Opened, opened_on_cpu, snr_db, tensors, torch_logits
 from random_networks import randomise
 from torch import Tensor, nn
 
 from pq_sweep.compress import quantizers
-from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
 from pq_sweep.job.stages import Stages
 from pq_sweep.runtimes.export import export_onnx
-from pq_sweep.types import Data, Model, Preprocess, Session, UserError
+from pq_sweep.types import Model, Preprocess, UserError
 
 int4 = partial(quantizers.int4, block=64, exclude=[])
 
@@ -40,21 +39,12 @@ class Small(nn.Module):
         return self.head(torch.relu(self.odd(torch.relu(self.wide(x)))))
 
 
-Opened = tuple[Session, onnx.ModelProto, Model, Data]
-
-
-def opened(model: Model, folder: Path, quantizer: Any) -> Opened:
-    data = digits(model)
-    session = runtime("onnxruntime").open(model, quantizer, data, workspace(folder))
-    return session, onnx.load(folder / "model.onnx"), model, data
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Opened:
     module = Small().eval()
     randomise(module)
     model = Model(module, 10, Preprocess(size=8, resize=8, channels=1, mean=(0.0,), std=(1.0,)))
-    return opened(model, tmp_path_factory.mktemp("small"), int4)
+    return opened_on_cpu(model, tmp_path_factory.mktemp("small"), int4)
 
 
 def decoded(graph: onnx.ModelProto) -> dict[str, np.ndarray]:
@@ -131,13 +121,13 @@ def test_all_else_is_half_precision_for_tensorrt(small: Opened, tmp_path: Path) 
 
 def test_excluded_layers_have_no_four_bits(small: Opened, tmp_path: Path) -> None:
     _, _, model, _ = small
-    session, graph, _, _ = opened(model, tmp_path, partial(int4, exclude=["wide", "first"]))
+    session, graph, _, _ = opened_on_cpu(model, tmp_path, partial(int4, exclude=["wide", "first"]))
     assert set(decoded(graph)) == {"mix.weight", "odd.weight"}
     assert len(session.details["quantizer"]["excluded_nodes"]) == 2
 
 
 def test_a_trained_network_stays_accurate(tmp_path: Path) -> None:
-    session, _, _, data = opened(digits_cnn(), tmp_path, partial(int4, block=128))
+    session, _, _, data = opened_on_cpu(digits_cnn(), tmp_path, partial(int4, block=128))
     images = data.evaluation.fetch(list(range(400)))
     assert (session(images).argmax(1) == data.evaluation.labels[:400]).float().mean() > 0.97
 
@@ -151,4 +141,4 @@ def test_a_trained_network_stays_accurate(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_is_refused(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        opened(digits_cnn(), tmp_path, partial(int4, **options))
+        opened_on_cpu(digits_cnn(), tmp_path, partial(int4, **options))
