@@ -33,9 +33,14 @@ from pq_sweep.types import UserError
 ROOT = Path(__file__).resolve().parent.parent
 TIMM = "timm."
 TENSORRT = "TensorRT builds"
-TECHNIQUES = ("zero-fill", "remove", "export", "fp16", "int8", "remove + int8", TENSORRT)
-BUILT = ("none", "fp16", "int8")  # quantizers of the graphs that TensorRT-RTX builds
-CAPABILITIES = ("8.0", "8.9")  # what it builds them for
+BELOW = "TensorRT builds fp8, int4"
+TECHNIQUES = ("zero-fill", "remove", "export", "fp16", "int8", "remove + int8", TENSORRT, "fp8", "int4", BELOW)
+# The graphs that TensorRT-RTX builds in each of these columns: their quantizers, and what they are built for.
+BUILT = {
+    TENSORRT: tuple(product(("none", "fp16", "int8"), ("8.0", "8.9"))),
+    BELOW: tuple(product(("fp8", "int4"), ("8.9",))),
+}
+CALIBRATED = ("int8", "fp8")
 AMOUNT = 0.5
 IMAGES = 16
 Cell = dict[str, Any]
@@ -49,11 +54,13 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of class folders of images")
     parser.add_argument("--records", type=Path, help="keep the records here, and go on from them")
     parser.add_argument("--only", nargs="*", help="models to try instead of all")
-    parser.add_argument("--column", choices=TECHNIQUES, help="try this alone, and keep the table's other cells")
+    parser.add_argument(
+        "--column", choices=TECHNIQUES, nargs="*", help="try these alone, and keep the table's other cells"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        chosen = [options.column] if options.column else TECHNIQUES
+        chosen = options.column or TECHNIQUES
         print(json.dumps(try_model(options.one, options.weights, options.images, chosen)))
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -97,13 +104,14 @@ def model_names() -> list[str]:
 
 def in_own_process(name: str, options: argparse.Namespace) -> Cell:
     """Try a model in a process of its own, so that a crash does not end the others."""
-    given = [f"--{key}={value}" for key in ("weights", "images", "column") if (value := getattr(options, key))]
+    given = [f"--{key}={value}" for key in ("weights", "images") if (value := getattr(options, key))]
+    given += ["--column", *options.column] if options.column else []
     command = [sys.executable, "-m", "benchmarks.support", "unused", "--one", name, *given]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    chosen = [options.column] if options.column else TECHNIQUES
+    chosen = options.column or TECHNIQUES
     return {"weights": "?", "cells": {technique: {"error": reason} for technique in chosen}}
 
 
@@ -172,9 +180,9 @@ def settle(model: Any, data: Any) -> None:
 def attempt(technique: str, model: Any, data: Any, folder: Path) -> Cell:
     """Run one cell; if that fails, the cell holds the error."""
     try:
-        return (
-            build(model, data, folder) if technique == TENSORRT else run(technique, copy.deepcopy(model), data, folder)
-        )
+        if technique in BUILT:
+            return build(technique, model, data, folder)
+        return run(technique, copy.deepcopy(model), data, folder)
     except UserError as error:
         return {"refused": " ".join(str(error).split())}
     except Exception as error:
@@ -202,26 +210,34 @@ def run(technique: str, model: Any, data: Any, folder: Path) -> Cell:
     return {"size": artifact.stat().st_size / original, "snr_db": snr_db(reference, logits), "seconds": seconds}
 
 
-def build(model: Any, data: Any, folder: Path) -> Cell:
-    """Have NVIDIA's parser and builder make an engine of each graph for TensorRT, and count them."""
+def build(technique: str, model: Any, data: Any, folder: Path) -> Cell:
+    """Have NVIDIA's parser and builder make an engine of each graph for TensorRT, and count them.
+
+    A network without a layer for INT4 has no such graph.
+    """
     from pq_sweep.core.cache import Cache
     from pq_sweep.job.stages import Stages
     from pq_sweep.types import Workspace
 
     start, sizes = time.perf_counter(), {}
-    for quantizer, capability in product(BUILT, CAPABILITIES):
+    for quantizer, capability in BUILT[technique]:
         place = folder / f"{quantizer} {capability}"
         place.mkdir()
         work = Workspace(place, "cpu", 1, Stages(place, "", Cache({"of": str(folder)})))
         options = ["runtime.build_only=true", f"runtime.compute_capability='{capability}'"]
-        limit = [f"quantizer.images={IMAGES}"] if quantizer == "int8" else []
+        limit = [f"quantizer.images={IMAGES}"] if quantizer in CALIBRATED else []
         runtime = component("runtime", "tensorrt_rtx", *options)()
-        session = runtime.open(model, component("quantizer", quantizer, *limit), data, work)
+        try:
+            session = runtime.open(model, component("quantizer", quantizer, *limit), data, work)
+        except UserError:
+            if quantizer != "int4":
+                raise
+            continue
         if warnings := session.details["builder_warnings"]:
             raise RuntimeError(f"{quantizer} for {capability}: {warnings[0]}")
-        sizes[quantizer] = session.artifact.stat().st_size
+        sizes[f"{quantizer} {capability}"] = session.artifact.stat().st_size
         shutil.rmtree(place)
-    return {"engines": len(BUILT) * len(CAPABILITIES), "bytes": sizes, "seconds": time.perf_counter() - start}
+    return {"engines": len(sizes), "bytes": sizes, "seconds": time.perf_counter() - start}
 
 
 def try_pruning(name: str, model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, Any]:
@@ -247,8 +263,11 @@ def try_export(model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, 
 def try_quantizer(name: str, model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, Any]:
     """Quantize the exported graph and run it under ONNX Runtime."""
     from pq_sweep.job.stages import Stages
+    from pq_sweep.runtimes.export import export_onnx
 
-    options = [f"quantizer.images={IMAGES}"] if name == "int8" else []
+    if not (folder / "export.onnx").exists():
+        export_onnx(model, folder / "export.onnx")
+    options = [f"quantizer.images={IMAGES}"] if name in CALIBRATED else []
     target = folder / f"{name}.onnx"
     stage = Stages(folder, name)
     component("quantizer", name, *options)(folder / "export.onnx", target, data, form="cpu", stage=stage)
@@ -258,6 +277,8 @@ def try_quantizer(name: str, model: Any, data: Any, images: Any, folder: Path) -
 def try_both(model: Any, data: Any, images: Any, folder: Path) -> tuple[Path, Any]:
     """Remove channels, export, quantize and run under ONNX Runtime."""
     component("pruner", "remove", f"pruner.amount={AMOUNT}")(model, data)
+    folder = folder / "smaller"
+    folder.mkdir()
     try_export(model, data, images, folder)
     return try_quantizer("int8", model, data, images, folder)
 
@@ -291,6 +312,8 @@ TRY: dict[str, Callable[..., tuple[Path, Any]]] = {
     "fp16": partial(try_quantizer, "fp16"),
     "int8": partial(try_quantizer, "int8"),
     "remove + int8": try_both,
+    "fp8": partial(try_quantizer, "fp8"),
+    "int4": partial(try_quantizer, "int4"),
 }
 
 
@@ -325,7 +348,8 @@ def text(cell: Cell) -> str:
     if "text" in cell:
         return str(cell["text"])
     if "engines" in cell:
-        return f"{cell['engines']} engines {cell['seconds']:.1f} s, {cell['bytes']['int8'] / 1e6:.1f} MB"
+        (size,) = (cell["bytes"][name] for name in ("int8 8.9", "fp8 8.9") if name in cell["bytes"])
+        return f"{cell['engines']} engine{'s' * (cell['engines'] > 1)} {cell['seconds']:.1f} s, {size / 1e6:.1f} MB"
     if "refused" in cell:
         return f"refused: {cell['refused']}".replace("|", "/")
     if "error" in cell:
@@ -359,6 +383,8 @@ logits against the FP32 network's (200 dB: equal).
 - `TensorRT builds`: NVIDIA's own parser and builder, those of TensorRT-RTX {rtx}, made engines of the FP32, FP16
   and INT8 graphs for compute capability 8.0 and 8.9 without a warning. The seconds are of all of them with the export,
   the size is that of the INT8 engine for 8.9. None of them ran: that needs a GPU.
+- `fp8` and `int4` under ONNX Runtime: FP8 is simulated in FP32, and INT4 are the weights of linear layers alone.
+  `TensorRT builds fp8, int4` are the engines of these graphs for 8.9 in the same way, with the size of the FP8 engine.
 - Weights are `trained` where they were at hand; `random` ones (BatchNorm measured on images) show that a technique
   works, not how well: for accuracy, run a sweep.
 

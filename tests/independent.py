@@ -19,8 +19,9 @@ from omegaconf import DictConfig
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from pq_sweep.inputs.datasets import digits
 from pq_sweep.job.stages import Stages
-from pq_sweep.types import Workspace
+from pq_sweep.types import Data, Model, Session, Workspace
 
 
 def workspace(folder: Path, threads: int = 1) -> Workspace:
@@ -38,6 +39,16 @@ def runtime(name: str, **options: Any) -> Any:
 def _config(runtime: str) -> DictConfig:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return compose("config", overrides=[f"runtime={runtime}"]).runtime
+
+
+Opened = tuple[Session, onnx.ModelProto, Model, Data]
+
+
+def opened_on_cpu(model: Model, folder: Path, quantizer: Any) -> Opened:
+    """Open a network for digits under ONNX Runtime; return the session, its graph, the network and its images."""
+    data = digits(model)
+    session = runtime("onnxruntime").open(model, quantizer, data, workspace(folder))
+    return session, onnx.load(folder / "model.onnx"), model, data
 
 
 def onnx_logits(path: Path, images: Tensor, batch: int = 50) -> np.ndarray:

@@ -12,6 +12,8 @@ from benchmarks.timm_models import FAMILIES
 
 CELL = re.compile(r"ok \d+\.\d s, \d\.\d\d, -?\d+ dB")
 BUILT = re.compile(r"6 engines \d+\.\d s, \d+\.\d MB")
+BELOW = re.compile(r"(1 engine|2 engines) \d+\.\d s, \d+\.\d MB")  # FP8, and INT4 where there is a layer for it
+NO_LAYER = re.compile(r"refused: quantizer=int4 finds no linear layer to quantize .+\.")
 SENTENCE = re.compile(r"refused: pruner=remove cannot follow the channels .+ \(.+\); use .+\.")
 MODELS = {path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")}
 
@@ -32,14 +34,16 @@ def test_every_cell_of_a_model_is_run(tmp_path: Path, environment: dict[str, str
     assert done.returncode == 0, done.stderr
     weights, *cells = rows(table)["digits_cnn"]
     assert weights == "packaged"
-    *cells, built = cells
+    *cells, built, fp8, int4, below = cells
     assert BUILT.fullmatch(built), built
+    assert BELOW.fullmatch(below), below
     assert len(cells) == 6
-    assert all(CELL.fullmatch(cell) for cell in cells), cells
+    assert all(CELL.fullmatch(cell) for cell in [*cells, fp8, int4]), cells
     sizes = [float(cell.split(", ")[1]) for cell in cells]
     zero_fill, removed, exported, fp16, int8, both = sizes
     assert zero_fill > 0.95 > removed > both
     assert exported > fp16 > int8 > both
+    assert float(fp8.split(", ")[1]) < int8
 
 
 def test_the_documented_table_has_every_model_and_no_gap() -> None:
@@ -48,8 +52,12 @@ def test_the_documented_table_has_every_model_and_no_gap() -> None:
     theirs = {f"timm.{name}" for name in FAMILIES}
     assert found.keys() == MODELS | theirs
     assert len(theirs) == 12
-    for name, (_, *cells, built) in found.items():
+    for name, (_, *cells, built, fp8, int4, below) in found.items():
         assert len(cells) == 6, name
+        assert CELL.fullmatch(fp8), (name, fp8)
+        assert CELL.fullmatch(int4) or NO_LAYER.fullmatch(int4), (name, int4)
+        assert BELOW.fullmatch(below), (name, below)
+        assert below.startswith("2") == bool(CELL.fullmatch(int4)), (name, int4, below)
         assert BUILT.fullmatch(built), (name, built)
         whole = (CELL, SENTENCE) if name in theirs else (CELL,)
         assert all(any(form.fullmatch(cell) for form in whole) for cell in cells), (name, cells)

@@ -6,4 +6,7 @@ CALIBRATIONS = ("minmax", "entropy", "percentile")
 
 KEPT_PRECISIONS = ("fp32", "fp16")
 
+# Those that TensorRT takes: "Working with Quantized Types", quantization schemes.
+INT4_BLOCKS = (64, 128)
+
 IMPORTANCES = ("random", "magnitude", "taylor", "sensitivity", "bn_scale", "lamp")

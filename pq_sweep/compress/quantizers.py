@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pq_sweep.compress.choices import KEPT_PRECISIONS
+from pq_sweep.compress.choices import INT4_BLOCKS, KEPT_PRECISIONS
+from pq_sweep.compress.fp8 import in_fp8, without_kernels
+from pq_sweep.compress.int4 import in_int4
 from pq_sweep.compress.mixed import plan_precisions
 from pq_sweep.compress.qdq import calibrate, give_each_its_own, halved, layer_weights, prepare, sharing
 from pq_sweep.compress.weight_only import Grid, chosen_weights, quantize_weights, with_types
@@ -93,6 +95,34 @@ def int8(
     return {"excluded_nodes": excluded, **graph.record}
 
 
+@quantizer("fp8")
+def fp8(
+    source: Path,
+    target: Path,
+    data: Data,
+    *,
+    form: str,
+    stage: Stage,
+    calibration: str,
+    images: int,
+    exclude: list[str],
+    percentile: float,
+) -> Record:
+    """Quantize weights and the activations that they are multiplied with to 8-bit floating point (E4M3).
+
+    Options are those of `int8`. Convolutions for which TensorRT has no FP8 kernels stay in FP32, and are named.
+    """
+    import onnx
+
+    graph = calibrate(source, data, form=form, stage=stage, method=calibration, images=images, percentile=percentile)
+    with stage("quantize"):
+        without = without_kernels(graph.model)
+        excluded = sharing(graph.model, [*match_layers(graph.model, exclude), *without])
+        onnx.save(in_fp8(graph, excluded), target)
+    record = {"excluded_nodes": excluded, "without_fp8_kernels": without}
+    return record | {"calibration_images": graph.images}
+
+
 @quantizer("mixed")
 def mixed(
     source: Path,
@@ -148,6 +178,30 @@ def weights(
         quantize_weights(graph, chosen, grid)
         onnx.save(graph, target)
     return {"excluded_nodes": excluded, "quantized_weights": len(chosen), "stored_bits": grid.container}
+
+
+def _in_blocks(options: Record) -> str:
+    """Return INT4's name, or refuse blocks that TensorRT does not take before anything is loaded."""
+    if (block := options.get("block")) not in INT4_BLOCKS:
+        raise UserError(f"quantizer.block={block} is not known; valid are: {', '.join(map(str, INT4_BLOCKS))}.")
+    return "int4"
+
+
+@quantizer(_in_blocks, calibrated=False)
+def int4(source: Path, target: Path, data: Data, *, form: str, stage: Stage, block: int, exclude: list[str]) -> Record:
+    """Store the weights of linear layers as 4-bit integers, with a scale for each `block` of inputs (64 or 128).
+
+    Activations are not quantized: they are FP16 for TensorRT, as is all else, and FP32 for a CPU. Convolutions, and
+    layers whose inputs are no whole number of blocks, are not in INT4.
+    """
+    import onnx
+
+    with stage("quantize"):
+        graph = onnx.load(source)
+        excluded = match_layers(graph, exclude)
+        graph, quantized = in_int4(graph, block, excluded)
+        onnx.save(halved(graph, []) if form == "tensorrt" else graph, target)
+    return {"excluded_nodes": excluded, "int4_nodes": quantized}
 
 
 @quantizer("int8_dynamic")

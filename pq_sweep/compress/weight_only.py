@@ -162,17 +162,21 @@ def _fitted(rows: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
 
 def with_types(model: onnx.ModelProto, grid: Grid) -> onnx.ModelProto:
     """Return a graph in the versions of operators and format that hold such integers, or refuse them."""
+    grid.require()
+    model = with_opset(model, max(OPSETS[grid.container], BLOCKS_FROM if grid.block else 0))
+    model.ir_version = max(model.ir_version, FORMATS[grid.container], FORMATS[4] if grid.block else 0)
+    return model
+
+
+def with_opset(model: onnx.ModelProto, least: int) -> onnx.ModelProto:
+    """Return a graph in this version of ONNX's operators or, if it is in a later one, as it is."""
     import onnx
     from onnx import version_converter
 
-    grid.require()
-    wanted = max(OPSETS[grid.container], BLOCKS_FROM if grid.block else 0)
     known = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if known < wanted:
-        model = version_converter.convert_version(model, wanted)
-    model.ir_version = max(model.ir_version, FORMATS[grid.container], FORMATS[4] if grid.block else 0)
-    assert isinstance(model, onnx.ModelProto)
-    return model
+    converted = model if known >= least else version_converter.convert_version(model, least)
+    assert isinstance(converted, onnx.ModelProto)
+    return converted
 
 
 def chosen_weights(model: onnx.ModelProto, excluded: list[str]) -> list[Stored]:

@@ -1,4 +1,4 @@
-"""The weights of matrix operators as a graph holds them: floats, or integers with a scale."""
+"""The weights of matrix operators as a graph holds them: floats, or integers or floats of 8 bits with a scale."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Stored:
     """A weight of a graph: its name in the network, its initializer, and the operator that multiplies with it.
 
     `outputs` is the axis of its output channels. Integers stand for (q - zero) * scale, where both are shaped for that
-    product; floats have neither.
+    product, and floats of 8 bits for q * scale; other floats have neither.
     """
 
     name: str
@@ -33,9 +33,11 @@ class Stored:
 
     def codes(self) -> np.ndarray:
         """Return what is stored, integers as int32 and floats as float32."""
+        from onnx import TensorProto
         from onnx.numpy_helper import to_array
 
-        return to_array(self.item).astype("float32" if self.scale is None else "int32")
+        floats = self.scale is None or self.item.data_type == TensorProto.FLOAT8E4M3FN
+        return to_array(self.item).astype("float32" if floats else "int32")
 
     def values(self) -> np.ndarray:
         """Return the float32 values that the weight stands for."""

@@ -7,6 +7,7 @@ from pq_sweep.core.hardware import Cpu, Gpu, capability, missing
 from pq_sweep.doctor import Facts, Section
 from pq_sweep.doctor.judge import gpus_of, misfit
 from pq_sweep.runtimes import OnnxRuntime, TensorRT, TensorRTNative, TensorRTRTX, Torch
+from pq_sweep.runtimes.engines import NEEDED
 from pq_sweep.runtimes.ort import CPU, CUDA, TENSORRT
 from pq_sweep.runtimes.rtx import RUNS_ON
 
@@ -67,8 +68,9 @@ def _runs_rtx(machine: Facts, gpu: Gpu) -> bool:
 
 
 def _built(runtime: Realiser, gpu: Gpu) -> list[str]:
-    """Name the precisions of an engine; BF16 is refused where the hardware lacks it."""
-    return [text for text in _marked(runtime, gpu) if not text.startswith("bf16 (")]
+    """Name the precisions of an engine, without those that are refused on a GPU."""
+    refused = {name for name, (least, _) in NEEDED.items() if gpu.capability < least}
+    return [text for text in _marked(runtime, gpu) if text.partition(" ")[0] not in refused]
 
 
 def _marked(runtime: Realiser, device: Gpu | Cpu) -> list[str]:

@@ -88,9 +88,13 @@ def is_uncompressed(row: Row) -> bool:
 def speedup(row: Row, other: Row | None, batch: int) -> Estimate | None:
     """Return how many times faster a job is than the uncompressed one, or None if that cannot be said.
 
+    It cannot of a job that simulates its precision in another one.
+
     If both were timed in turn, the ratio is that of the pairs, which is known more precisely than that of two jobs'
     medians. The interval of the latter is the worst case: it comes from the far ends of both medians' intervals.
     """
+    if row.get("simulated"):
+        return None
     if (paired := f"speedup/b{batch}") in row:
         return Estimate(row[paired], _interval(row, f"speedup_ci95_{{}}/b{batch}"))
     latency, ends = f"latency_ms/b{batch}", f"latency_ci95_{{}}_ms/b{batch}"

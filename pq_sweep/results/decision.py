@@ -23,6 +23,8 @@ FIGURES = {
     "prep_time": ("prep_time_s", "s"),
 }
 MANY = 1e4  # from here on, numbers are written out
+# What a job tells about its precision only if it computes in that precision.
+OF_DEVICE = ("latency", "memory", "energy")
 # The figures of the Pareto front, unless others are asked for.
 OBJECTIVES = ["error", "latency", "size"]
 # Among jobs that are equally good, those that are better in these figures come first.
@@ -47,7 +49,12 @@ class Goal:
         return FIGURES[name][0].format(batch=self.batch)
 
     def value(self, row: Row, name: str) -> float | None:
-        """Return a figure of a job, or None if it has none; NaN means that it was not measured."""
+        """Return a figure of a job, or None if it has none; NaN means that it was not measured.
+
+        A job that simulates its precision has no figures of speed that count.
+        """
+        if row.get("simulated") and name in OF_DEVICE:
+            return None
         value = row.get(self.column(name))
         return None if value is None or math.isnan(value) else value
 
@@ -89,7 +96,8 @@ def refusal(row: Row, goal: Goal) -> str:
         return "was built and not run" if row["status"] == "built" else f"is {row['status']}"
     for name in dict.fromkeys([goal.minimize, *goal.limits]):
         if goal.value(row, name) is None:
-            return f"has no {goal.column(name)}"
+            simulated = row.get("simulated") and name in OF_DEVICE
+            return f"is a simulation, whose {name} does not count" if simulated else f"has no {goal.column(name)}"
     over = [name for name, limit in goal.limits.items() if _figure(row, goal, name) > limit]
     return "; ".join(
         f"{name} {goal.shown(name, _figure(row, goal, name))} is over {goal.shown(name, goal.limits[name])}"
@@ -172,7 +180,7 @@ def by_place(sweep: Sweep) -> dict[tuple[str, str], list[Row]]:
 
 
 def _doubts(goal: Goal, winner: Row, runner_up: Row | None) -> list[str]:
-    doubts = []
+    doubts = [winner["simulated"]] if winner.get("simulated") else []
     limit, lost = goal.limits.get("accuracy_drop"), drop(winner)
     if lost is None:
         doubts.append("what it lost in accuracy is not known")

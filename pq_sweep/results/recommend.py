@@ -105,6 +105,7 @@ def facts(row: Row, sweep: Sweep, goal: Goal) -> dict[str, Any]:
         "speedup_ci95": faster and faster.interval,
         "payback_images": _finite(payback(row, other, goal.batch)),
         "hardware": row["hardware"],
+        "simulated": row.get("simulated", ""),
         "notes": row.get("notes", []),
         "command": command(row),
     }

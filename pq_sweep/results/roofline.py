@@ -12,7 +12,7 @@ from pq_sweep.core.hardware import Peaks, peaks
 from pq_sweep.core.result import Latency, Ran, Result
 
 # Bytes of a weight; of `mixed` it is the least, as some of its layers keep more. Images and logits are FP32 everywhere.
-WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "mixed": 1}
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "mixed": 1, "fp8": 1, "int4": 0.5}
 FP32_BYTES = 4
 
 
@@ -34,7 +34,7 @@ def _of_peaks(result: Result, batch_size: int, timed: Latency) -> dict[str, floa
     return found | ({"compute_share": operations / peak} if peak else {})
 
 
-def least_bytes(result: Result, batch_size: int) -> int:
+def least_bytes(result: Result, batch_size: int) -> float:
     """Return the bytes that a call has to move at least: each weight once, images and logits.
 
     What layers hand over to each other is left out.

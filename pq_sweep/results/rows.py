@@ -89,7 +89,8 @@ def _speeds(result: Result, speed: Speed) -> Figures:
     for size, timed in speed.latency.items():
         figures = _latencies(timed) | rates(result, int(size), timed)
         flat |= {f"{name}/b{size}": value for name, value in figures.items()}
-    for size, pair in (speed.paired or {}).items():
+    paired = {} if result.session.details.get("simulated") else speed.paired or {}  # a simulation's time is no speed-up
+    for size, pair in paired.items():
         low, high = pair.speedup_ci95 or (None, None)
         flat |= {f"speedup/b{size}": pair.speedup}
         flat |= {f"speedup_ci95_low/b{size}": low, f"speedup_ci95_high/b{size}": high}
@@ -160,6 +161,7 @@ def _finished(result: Result) -> Row:
         "started": result.started,
         "unstable": _unstable(result.speed) if result.speed else "",
         "hardware": result.hardware,
+        "simulated": session.details.get("simulated", ""),
         **({} if result.notes is None else {"notes": result.notes}),
         **({"built_for": session.details["compute_capability"]} if "compute_capability" in session.details else {}),
         "gpu_uuid": (environment["gpu"] or {}).get("uuid") or "",

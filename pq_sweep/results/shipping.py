@@ -57,6 +57,8 @@ def describe(result: Result, told: Record) -> Record:
         "written_by": written_by(),
         "samples": result.accuracy.samples,
         "hardware": result.hardware,
+        "disabled_optimizers": session.details.get("disabled_optimizers") or [],
+        "session_options": session.details.get("session_options", {}),
         "notes": result.notes or [],
         "config": result.config,
         **{name: getattr(session, name) for name in ("runtime", "precision", "engine", "sha256")},

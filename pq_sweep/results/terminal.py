@@ -96,6 +96,7 @@ def show(sweep: Sweep) -> None:
         *_unsettled(sweep),
         *_on_cpu(sweep),
         *_unaccelerated(sweep),
+        *_simulated(sweep),
         *_notes(sweep),
         *_elsewhere(sweep),
         *_left_out(sweep),
@@ -158,6 +159,13 @@ def _unaccelerated(sweep: Sweep) -> Iterator[str]:
         yield f"{sentence.rstrip('.')}: job {jobs}"
 
 
+def _simulated(sweep: Sweep) -> Iterator[str]:
+    """Say which jobs computed in another precision than their own, so that their latency is left out of comparisons."""
+    pairs = [(row["simulated"], row["job"]) for row in sweep.rows if row.get("simulated")]
+    for sentence, jobs in _by_reason(pairs):
+        yield f"simulated: {sentence.rstrip('.')}: job {jobs}"
+
+
 def _notes(sweep: Sweep) -> Iterator[str]:
     """Say what was done to networks and images before they were measured, and in which jobs."""
     pairs = [(sentence, row["job"]) for row in sweep.rows for sentence in row.get("notes", ())]
@@ -199,6 +207,7 @@ def _cells(row: Row, sizes: list[int], options: tuple[str, ...]) -> dict[str, st
 
     recovery = row.get("recovery", "none")
     texts = {name: str(row.get(name, "-")) for name in TEXTS if name != "node"}
+    texts["quantizer"] += " (simulated)" if row.get("simulated") else ""
     texts["pruner"] += "" if recovery == "none" else f" + {recovery}"
     latency = {
         f"ms b{size}\np50/p99": f"{number(f'latency_ms/b{size}', '.3f')}/{number(f'latency_p99_ms/b{size}', '.3f')}"

@@ -21,7 +21,7 @@ class Auto:
     tensorrt: TensorRT
 
     precisions: ClassVar[Precisions] = {
-        "cpu": ("fp32", "fp16", "bf16", "int8", "int8_dynamic", "mixed", *WEIGHT_ONLY),
+        "cpu": ("fp32", "fp16", "bf16", "int8", "int8_dynamic", "mixed", "fp8", "int4", *WEIGHT_ONLY),
         "cuda": ("fp32", "fp16", "bf16", "int8", "mixed"),
     }
 

@@ -29,6 +29,13 @@ log = logging.getLogger(__name__)
 
 PROFILES = ("each", "range")
 RECORD = "built.json"
+# Precisions that TensorRT runs only from a compute capability on, and what to do on other GPUs. For INT4 it is what the
+# builder of TensorRT-RTX 1.7 says: it refuses 7.5.
+NEEDED: dict[str, tuple[Capability, str]] = {
+    "bf16": (GPU["bf16"].since or (0, 0), "leave it out"),
+    "fp8": (GPU["fp8"].since or (0, 0), "use quantizer=int8 or quantizer=fp16"),
+    "int4": ((8, 0), "use quantizer=int8 or quantizer=fp16"),
+}
 WITHOUT_EFFECT = ("cuda_graph",)  # on the engine: a CUDA graph is recorded after it is built
 
 
@@ -72,7 +79,17 @@ class EngineBuilder:
         self.library()
         require_onnxruntime(self.name)
         if self.sparsity:
-            need("sparse", "runtime.sparsity=true", device)
+            need(GPU["sparse"].since or (0, 0), "runtime.sparsity=true", self.gpu(device), "leave it out")
+
+    def gpu(self, device: str) -> Gpu:
+        """Return the GPU that engines are built for."""
+        return Gpu(device_name(device), self.target(device))
+
+    def require_precision(self, precision: str, device: str) -> None:
+        """Refuse a precision that the GPU does not run, before anything is built."""
+        if precision in NEEDED:
+            least, instead = NEEDED[precision]
+            need(least, f"quantizer={precision} under TensorRT", self.gpu(device), instead)
 
     def profiles(self, sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """Return the batch sizes (least, optimal, most) of each optimization profile."""
@@ -113,15 +130,11 @@ def import_tensorrt(runtime: str) -> Any:
     return tensorrt
 
 
-def need(feature: str, what: str, device: str) -> None:
-    """Refuse `what` if the GPU lacks the feature of the hardware table that it needs."""
-    import torch
-
-    least, found = GPU[feature].since or (0, 0), torch.cuda.get_device_capability(device)
-    if found < least:
-        this = Gpu(device_name(device), found)
+def need(least: Capability, what: str, gpu: Gpu, instead: str) -> None:
+    """Refuse `what` on a GPU of less than a compute capability, and say what to do instead."""
+    if gpu.capability < least:
         raise UserError(
-            "{} needs compute capability {}.{} or later and this is {}; leave it out.".format(what, *least, this)
+            "{} needs compute capability {}.{} or later and this is {}; {}.".format(what, *least, gpu, instead)
         )
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pq_sweep.core.files import read_json, write_json
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.runtimes.cuda import own_stream, record_graph, use_tf32
-from pq_sweep.runtimes.engines import EngineBuilder, built, need, shape_of
-from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
+from pq_sweep.runtimes.engines import EngineBuilder, built, shape_of
+from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.session import BySize, Call, CallSession
 from pq_sweep.types import Data, Model, Quantizer, Session, UserError, Workspace
 
@@ -32,13 +32,14 @@ class TensorRTNative(EngineBuilder):
     cuda_graph: bool
 
     name: ClassVar[str] = "tensorrt_native"
+    # FP8 and INT4 take strongly typed networks, which ONNX Runtime's provider for TensorRT does not build.
+    precisions: ClassVar[Precisions] = {"cpu": (), "cuda": (*EngineBuilder.precisions["cuda"], "fp8", "int4")}
 
     def open(self, model: Model, quantizer: Quantizer, data: Data, work: Workspace) -> Session:
         """Export, check and quantize the graph, build its engine in the job's folder and load that file."""
         precision = precision_of(quantizer)
         use_tf32(self.tf32, work.device)
-        if precision == "bf16":
-            need("bf16", "quantizer=bf16 under TensorRT", work.device)
+        self.require_precision(precision, work.device)
         graph, details = make_graph(model, quantizer, data, work, form="tensorrt")
         own_stream(work.device)  # an engine belongs to the device that is current when it is built and loaded
         engine, about = self.engine(graph, precision, model, work, load)

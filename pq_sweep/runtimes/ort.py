@@ -29,6 +29,14 @@ LIBRARIES = {CUDA: "cuda", TENSORRT: "tensorrt"}
 # that opens the others when it needs them, while ONNX Runtime 1.20 links all of them.
 PRELOADED = ("*/lib/libcurand.so.*", "*/lib/libcudnn*.so.*")
 WEIGHT_ONLY = tuple(f"w{bits}" for bits in range(2, 9))
+# What the CPU provider computes in another precision than the graph says.
+SIMULATED = {"fp8": "FP8 is computed in FP32 by ONNX Runtime on a CPU: accuracy and size hold, time does not."}
+# Options of sessions by precision. There are no FP8 kernels to fuse Q and DQ into. Products with integer weights take
+# activations in FP32, and do not round them to 8 bits first as they do by default.
+SESSION_OPTIONS = {
+    "fp8": {"session.disable_quant_qdq": "1"},
+    **{name: {"session.qdq_matmulnbits_accuracy_level": "0"} for name in ("int4", *WEIGHT_ONLY)},
+}
 SHAPES = ("Shape", "Size")  # the operators by which a graph learns how many images it was given
 REASON = re.compile(
     r"(CUDA failure \d+: [^;]+|Invalid TensorRT EP option: [\w.]+|Unknown provider option: \S+"
@@ -48,7 +56,7 @@ class OnnxRuntime:
     options: dict[str, Any]
 
     precisions: ClassVar[Precisions] = {
-        "cpu": ("fp32", "fp16", "int8", "int8_dynamic", "mixed", *WEIGHT_ONLY),
+        "cpu": ("fp32", "fp16", "int8", "int8_dynamic", "mixed", "fp8", "int4", *WEIGHT_ONLY),
         "cuda": ("fp32", "fp16"),
     }
 
@@ -73,11 +81,14 @@ class OnnxRuntime:
 
     def load(self, graph: Path, quantizer: Quantizer, work: Workspace, details: dict[str, Any]) -> Session:
         """Load a graph that the quantizer wrote."""
-        provider, disabled = _provider(work.device), _crashing_optimizers(quantizer, graph)
+        provider, precision = _provider(work.device), precision_of(quantizer)
+        disabled = _wrong_optimizers(precision, graph)
         details = details | {"disabled_optimizers": disabled}
+        found = {"simulated": SIMULATED.get(precision), "session_options": SESSION_OPTIONS.get(precision)}
+        details |= {name: value for name, value in found.items() if value}
         with work.stage("build"):
             if work.device == "cpu":
-                call, nodes = on_cpu(graph, work, disabled)
+                call, nodes = on_cpu(graph, work, disabled, details.get("session_options", {}))
             else:
                 use_tf32(self.tf32, work.device)
                 options = texts(self.options) | {"use_tf32": str(int(self.tf32))}
@@ -88,9 +99,11 @@ class OnnxRuntime:
         return CallSession(call, "onnxruntime", engine(provider), work.device, graph, details)
 
 
-def on_cpu(graph: Path, work: Workspace, disabled: tuple[str, ...]) -> tuple[Call, dict[str, int]]:
+def on_cpu(
+    graph: Path, work: Workspace, disabled: tuple[str, ...], entries: dict[str, str]
+) -> tuple[Call, dict[str, int]]:
     """Load a graph on the CPU for any number of images; return the call and how many nodes are on each provider."""
-    session = ort_session(graph, CPU, {}, work, disabled)
+    session = ort_session(graph, CPU, {}, work, disabled, entries=entries)
     call = Unbound(session)
     return call, placed_on(CPU, session, call, model_input(session, 1, work.device))
 
@@ -175,14 +188,18 @@ def ort_session(
     disabled: tuple[str, ...] = (),
     *,
     batch: int | None = None,
+    entries: dict[str, str] | None = None,
 ) -> onnxruntime.InferenceSession:
     """Load a graph on `provider` and nothing else, for just `batch` images if that is given.
 
+    `entries` are options of the session beside those that every session has.
     Raise RuntimeMismatch with the reason if that is impossible.
     """
     import onnxruntime
 
     settings = _settings(work)
+    for name, value in (entries or {}).items():
+        settings.add_session_config_entry(name, value)
     if batch is not None:
         settings.add_free_dimension_override_by_name(BATCH, batch)
     if provider != CPU:
@@ -349,8 +366,13 @@ def operators_of(graph: Path) -> set[str]:
     return {node.op_type for node in onnx.load(graph).graph.node}
 
 
-def _crashing_optimizers(quantizer: Quantizer, graph: Path) -> tuple[str, ...]:
-    """Name the optimizers to leave out: this one kills the process on FP16 transformers (onnxruntime 1.31.1)."""
-    if precision_of(quantizer) != "fp16":
-        return ()
-    return ("NchwcTransformer",) if "LayerNormalization" in operators_of(graph) else ()
+def _wrong_optimizers(precision: str, graph: Path) -> tuple[str, ...]:
+    """Name the optimizers to leave out as of onnxruntime 1.31.1.
+
+    One kills the process on FP16 transformers. One drops a Relu before a QuantizeLinear to FP8, as it does where the
+    lowest code stands for 0, so that negative numbers stay. And one makes a Gemm of MatMul and Add, which has no kernel
+    for 4-bit weights.
+    """
+    if precision == "fp16":
+        return ("NchwcTransformer",) if "LayerNormalization" in operators_of(graph) else ()
+    return {"fp8": ("ReluQuantRewrite",), "int4": ("MatMulAddFusion",)}.get(precision, ())

@@ -41,7 +41,7 @@ class TensorRTRTX(TensorRTNative):
 
     name: ClassVar[str] = "tensorrt_rtx"
     # There is no BF16: such a graph is not written, and TensorRT-RTX takes every type from the graph.
-    precisions: ClassVar[Precisions] = {"cpu": (), "cuda": ("fp32", "fp16", "int8", "mixed")}
+    precisions: ClassVar[Precisions] = {"cpu": (), "cuda": ("fp32", "fp16", "int8", "mixed", "fp8", "int4")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,6 +88,10 @@ class TensorRTRTX(TensorRTNative):
         if self.sparsity and target < (GPU["sparse"].since or target):
             raise UserError(f"runtime.sparsity=true needs compute capability 8.0 or later, not {_dotted(target)}.")
 
+    def gpu(self, device: str) -> Gpu:
+        """Return the GPU that engines are built for, which need not be here."""
+        return Gpu("the GPU to build for", self.target(device)) if self.build_only else super().gpu(device)
+
     def target(self, device: str) -> Capability:
         """Return the compute capability that engines are built for: as given, else the device's, else 8.9."""
         if self.compute_capability is not None:
@@ -99,6 +103,7 @@ class TensorRTRTX(TensorRTNative):
         if not self.build_only:
             return super().open(model, quantizer, data, work)
         precision = precision_of(quantizer)
+        self.require_precision(precision, work.device)
         graph, details = make_graph(model, quantizer, data, work, form="tensorrt")
         folder = JobFolder(work.folder).engine
         _, about = self.engine(graph, precision, model, work, load=lambda *_: None)

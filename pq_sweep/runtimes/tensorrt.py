@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.runtimes.cuda import override_tf32
-from pq_sweep.runtimes.engines import EngineBuilder, Shape, built, import_tensorrt, need, shape_of
+from pq_sweep.runtimes.engines import EngineBuilder, Shape, built, import_tensorrt, shape_of
 from pq_sweep.runtimes.graph import RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.ort import (
     TENSORRT,
@@ -60,8 +60,8 @@ class TensorRT(EngineBuilder):
         precision = precision_of(quantizer)
         import_tensorrt(self.name)  # loads the libraries that the provider links
         override_tf32(self.tf32, work.device)
+        self.require_precision(precision, work.device)
         if precision == "bf16":
-            need("bf16", "quantizer=bf16 under TensorRT", work.device)
             need_bf16_option()
         graph, details = make_graph(model, quantizer, data, work, form="tensorrt")
         permissions = permitted(graph, precision)

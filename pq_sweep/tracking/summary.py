@@ -46,7 +46,8 @@ def _best(rows: list[Row]) -> Iterator[tuple[str, float]]:
     wanted = {"accuracy": max, "accuracy_drop_points": min, "engine_size_mb": min}
     wanted |= {f"latency_ms/b{size}": min for size in batch_sizes(rows)}
     for column, best in wanted.items():
-        values = [row[column] for row in rows if column in row]
+        timed = column.startswith("latency_ms/")
+        values = [row[column] for row in rows if column in row and not (timed and row.get("simulated"))]
         if values:
             yield f"best/{column}", float(best(values))
 

@@ -304,6 +304,7 @@ def _result_tags(result: Result) -> dict[str, Any]:
         "pq_sweep.device": environment["device"],
         "pq_sweep.engine": session.engine,
         "pq_sweep.precision": session.precision,
+        **({"pq_sweep.simulated": simulated} if (simulated := session.details.get("simulated")) else {}),
         "pq_sweep.protocol": result.config["measure"]["name"],
         "pq_sweep.host": environment["host"],
     }

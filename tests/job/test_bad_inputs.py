@@ -42,7 +42,7 @@ REFUSED: list[tuple[str, list[str], str]] = [
     ("samples end early", ["measure.min_s=5", "measure.max_s=1"], "measure.min_s=5 is more than measure.max_s=1"),
     ("negative seed", ["seed=-1"], "seed=-1 is out of range; give a whole number"),
     ("seed too large", ["seed=99999999999999999999"], "seed=99999999999999999999 is out of range"),
-    ("unknown quantizer", ["quantizer=int7"], "quantizer=int7 is not known; valid are: bf16, fp16, int8"),
+    ("unknown quantizer", ["quantizer=int7"], "quantizer=int7 is not known; valid are: bf16, fp16, fp8, int4"),
     ("unknown runtime", ["runtime=tflite"], "runtime=tflite is not known; valid are: auto, onnxruntime"),
     (
         "option of another runtime",
@@ -65,6 +65,17 @@ REFUSED: list[tuple[str, list[str], str]] = [
     ("component that is not there", ["pruner._target_=nowhere.prune"], "nowhere"),
     ("int8 on torch", ["runtime=torch", "quantizer=int8"], "runtime=torch cannot run precision int8"),
     ("fp16 on torch CPU", ["runtime=torch", "quantizer=fp16", "device=cpu"], "runtime=torch cannot run precision fp16"),
+    ("fp8 on torch", ["runtime=torch", "quantizer=fp8"], "fp8 runs with: runtime=onnxruntime device=cpu, runtime=tens"),
+    (
+        "int4 by a provider",
+        ["runtime=tensorrt", "quantizer=int4", "device=cuda"],
+        "runtime=tensorrt cannot run precision",
+    ),
+    (
+        "int4 of other blocks",
+        ["quantizer=int4", "quantizer.block=32"],
+        "quantizer.block=32 is not known; valid are: 64",
+    ),
     ("bf16 on ONNX Runtime", ["runtime=onnxruntime", "quantizer=bf16"], "Precision bf16 runs with: runtime=torch"),
     ("TensorRT on CPU", ["runtime=tensorrt", "device=cpu"], "runtime=tensorrt cannot run precision fp32 on device=cpu"),
     ("too few to calibrate", ["quantizer=int8", "quantizer.images=201"], "is more than dataset.calibration=200"),

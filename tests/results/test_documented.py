@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ from nvml_stand_in import stand_in
 from sweep_folders import announced, write_error, write_manifest, write_result, write_status
 from torch import nn
 
-from pq_sweep.compress.quantizers import none
+from pq_sweep.compress.quantizers import fp8, none
 from pq_sweep.core import environment
 from pq_sweep.core.cache import Cache
 from pq_sweep.core.folder import BaselineFolder, Inside, JobFolder, SweepFolder
@@ -259,6 +260,14 @@ def only_built(folder: Path) -> list[Result]:
     return [{"session": plain(builder.open(model, none, digits(model), work).details)}]
 
 
+@pytest.fixture(scope="module")
+def simulated(folder: Path) -> Result:
+    """What a session says of itself that simulates its precision."""
+    work, model = workspace(folder / "simulated"), digits_cnn()
+    what = partial(fp8, calibration="minmax", images=4, exclude=[], percentile=99.9)
+    return {"session": plain(runtime("onnxruntime").open(model, what, digits(model), work).details)}
+
+
 class Spectrum(nn.Linear):
     """A network whose Fourier transform is not counted."""
 
@@ -279,6 +288,7 @@ def found(
     gpu: tuple[Result, dict[str, Any]],
     sessions: list[Result],
     only_built: list[Result],
+    simulated: Result,
     uncounted: Result,
 ) -> list[Result]:
     """All results and parts of results."""
@@ -286,7 +296,7 @@ def found(
     nvml["environment"]["gpu"]["nvml"]["mig_instance"] = dict.fromkeys(
         ("gpu_uuid", "gpu_instance", "compute_instance"), 0
     )
-    return [compressed, photographs, gpu[0], nvml, *sessions, *only_built, uncounted]
+    return [compressed, photographs, gpu[0], nvml, *sessions, *only_built, simulated, uncounted]
 
 
 # What holds them together

@@ -674,6 +674,25 @@ def test_bf16_needs_an_a100(monkeypatch: pytest.MonkeyPatch, data: Data, tmp_pat
         opened(name, tmp_path, data, quantizers.bf16)
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "least"), [("fp8", (8, 0), "8.9"), ("fp8", (7, 0), "8.9"), ("int4", (7, 0), "8.0")]
+)
+def test_fp8_and_int4_need_newer_gpus(
+    monkeypatch: pytest.MonkeyPatch, data: Data, tmp_path: Path, name: str, capability: tuple[int, int], least: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    what = {
+        "fp8": functools.partial(quantizers.fp8, calibration="minmax", images=4, exclude=[], percentile=99.9),
+        "int4": functools.partial(quantizers.int4, block=64, exclude=[]),
+    }[name]
+    with pytest.raises(
+        UserError,
+        match=rf"quantizer={name} under TensorRT needs compute capability {least} or later.*; use quantizer=int8 or",
+    ):
+        opened("tensorrt_native", tmp_path, data, what)
+    assert not (tmp_path / "model.onnx").exists()
+
+
 def test_bf16_by_the_provider_needs_a_newer_onnxruntime(
     monkeypatch: pytest.MonkeyPatch, data: Data, tmp_path: Path
 ) -> None:

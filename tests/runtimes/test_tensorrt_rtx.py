@@ -27,7 +27,9 @@ from hydra.errors import InstantiationException
 from independent import relative_error, runtime, torch_logits
 from mlflow import MlflowClient
 from onnx import ModelProto, helper, numpy_helper
+from random_networks import randomise
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from pq_sweep.compress import quantizers
 from pq_sweep.core.cache import Cache
@@ -36,7 +38,7 @@ from pq_sweep.inputs.datasets import digits, fake
 from pq_sweep.inputs.models import digits_cnn, torchvision_model
 from pq_sweep.job.stages import Stages
 from pq_sweep.runtimes import RuntimeMismatch, engines, ort, rtx
-from pq_sweep.types import Data, Model, Session, Workspace
+from pq_sweep.types import Data, Model, Preprocess, Session, Workspace
 
 pytestmark = [
     pytest.mark.skipif(find_spec(rtx.API) is None, reason="needs TensorRT-RTX: pip install -e '.[rtx]'"),
@@ -394,3 +396,81 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, lacking
     assert text == (
         f"runtime=tensorrt_rtx needs TensorRT-RTX and {lacking} is missing; install it by pip install -e '.[rtx]'."
     )
+
+
+fp8 = partial(quantizers.fp8, calibration="minmax", images=4, exclude=[], percentile=99.9)
+int4 = partial(quantizers.int4, block=64, exclude=[])
+
+
+@pytest.fixture(scope="module")
+def transformer() -> tuple[Model, Data]:
+    """A small network of attention, with random weights."""
+    torch.manual_seed(0)
+    width: dict[str, int] = {"num_heads": 2, "hidden_dim": 64, "mlp_dim": 128}
+    network = VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_classes=10, **width)
+    randomise(network)
+    model = Model(network.eval(), 10, Preprocess(size=32, resize=32))
+    return model, fake(model, images=4, calibration=4, seed=0)
+
+
+def network(made: Callable[[str], tuple[Model, Data]], transformer: tuple[Model, Data], name: str) -> Any:
+    return transformer if name == "transformer" else made(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits_cnn", "resnet18", "transformer"])
+def test_graphs_in_fp8_are_built(
+    made: Callable[[str], tuple[Model, Data]], transformer: tuple[Model, Data], tmp_path: Path, name: str
+) -> None:
+    session, folder = built(tmp_path, *network(made, transformer, name), fp8, optimization_level=0)
+    assert session.details["builder_warnings"] == []
+    graph, types = onnx.load(folder.parent / "model.onnx").graph, session.details["layers"]["outputs"]
+    weights = [item for item in graph.initializer if item.data_type == onnx.TensorProto.FLOAT8E4M3FN and item.dims]
+    without = session.details["quantizer"]["without_fp8_kernels"]
+    products = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul") and node.name not in without]
+    assert len(weights) == sum(bool({item.name.removesuffix("_quantized") for item in weights} & {*node.input})
+                               for node in products)  # fmt: skip
+    assert len(products) - len(weights) == (4 if name == "transformer" else 0)  # two products in each attention
+    # Each constant in FP8 is a layer, and so is each rounding of an activation.
+    assert types["Fp8"] == len(weights) + ops(graph)["QuantizeLinear"]
+    assert set(types) - {"Fp8", "Float"} <= {"Int64", "Int32", "Bool"}  # of shapes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layers"), [("digits_cnn", 2), ("resnet18", 1), ("transformer", 9)])
+@pytest.mark.parametrize("capability", ["8.6", "8.9"])
+def test_graphs_in_int4_are_built(
+    made: Callable[[str], tuple[Model, Data]],
+    transformer: tuple[Model, Data],
+    tmp_path: Path,
+    name: str,
+    layers: int,
+    capability: str,
+) -> None:
+    session, _ = built(tmp_path, *network(made, transformer, name), int4, capability, optimization_level=0)
+    assert session.details["builder_warnings"] == []
+    assert len(session.details["quantizer"]["int4_nodes"]) == layers
+    types = session.details["layers"]["outputs"]
+    assert types["Int4"] == layers
+    assert types["Half"] > 10 * types["Float"]
+    assert set(types) - {"Int4", "Half", "Float"} <= {"Int64", "Int32", "Bool"}  # of shapes
+
+
+@pytest.mark.parametrize(("name", "least", "less"), [("fp8", "8.9", "8.6"), ("int4", "8.0", "7.5")])
+def test_gpus_without_a_precision_are_refused_before_anything_is_built(
+    made: Callable[[str], tuple[Model, Data]], tmp_path: Path, name: str, least: str, less: str
+) -> None:
+    text = refused(lambda: built(tmp_path, *made("digits_cnn"), {"fp8": fp8, "int4": int4}[name], less))
+    assert text == (
+        f"quantizer={name} under TensorRT needs compute capability {least} or later and this is the GPU to build for"
+        f" (compute capability {less}); use quantizer=int8 or quantizer=fp16."
+    )
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_the_builder_itself_refuses_int4_on_turing(
+    made: Callable[[str], tuple[Model, Data]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "NEEDED", {})
+    with pytest.raises(RuntimeMismatch, match=r"sm75.*int4"):
+        built(tmp_path, *made("digits_cnn"), int4, "7.5")

@@ -208,6 +208,7 @@ def short_name(row: Row, options: tuple[str, ...], *, several: bool) -> str:
     parts = [row.get("model")] if several else []
     parts += [row["pruner"], row.get("amount")] if row.get("pruner", "none") != "none" else []
     parts += [row[group] for group in ("recovery", "quantizer") if row.get(group, "none") != "none"]
+    parts += ["(simulated)"] if row.get("simulated") else []
     parts += ["uncompressed"] if is_uncompressed(row) else []
     parts += [f"{key.rpartition('.')[2]} {row[key]}" for key in options if row.get(key)]
     name = " ".join(str(part) for part in parts if part not in (None, ""))
