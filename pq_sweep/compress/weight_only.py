@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pq_sweep.core.stored import PRODUCTS, Stored, stored_weights, tensor
-from pq_sweep.measure.graph import EXACT
 from pq_sweep.types import UserError
 
 if TYPE_CHECKING:
@@ -88,6 +87,8 @@ def _float(values: np.ndarray, name: str) -> onnx.TensorProto:
 
 def _note_exact(model: onnx.ModelProto, bits: dict[str, int], grid: Grid) -> None:
     """Write the exact bits of weights into a graph whose types have more."""
+    from pq_sweep.measure.graph import EXACT  # which imports torch
+
     if grid.bits != grid.container:
         entry = model.metadata_props.add()
         entry.key, entry.value = EXACT, json.dumps(bits)
