@@ -370,9 +370,9 @@ def _wrong_optimizers(precision: str, graph: Path) -> tuple[str, ...]:
     """Name the optimizers to leave out as of onnxruntime 1.31.1.
 
     One kills the process on FP16 transformers. One drops a Relu before a QuantizeLinear to FP8, as it does where the
-    lowest code stands for 0, so that negative numbers stay. And one makes a Gemm of MatMul and Add, which has no kernel
-    for 4-bit weights.
+    lowest code stands for 0, so that negative numbers stay, and its like for Clip fails. And one makes a Gemm of MatMul
+    and Add, which has no kernel for 4-bit weights.
     """
     if precision == "fp16":
         return ("NchwcTransformer",) if "LayerNormalization" in operators_of(graph) else ()
-    return {"fp8": ("ReluQuantRewrite",), "int4": ("MatMulAddFusion",)}.get(precision, ())
+    return {"fp8": ("ReluQuantRewrite", "ClipQuantRewrite"), "int4": ("MatMulAddFusion",)}.get(precision, ())

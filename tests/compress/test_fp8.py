@@ -42,12 +42,13 @@ class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.few, self.conv, self.deep = nn.Conv2d(1, 16, 3), nn.Conv2d(16, 32, 3), nn.Conv2d(16, 32, 3, groups=2)
-        self.mix, self.head = nn.Linear(32, 24), nn.Linear(24, 10)
+        self.mix, self.more, self.head = nn.Linear(32, 24), nn.Linear(24, 20), nn.Linear(20, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.few(x))
         x = torch.relu(self.conv(self.see("conv", x)) + self.deep(x)).flatten(2).transpose(1, 2)
-        x = self.mix(self.see("mix", x))
+        x = nn.functional.relu6(self.mix(self.see("mix", x)))
+        x = self.more(self.see("more", x))
         scores = torch.softmax(self.see("left", x) @ self.see("right", x.transpose(1, 2)) / 5, -1)
         x = torch.relu(self.see("scores", scores) @ self.see("values", x + 1))
         return self.head(self.see("head", x.mean(1)))
@@ -141,7 +142,7 @@ def test_weights_have_a_scale_for_each_output_channel(small: Opened) -> None:
     _, graph, model, _ = small
     found = stored_weights(graph)
     weights = {name: value.detach().numpy() for name, value in model.module.state_dict().items()}
-    assert set(found) == {"conv.weight", "mix.weight", "head.weight"}
+    assert set(found) == {"conv.weight", "mix.weight", "more.weight", "head.weight"}
     for name, (codes, scales, axis) in found.items():
         original = weights[name] if codes.shape == weights[name].shape else weights[name].T
         channels = original if codes.shape == weights[name].shape else original.T
@@ -167,7 +168,7 @@ def test_both_factors_of_attention_are_rounded(small: Opened) -> None:
     _, graph, _, _ = small
     made_by = {name: node for node in graph.graph.node for name in node.output}
     products = [node for node in graph.graph.node if node.op_type == "MatMul"]
-    assert len(products) == 3
+    assert len(products) == 4
     for node in products:
         assert {made_by[name].op_type for name in node.input} == {"DequantizeLinear"}
 
@@ -194,7 +195,7 @@ def simulated(model: Model, data: Data, images: Tensor) -> np.ndarray:
     with torch.no_grad():
         net.see = note
         net(data.calibration.take(32).fetch(list(range(32))))
-        for layer in (net.conv, net.mix, net.head):
+        for layer in (net.conv, net.mix, net.more, net.head):
             weight = layer.weight.flatten(1)
             layer.weight.copy_(rounded(weight, weight.abs().max(1, keepdim=True)[0]).reshape(layer.weight.shape))
         net.see = lambda place, x: rounded(x, largest[place])
@@ -232,7 +233,7 @@ def test_activations_beyond_their_range_saturate(small: Opened) -> None:
 def test_excluded_layers_stay_in_fp32(small: Opened, tmp_path: Path) -> None:
     _, _, model, _ = small
     session, graph, _, _ = opened_on_cpu(model, tmp_path, partial(fp8, exclude=["first", "mix", "last"]))
-    assert set(stored_weights(graph)) == {"conv.weight"}
+    assert set(stored_weights(graph)) == {"conv.weight", "more.weight"}
     assert len(session.details["quantizer"]["excluded_nodes"]) == 4
 
 
