@@ -81,7 +81,8 @@ CPU: dict[str, dict[str, Feature]] = {
                         flags=frozenset({"asimdhp"})),
     },
 }  # fmt: skip
-COMPUTED_AS = {"int8_dynamic": "int8", "mixed": "int8", **{f"w{bits}": "weights" for bits in range(2, 9)}}
+COMPUTED_AS = {"int8_dynamic": "int8", "mixed": "int8", "int4": "weights"}
+COMPUTED_AS |= {f"w{bits}": "weights" for bits in range(2, 9)}
 
 
 @dataclass(frozen=True)
