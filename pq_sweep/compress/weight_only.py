@@ -87,7 +87,7 @@ def _float(values: np.ndarray, name: str) -> onnx.TensorProto:
 
 def _note_exact(model: onnx.ModelProto, bits: dict[str, int], grid: Grid) -> None:
     """Write the exact bits of weights into a graph whose types have more."""
-    from pq_sweep.measure.graph import EXACT  # which imports torch
+    from pq_sweep.measure.graph import EXACT
 
     if grid.bits != grid.container:
         entry = model.metadata_props.add()

@@ -43,6 +43,11 @@ class Feature:
     since: Capability | None = None
     flags: frozenset[str] = frozenset()
 
+    @property
+    def is_nowhere(self) -> bool:
+        """Say whether no device has it."""
+        return self.since is None and not self.flags
+
 
 DENSE = "2:4 sparse weights run as dense ones"
 

@@ -74,6 +74,12 @@ def _built(runtime: Realiser, gpu: Gpu) -> list[str]:
 
 
 def _marked(runtime: Realiser, device: Gpu | Cpu) -> list[str]:
-    """Name a runtime's precisions, each with the hardware feature that it lacks to be fast."""
-    lacking = {name: missing(name, device) for name in runtime.precisions[device.kind]}
-    return [f"{name} (no {features[0].name})" if features else name for name, features in lacking.items()]
+    """Name a runtime's precisions, each with the hardware feature that it lacks to be fast.
+
+    Those that lack what no device has are named together.
+    """
+    lacking = {name: missing(name, device)[:1] for name in runtime.precisions[device.kind]}
+    nowhere = {name: features for name, features in lacking.items() if features and features[0].is_nowhere}
+    found = [f"{name} (no {features[0].name})" if features else name
+             for name, features in lacking.items() if name not in nowhere]  # fmt: skip
+    return found + ([f"{', '.join(nowhere)} (no {next(iter(nowhere.values()))[0].name})"] if nowhere else [])

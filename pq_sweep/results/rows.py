@@ -161,7 +161,7 @@ def _finished(result: Result) -> Row:
         "started": result.started,
         "unstable": _unstable(result.speed) if result.speed else "",
         "hardware": result.hardware,
-        "simulated": session.details.get("simulated", ""),
+        **({"simulated": simulated} if (simulated := session.details.get("simulated")) else {}),
         **({} if result.notes is None else {"notes": result.notes}),
         **({"built_for": session.details["compute_capability"]} if "compute_capability" in session.details else {}),
         "gpu_uuid": (environment["gpu"] or {}).get("uuid") or "",
