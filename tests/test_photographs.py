@@ -18,7 +18,8 @@ from PIL import Image
 TOP1 = {"resnet18": 0.962, "mobilenet_v2": 0.982, "squeezenet1_1": 0.924}  # of the 500, as the data's manifest says
 # Threads that wait for each other take many times longer on a busy machine.
 SHORT = ("measure.batch_sizes=[1]", "measure.threads=1", "measure.iterations=5", "measure.max_s=0.1", "tracking=none")
-QUANTIZED = ("quantizer=none,fp16,int8", "runtime=onnxruntime")
+RUNTIMES = ("quantizer=none", "runtime=onnxruntime,torch")
+QUANTIZED = ("quantizer=fp16,int8", "runtime=onnxruntime")
 AMOUNTS = (0.5, 0.7)
 # Photographs; fewer than all are stratified, and pruners are further apart than so many can hide.
 EVERY, FEWER, SOME = 500, 150, 120
@@ -72,16 +73,11 @@ class Photographs:
     points: ClassVar[float]  # what INT8 may cost
     images: ClassVar[int]
 
-    @property
-    def taken(self) -> str:
-        return f"dataset.evaluation={self.images}"
-
-    def quantized(self, sweep: Sweep) -> tuple[Path, list[dict[str, Any]]]:
-        return sweep(self.name, self.taken, *QUANTIZED)
+    def dense(self, sweep: Sweep) -> tuple[Path, list[dict[str, Any]]]:
+        return sweep(self.name, f"dataset.evaluation={self.images}", *RUNTIMES)
 
     def test_every_answer_is_that_of_a_plain_torchvision_loop(self, sweep: Sweep, shared_data: Path) -> None:
-        folder, (dense, *_) = self.quantized(sweep)
-        _, (torch_job,) = sweep(self.name, self.taken, "runtime=torch")
+        folder, (dense, torch_job) = self.dense(sweep)
         with next(folder.glob("baseline/*/images.csv")).open() as file:
             images = [row["image"] for row in csv.DictReader(file)]
 
@@ -97,7 +93,8 @@ class Photographs:
         assert dict(zip(images, np.load(folder / "0" / "predictions.npy").tolist(), strict=True)) == expected
 
     def test_quantization_costs_little(self, sweep: Sweep) -> None:
-        _, (dense, fp16, int8) = self.quantized(sweep)
+        _, (dense, _) = self.dense(sweep)
+        _, (fp16, int8) = sweep(self.name, f"dataset.evaluation={min(self.images, FEWER)}", *QUANTIZED)
 
         assert fp16["accuracy"]["drop_points"] <= 0.3
         assert int8["accuracy"]["drop_points"] <= self.points
@@ -144,8 +141,9 @@ class TestSqueezenet(Photographs):
     name, points, images = "squeezenet1_1", 2.0, SOME
 
     def test_later_sweeps_decode_nothing_and_answer_the_same(self, sweep: Sweep) -> None:
-        first, (one, *_) = self.quantized(sweep)
-        second, (two, three) = sweep(self.name, self.taken, "runtime=onnxruntime", "seed=0,1")
+        first, (one, _) = self.dense(sweep)
+        again = (f"dataset.evaluation={self.images}", "runtime=onnxruntime", "seed=0,1")
+        second, (two, three) = sweep(self.name, *again)
 
         assert two["images"]["decoded"] == three["images"]["decoded"] == 0
         assert two["images"]["from_cache"] >= self.images  # and the images for calibration
@@ -158,7 +156,8 @@ class TestMobilenet(Photographs):
 
     def test_mixed_precision(self, sweep: Sweep) -> None:
         """Two points of the calibration images are allowed, the worst layers stay, and most are in 8 bit."""
-        folder, (job,) = sweep(self.name, self.taken, "quantizer=mixed", "quantizer.max_drop=2", "runtime=onnxruntime")
+        options = (f"dataset.evaluation={self.images}", "quantizer=mixed", "quantizer.max_drop=2")
+        folder, (job,) = sweep(self.name, *options, "runtime=onnxruntime")
         record = job["session"]["quantizer"]
         noise = {layer["name"]: layer["snr_db"] for layer in record["layers"]}
         kept = {layer["name"] for layer in record["layers"] if layer["precision"] == "fp32"}
