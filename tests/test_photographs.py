@@ -22,7 +22,8 @@ TOP1 = {"resnet18": 0.962, "mobilenet_v2": 0.982, "squeezenet1_1": 0.924}  # of 
 # Threads that wait for each other take many times longer on a busy machine.
 SHORT = ("measure.batch_sizes=[1]", "measure.threads=1", "measure.iterations=5", "measure.min_s=0", "measure.max_s=0.1",
          "tracking=none")  # fmt: skip
-QUANTIZED = ("quantizer=none,fp16,int8", "runtime=onnxruntime")
+RUNTIMES = ("quantizer=none", "runtime=onnxruntime,torch")
+QUANTIZED = ("quantizer=fp16,int8", "runtime=onnxruntime")
 AMOUNTS = (0.5, 0.7)
 # Photographs; fewer than all are stratified, and pruners are further apart than so many can hide.
 EVERY, FEWER, SOME = 500, 150, 120
@@ -80,16 +81,11 @@ class Photographs:
     points: ClassVar[float]  # what INT8 may cost
     images: ClassVar[int]
 
-    @property
-    def taken(self) -> str:
-        return f"dataset.evaluation={self.images}"
-
-    def quantized(self, sweep: Sweep) -> tuple[Path, list[dict[str, Any]]]:
-        return sweep(self.name, self.taken, *QUANTIZED)
+    def dense(self, sweep: Sweep) -> tuple[Path, list[dict[str, Any]]]:
+        return sweep(self.name, f"dataset.evaluation={self.images}", *RUNTIMES)
 
     def test_every_answer_is_that_of_a_plain_torchvision_loop(self, sweep: Sweep, shared_data: Path) -> None:
-        folder, (dense, *_) = self.quantized(sweep)
-        _, (torch_job,) = sweep(self.name, self.taken, "runtime=torch")
+        folder, (dense, torch_job) = self.dense(sweep)
         with next(folder.glob("baseline/*/images.csv")).open() as file:
             images = [row["image"] for row in csv.DictReader(file)]
 
@@ -105,7 +101,8 @@ class Photographs:
         assert dict(zip(images, np.load(folder / "0" / "predictions.npy").tolist(), strict=True)) == expected
 
     def test_quantization_costs_little(self, sweep: Sweep) -> None:
-        _, (dense, fp16, int8) = self.quantized(sweep)
+        _, (dense, _) = self.dense(sweep)
+        _, (fp16, int8) = sweep(self.name, f"dataset.evaluation={min(self.images, FEWER)}", *QUANTIZED)
 
         assert fp16["accuracy"]["drop_points"] <= 0.3
         assert int8["accuracy"]["drop_points"] <= self.points
@@ -152,8 +149,9 @@ class TestSqueezenet(Photographs):
     name, points, images = "squeezenet1_1", 2.0, SOME
 
     def test_later_sweeps_decode_nothing_and_answer_the_same(self, sweep: Sweep) -> None:
-        first, (one, *_) = self.quantized(sweep)
-        second, (two, three) = sweep(self.name, self.taken, "runtime=onnxruntime", "seed=0,1")
+        first, (one, _) = self.dense(sweep)
+        again = (f"dataset.evaluation={self.images}", "runtime=onnxruntime", "seed=0,1")
+        second, (two, three) = sweep(self.name, *again)
 
         assert two["images"]["decoded"] == three["images"]["decoded"] == 0
         assert two["images"]["from_cache"] >= self.images  # and the images for calibration
@@ -166,7 +164,8 @@ class TestMobilenet(Photographs):
 
     def test_mixed_precision(self, sweep: Sweep) -> None:
         """Two points of the calibration images are allowed, the worst layers stay, and most are in 8 bit."""
-        folder, (job,) = sweep(self.name, self.taken, "quantizer=mixed", "quantizer.max_drop=2", "runtime=onnxruntime")
+        options = (f"dataset.evaluation={self.images}", "quantizer=mixed", "quantizer.max_drop=2")
+        folder, (job,) = sweep(self.name, *options, "runtime=onnxruntime")
         record = job["session"]["quantizer"]
         noise = {layer["name"]: layer["snr_db"] for layer in record["layers"]}
         kept = {layer["name"] for layer in record["layers"] if layer["precision"] == "fp32"}
@@ -181,13 +180,10 @@ class TestMobilenet(Photographs):
 class TestLowBits:
     """Integers in the file stand for what the job answered, and are ranked by that when they are pruned."""
 
-    def answers(self, sweep: Sweep, *overrides: str) -> tuple[Path, np.ndarray]:
-        folder, (job,) = sweep("resnet18", f"dataset.evaluation={SOME}", "runtime=onnxruntime", *overrides)
-        assert job["accuracy"]["samples"] == SOME
-        return folder, np.load(folder / "0" / "predictions.npy")
-
     def test_weights_of_four_bits_answer_as_their_values_do_in_torch(self, sweep: Sweep, shared_data: Path) -> None:
-        folder, predicted = self.answers(sweep, "quantizer=weights", "quantizer.bits=4")
+        taken = (f"dataset.evaluation={SOME}", "runtime=onnxruntime")
+        folder, _ = sweep("resnet18", *taken, "quantizer=weights", "quantizer.bits=4")
+        predicted = np.load(folder / "0" / "predictions.npy")
         graph = onnx.load(folder / "0" / "model.onnx")
         model = torchvision.models.resnet18().eval()
         for name, part in list(model.named_modules()):
@@ -211,15 +207,14 @@ class TestLowBits:
         assert (folder / "0" / "model.onnx").stat().st_size == pytest.approx(5.9e6, rel=0.02)
         assert list(answers_of(model, "resnet18", shared_data, images).values()) == predicted.tolist()
 
-    def test_pruned_integers_are_ranked_by_value(self, sweep: Sweep, shared_data: Path) -> None:
+    def test_pruned_integers_are_ranked_by_value(self, sweep: Sweep) -> None:
         """Ranked by the integers themselves, of which each channel has its own scale, most answers would be lost."""
-        pruner = ("quantizer=int8", "pruner=l1", "pruner.amount=0.5")
-        folder, ours = self.answers(sweep, *pruner, "order=quantize_first")
-        _, other = self.answers(sweep, *pruner)
-        _, dense = self.answers(sweep, "quantizer=int8")
-        graph = onnx.load(folder / "0" / "model.onnx")
+        taken = (f"dataset.evaluation={SOME}", "runtime=onnxruntime", "order=prune_first,quantize_first")
+        folder, (before, after) = sweep("resnet18", *taken, "quantizer=int8", "pruner=l1", "pruner.amount=0.5")
+        graph = onnx.load(folder / "1" / "model.onnx")
         zeros = [float((weight.codes() == 0).mean()) for weight in stored_weights(graph.graph)]
 
         assert min(zeros) >= 0.49
-        assert np.mean(ours == dense) > 0.8
-        assert abs(np.mean(ours == dense) - np.mean(other == dense)) < 0.1  # the order makes no difference
+        assert after["accuracy"]["agreement"] > 0.8
+        # The order makes no difference.
+        assert after["accuracy"]["agreement"] == pytest.approx(before["accuracy"]["agreement"], abs=0.1)
