@@ -85,8 +85,8 @@ def test_weights_are_rounded_to_the_nearest_and_ties_to_even() -> None:
     values = [float(numbers[-1])]  # makes the scale 1
     expected = [float(numbers[-1])]
     for code, (low, high) in enumerate(pairwise(numbers)):
-        middle = (low + high) / 2
-        values += [low, np.nextafter(middle, low), middle, np.nextafter(middle, high), high]
+        middle = np.float32((low + high) / 2)
+        values += [low, np.nextafter(middle, np.float32(low)), middle, np.nextafter(middle, np.float32(high)), high]
         expected += [low, low, low if code % 2 == 0 else high, high, high]
     values, expected = [*values, *(-value for value in values)], [*expected, *(-value for value in expected)]
     stored, scales = rounded_to_fp8(np.array(values, np.float32), None)

@@ -87,7 +87,7 @@ def test_onnx_runtime_multiplies_with_four_bits(small: Opened, tmp_path: Path) -
     onnxruntime.InferenceSession(
         session.artifact, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
     )
-    nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+    nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
     found = [node for node in nodes if node.op_type == "MatMulNBits"]
     told = [{each.name: each.i for each in node.attribute} for node in found]
     assert [(each["bits"], each["block_size"], each["accuracy_level"]) for each in told] == [(4, 64, 0)] * 2

@@ -135,6 +135,8 @@ def test_packed_integers_are_read_by_onnx(bits: int, count: int) -> None:
 def test_the_file_holds_the_bits_and_computes_with_their_values(
     source: Path, images: Tensor, tmp_path: Path, bits: int
 ) -> None:
+    if not hasattr(onnx.TensorProto, f"INT{CONTAINERS[bits]}"):
+        pytest.skip(f"onnx {onnx.__version__} has no integers of {CONTAINERS[bits]} bits")
     graph = written(source, tmp_path / "model.onnx", bits=bits)
     weights = stored_weights(graph.graph)
     metadata = {entry.key: json.loads(entry.value) for entry in graph.metadata_props}
@@ -238,7 +240,7 @@ def test_a_weight_of_several_layers_is_there_once(tmp_path: Path) -> None:
 
 
 def test_excluded_layers_stay_as_they_are(source: Path, tmp_path: Path) -> None:
-    graph = written(source, tmp_path / "model.onnx", bits=2, exclude=["first", "last", "residual.*"])
+    graph = written(source, tmp_path / "model.onnx", bits=3, exclude=["first", "last", "residual.*"])
     before, weights = tensors(onnx.load(source)), stored_weights(graph.graph)
     left = {weight.name: weight for weight in weights if weight.scale is None}
 
