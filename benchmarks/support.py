@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMM = "timm."
 TENSORRT = "TensorRT builds"
 BELOW = "TensorRT builds fp8, int4"
-TECHNIQUES = ("zero-fill", "remove", "export", "fp16", "int8", "remove + int8", TENSORRT, "fp8", "int4", BELOW)
+TECHNIQUES = ("zero-fill", "remove", "export", "fp16", "int8", "remove + int8", TENSORRT, "fp8", "int4", BELOW, "weights")
 # The graphs that TensorRT-RTX builds in each of these columns: their quantizers, and what they are built for.
 BUILT = {
     TENSORRT: tuple(product(("none", "fp16", "int8"), ("8.0", "8.9"))),
@@ -314,6 +314,7 @@ TRY: dict[str, Callable[..., tuple[Path, Any]]] = {
     "remove + int8": try_both,
     "fp8": partial(try_quantizer, "fp8"),
     "int4": partial(try_quantizer, "int4"),
+    "weights": partial(try_quantizer, "weights"),
 }
 
 
@@ -385,6 +386,7 @@ logits against the FP32 network's (200 dB: equal).
   the size is that of the INT8 engine for 8.9. None of them ran: that needs a GPU.
 - `fp8` and `int4` under ONNX Runtime: FP8 is simulated in FP32, and INT4 are the weights of linear layers alone.
   `TensorRT builds fp8, int4` are the engines of these graphs for 8.9 in the same way, with the size of the FP8 engine.
+- `weights` are all weights of matrix products in 4 bits, dequantized as the model runs under ONNX Runtime.
 - Weights are `trained` where they were at hand; `random` ones (BatchNorm measured on images) show that a technique
   works, not how well: for accuracy, run a sweep.
 

@@ -34,16 +34,17 @@ def test_every_cell_of_a_model_is_run(tmp_path: Path, environment: dict[str, str
     assert done.returncode == 0, done.stderr
     weights, *cells = rows(table)["digits_cnn"]
     assert weights == "packaged"
-    *cells, built, fp8, int4, below = cells
+    *cells, built, fp8, int4, below, four = cells
     assert BUILT.fullmatch(built), built
     assert BELOW.fullmatch(below), below
     assert len(cells) == 6
-    assert all(CELL.fullmatch(cell) for cell in [*cells, fp8, int4]), cells
+    assert all(CELL.fullmatch(cell) for cell in [*cells, fp8, int4, four]), cells
     sizes = [float(cell.split(", ")[1]) for cell in cells]
     zero_fill, removed, exported, fp16, int8, both = sizes
     assert zero_fill > 0.95 > removed > both
     assert exported > fp16 > int8 > both
     assert float(fp8.split(", ")[1]) < int8
+    assert float(four.split(", ")[1]) < int8
 
 
 def test_the_documented_table_has_every_model_and_no_gap() -> None:
@@ -52,9 +53,10 @@ def test_the_documented_table_has_every_model_and_no_gap() -> None:
     theirs = {f"timm.{name}" for name in FAMILIES}
     assert found.keys() == MODELS | theirs
     assert len(theirs) == 12
-    for name, (_, *cells, built, fp8, int4, below) in found.items():
+    for name, (_, *cells, built, fp8, int4, below, four) in found.items():
         assert len(cells) == 6, name
         assert CELL.fullmatch(fp8), (name, fp8)
+        assert CELL.fullmatch(four), (name, four)
         assert CELL.fullmatch(int4) or NO_LAYER.fullmatch(int4), (name, int4)
         assert BELOW.fullmatch(below), (name, below)
         assert below.startswith("2") == bool(CELL.fullmatch(int4)), (name, int4, below)
