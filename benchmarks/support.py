@@ -34,7 +34,19 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMM = "timm."
 TENSORRT = "TensorRT builds"
 BELOW = "TensorRT builds fp8, int4"
-TECHNIQUES = ("zero-fill", "remove", "export", "fp16", "int8", "remove + int8", TENSORRT, "fp8", "int4", BELOW, "weights")
+TECHNIQUES = (
+    "zero-fill",
+    "remove",
+    "export",
+    "fp16",
+    "int8",
+    "remove + int8",
+    TENSORRT,
+    "fp8",
+    "int4",
+    BELOW,
+    "weights",
+)
 # The graphs that TensorRT-RTX builds in each of these columns: their quantizers, and what they are built for.
 BUILT = {
     TENSORRT: tuple(product(("none", "fp16", "int8"), ("8.0", "8.9"))),

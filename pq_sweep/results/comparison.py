@@ -144,7 +144,7 @@ def _identity(row: Row, sweep: Sweep) -> tuple[str, ...]:
     """Return what is the same in all runs of a job; a job that did not finish stands for itself."""
     if row["status"] != "finished":
         return (row["job"],)
-    keys = ["model", "dataset", *COMPRESSING, "amount", "runtime", "protocol", *sweep.options]
+    keys = ["model", "dataset", *COMPRESSING, "amount", "runtime", "protocol", "components", *sweep.options]
     return *(str(row.get(key)) for key in keys if key not in REPEATING), _device(row)
 
 

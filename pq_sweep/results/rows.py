@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pq_sweep.core.files import read_json
+from pq_sweep.core.fingerprint import digest
 from pq_sweep.core.folder import JobFolder
-from pq_sweep.core.groups import job_name
+from pq_sweep.core.groups import GROUPS, job_name
 from pq_sweep.core.result import Bits, Compared, Latency, Result, Speed
 from pq_sweep.results.roofline import rates
 
@@ -156,6 +157,9 @@ def _finished(result: Result) -> Row:
         "status": result.status,
         "precision": session.precision,
         "protocol": result.config["measure"]["name"],
+        "components": digest(
+            [result.config.get("order"), *(result.config.get(group) for group in (*GROUPS, "measure"))]
+        ),
         "smallest_format": result.size_bytes.smallest_format,
         "tries": len(result.tries),
         "started": result.started,

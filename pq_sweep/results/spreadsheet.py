@@ -18,10 +18,15 @@ PQ_BENCH = (
     "Compressed Size", "Batch Size", "Prep Time (s)",
 )  # fmt: skip
 
+# What rows hold for comparisons alone.
+HIDDEN = ("given", "components")
+
 
 def write_csv(sweep: Sweep) -> Path:
     """Write `results.csv` into the sweep's folder: a row per job, PQ Bench's columns first."""
-    rows = [_pq_bench(row) | {key: _cell(value) for key, value in row.items() if key != "given"} for row in sweep.rows]
+    rows = [
+        _pq_bench(row) | {key: _cell(value) for key, value in row.items() if key not in HIDDEN} for row in sweep.rows
+    ]
     columns = dict.fromkeys([*PQ_BENCH, *(key for row in rows for key in row)])
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(columns), restval="")

@@ -20,6 +20,7 @@ from pq_sweep.types import UserError
 
 # Options that make another run of the same job.
 REPEATING = ("seed", "repeat")
+BESIDE_GROUPS = (*REPEATING, "order")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,7 @@ def merge(sweeps: list[Sweep]) -> Sweep:
 def _options(job: Row) -> dict[str, str]:
     """Return the options that a job was given, such as {"pruner.n": "2"}; amounts have a column of their own."""
     pairs = ((option_of(word), word.partition("=")[2]) for word in job.get("overrides", ()))
-    return {key: value for key, value in pairs if ("." in key or key in REPEATING) and key != "pruner.amount"}
+    return {key: value for key, value in pairs if ("." in key or key in BESIDE_GROUPS) and key != "pruner.amount"}
 
 
 def read_job(folder: Path) -> Row:

@@ -216,7 +216,7 @@ def test_jobs_of_both_orders_are_told_apart(sweep: Path) -> None:
     with (sweep / "results.csv").open(newline="") as file:
         rows = [*csv.DictReader(file)]
 
-    assert [row["order"] for row in rows] == ["", "", "quantize_first", "quantize_first"]
+    assert [row["order"] for row in rows] == ["prune_first", "prune_first", "quantize_first", "quantize_first"]
     assert rows[1]["name"] == "digits_cnn l1 0.7 int8 onnxruntime"
     assert rows[3]["name"] == "digits_cnn int8 then l1 0.7 onnxruntime"
 

@@ -109,6 +109,36 @@ def test_runs_with_other_options_stay_apart(tmp_path: Path) -> None:
     assert len(aggregate(repeated(tmp_path / "sweep", "pruner.importance")).rows) == 5
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"order": "quantize_first"}, {"quantizer": {"exclude": ["last"]}}, {"pruner": {"amount_last": 0.1}}],
+    ids=str,
+)
+def test_jobs_that_only_their_files_tell_apart_stay_apart(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Experiments set options in files of their own, which no word of a command line shows."""
+    for name in ("a", "b"):
+        write_manifest(tmp_path / name, announced("0"))
+        result = finished(0, 0.5, "none")
+        if name == "b":
+            result["config"] |= change
+        write_result(tmp_path / name, "0", result)
+
+    assert len(aggregate(merge([read_sweep(tmp_path / name) for name in "ab"])).rows) == 2
+
+
+def test_both_orders_are_jobs_of_their_own(tmp_path: Path) -> None:
+    orders = ("prune_first", "quantize_first")
+    jobs = [announced(str(n)) | {"overrides": [f"order={order}"]} for n, order in enumerate(orders)]
+    folder = write_manifest(tmp_path / "sweep", *jobs)
+    for number in range(2):
+        write_result(folder, str(number))
+    sweep = read_sweep(folder)
+
+    assert sweep.options == ("order",)
+    assert [row["order"] for row in sweep.rows] == list(orders)
+    assert len(aggregate(sweep).rows) == 2
+
+
 def test_the_same_job_of_two_sweeps_is_one_and_the_uncompressed_is_found_in_the_other(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_manifest(tmp_path / name, announced("0"))
