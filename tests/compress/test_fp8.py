@@ -212,6 +212,7 @@ def test_answers_are_those_of_numbers_in_fp8(small: Opened) -> None:
     assert 15 < snr_db(dense, answers) < 40
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_onnx_itself(tmp_path: Path) -> None:
     session, graph, _, data = opened_on_cpu(digits_cnn(), tmp_path, fp8)
     images = images_of(data, 20)
@@ -237,12 +238,14 @@ def test_excluded_layers_stay_in_fp32(small: Opened, tmp_path: Path) -> None:
     assert len(session.details["quantizer"]["excluded_nodes"]) == 4
 
 
+@pytest.mark.slow
 def test_excluding_all_changes_nothing(tmp_path: Path) -> None:
     session, graph, model, data = opened_on_cpu(digits_cnn(), tmp_path, partial(fp8, exclude=["*"]))
     assert not stored_weights(graph)
     assert snr_db(torch_logits(model.module, images_of(data)), session(images_of(data)).numpy()) > 100
 
 
+@pytest.mark.slow
 def test_a_file_of_fp8_is_a_quarter_and_says_that_it_is_simulated(tmp_path: Path) -> None:
     session, _, model, data = opened_on_cpu(digits_cnn(), tmp_path, fp8)
     parameters = sum(value.numel() for value in model.module.parameters())

@@ -119,6 +119,7 @@ def test_all_else_is_half_precision_for_tensorrt(small: Opened, tmp_path: Path) 
     assert len(products) == 3
 
 
+@pytest.mark.slow
 def test_excluded_layers_have_no_four_bits(small: Opened, tmp_path: Path) -> None:
     _, _, model, _ = small
     session, graph, _, _ = opened_on_cpu(model, tmp_path, partial(int4, exclude=["wide", "first"]))
@@ -126,12 +127,14 @@ def test_excluded_layers_have_no_four_bits(small: Opened, tmp_path: Path) -> Non
     assert len(session.details["quantizer"]["excluded_nodes"]) == 2
 
 
+@pytest.mark.slow
 def test_a_trained_network_stays_accurate(tmp_path: Path) -> None:
     session, _, _, data = opened_on_cpu(digits_cnn(), tmp_path, partial(int4, block=128))
     images = data.evaluation.fetch(list(range(400)))
     assert (session(images).argmax(1) == data.evaluation.labels[:400]).float().mean() > 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

@@ -155,6 +155,7 @@ def test_random_weights_are_those_of_the_seed(int8: Path, tmp_path: Path) -> Non
     assert found[0] == found[1] != found[2]
 
 
+@pytest.mark.slow
 def test_matrices_that_are_stored_transposed_lose_rows_of_torch(tmp_path: Path, data: Data) -> None:
     """A linear layer over tokens is a product with its transposed weight: neurons are its columns."""
     model = small_vit()

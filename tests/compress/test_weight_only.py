@@ -174,6 +174,7 @@ def test_blocks_lie_along_the_inputs_of_linear_layers(source: Path, images: Tens
     assert np.abs(onnx_logits(tmp_path / "model.onnx", images) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [7, 16, 1000])
 def test_inputs_need_not_fill_their_blocks(tmp_path: Path, block: int) -> None:
     torch.manual_seed(0)
@@ -187,6 +188,7 @@ def test_inputs_need_not_fill_their_blocks(tmp_path: Path, block: int) -> None:
     assert np.abs(onnx_logits(tmp_path / "model.onnx", images) - expected.numpy()).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [None, 16])
 def test_a_transformer_has_no_matrix_left_in_float(tmp_path: Path, block: int | None) -> None:
     model = small_vit()
@@ -215,6 +217,7 @@ class Unusual(nn.Module):
         return logits
 
 
+@pytest.mark.slow
 def test_grouped_and_transposed_convolutions_have_a_scale_for_each_output(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Unusual()
@@ -229,6 +232,7 @@ def test_grouped_and_transposed_convolutions_have_a_scale_for_each_output(tmp_pa
     assert np.abs(onnx_logits(tmp_path / "model.onnx", images) - torch_logits(network, images)).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_weight_of_several_layers_is_there_once(tmp_path: Path) -> None:
     model = shared_network("one Parameter of two convolutions")
     export_onnx(model, tmp_path / "export.onnx")
