@@ -23,6 +23,7 @@ from pq_sweep.compress.shared import shared_layers
 from pq_sweep.core.weights import network_state, network_structure, prunable, prunable_by_name
 from pq_sweep.job.stages import Stages
 from pq_sweep.measure import network
+from pq_sweep.measure.graph import Graph
 from pq_sweep.measure.layers import compressed_layers, dense_layers
 from pq_sweep.measure.sizes import storage_sizes
 from pq_sweep.runtimes.export import check_export, export_onnx, fill, trace
@@ -190,7 +191,7 @@ def test_graphs_of_every_precision_hold_a_shared_weight_once(
     matrices = sum(weight.numel() for weight in prunable_by_name(model.module).values())
     copied = precision == "int8_dynamic" or case == "a weight that code uses too"  # it is stored transposed as well
     assert stored == matrices or (copied and stored > matrices)
-    after = compressed_layers(target, dense)
+    after = compressed_layers(Graph(target), dense)
     assert after.keys() == dense.keys()
     if precision in ("fp32", "fp16"):
         assert {name: layer["nonzero"] for name, layer in after.items()} == {

@@ -361,13 +361,15 @@ def columns(
     (latency,) = on_gpu["latency"].values()
     figures = {"p50_ci95_ms": [1, 2], "p90_ms": 3, "p99_ms": 4, "energy_per_image_j": 5}
     on_gpu["latency"] = {"1": latency | figures}
-    jobs = [announced(str(number), node_type="v100") for number in range(5)]
+    jobs = [announced(str(number), node_type="v100", bits=4, order="quantize_first") for number in range(5)]
     for number, entry in enumerate(jobs):
         entry["overrides"] = [f"repeat={number}", f"quantizer.images={number}"]
     sweep = write_manifest(tmp_path / "sweep", *jobs)
     (sweep / "sweep.json").write_text(json.dumps(read(sweep / "sweep.json") | {"started": time.time()}))
     write_result(sweep, "0", on_gpu)
-    write_result(sweep, "1", photographs | {"session": photographs["session"] | {"compute_capability": "8.9"}})
+    write_result(
+        sweep, "1", photographs | {"session": photographs["session"] | {"compute_capability": "8.9", "simulated": "a"}}
+    )
     write_error(sweep, "2")
     lost = {"stderr": ["killed"], "slurm": {"slurm_job": "12_2", "state": "FAILED", "exit_code": "0:9", "node": "v1"}}
     (sweep / "2" / "error.json").write_text(json.dumps(read(sweep / "2" / "error.json") | lost))
