@@ -87,9 +87,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
     with stage.keeping_errors():
         check(cfg)
         plan = prepare(cfg, stage)
-        model, data = load_noted(plan, stage)
-        with stage("baseline"):
-            baseline = load_baseline(cfg, model, data, plan.work, plan.protocol)
+        model, data, baseline = load_with_baseline(plan, stage)
         pruning, recovery = compress(plan, model, data, stage)
         network, formats = look_at_network(model, data, baseline, stage)
         session = open_session(plan, model, data)
@@ -124,12 +122,13 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
     return result
 
 
-def load_noted(plan: Plan, stage: Stages) -> tuple[Model, Data]:
-    """Load model and data, and write which files their functions opened."""
+def load_with_baseline(plan: Plan, stage: Stages) -> tuple[Model, Data, Baseline]:
+    """Load model and data, write which files their functions opened, and return what the uncompressed model reaches."""
     with stage("load"):
         model, data = load(plan.cfg, plan.work.device)
     note_files(plan.cfg, stage)
-    return model, data
+    with stage("baseline"):
+        return model, data, load_baseline(plan.cfg, model, data, plan.work, plan.protocol)
 
 
 def open_session(plan: Plan, model: Model, data: Data) -> Session:
