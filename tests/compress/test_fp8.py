@@ -138,6 +138,7 @@ def decoded(codes: np.ndarray, scales: np.ndarray, axis: int | None) -> np.ndarr
     return codes.astype(np.float32) * scales.reshape(shape)
 
 
+@pytest.mark.slow
 def test_weights_have_a_scale_for_each_output_channel(small: Opened) -> None:
     _, graph, model, _ = small
     found = stored_weights(graph)
@@ -231,6 +232,7 @@ def test_activations_beyond_their_range_saturate(small: Opened) -> None:
 # Options
 
 
+@pytest.mark.slow
 def test_excluded_layers_stay_in_fp32(small: Opened, tmp_path: Path) -> None:
     _, _, model, _ = small
     session, graph, _, _ = opened_on_cpu(model, tmp_path, partial(fp8, exclude=["first", "mix", "last"]))

@@ -66,6 +66,7 @@ def decoded(graph: onnx.ModelProto) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 def test_every_linear_layer_of_whole_blocks_has_four_bits(small: Opened) -> None:
     session, graph, model, _ = small
     weights = decoded(graph)
@@ -107,6 +108,7 @@ def test_answers_are_those_of_the_weights_in_the_file(small: Opened) -> None:
     assert 10 < snr_db(torch_logits(model.module, images), answers) < 40
 
 
+@pytest.mark.slow
 def test_all_else_is_half_precision_for_tensorrt(small: Opened, tmp_path: Path) -> None:
     _, _, model, data = small
     export_onnx(model, tmp_path / "export.onnx")

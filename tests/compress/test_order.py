@@ -81,6 +81,7 @@ def share_of_zeros(weight: Stored) -> float:
 # What changes
 
 
+@pytest.mark.slow
 @each_pruner
 def test_nothing_to_prune_leaves_the_very_file(int8: Path, tmp_path: Path, name: str) -> None:
     path, record = pruned(int8, tmp_path, PRUNERS[name], amount=0.0)

@@ -598,6 +598,7 @@ def test_transformers_compute_the_same_without_the_removed(name: str, amount: fl
     assert expected.std(0).min() > 0.01 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", [name for name in IMPORTANCES if name != "bn_scale"])
 @pytest.mark.parametrize("global_ranking", [False, True])
 @every_transformer

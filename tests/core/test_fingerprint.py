@@ -182,6 +182,7 @@ def test_what_is_not_there_yet_has_a_fingerprint(tmp_path: Path) -> None:
     assert of(*missing) != before
 
 
+@pytest.mark.slow
 def test_code_of_ones_own_counts(tmp_path: Path) -> None:
     mine = tmp_path / "my_pruners.py"
     mine.write_text("def prune(model, data): ...\n")

@@ -693,6 +693,7 @@ def killed_while_writing(root: Path, place: str, calls: int, preprocess: Preproc
     use(root, preprocess=preprocess)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the fork of a process with threads
 @pytest.mark.parametrize("size", [8, 48])  # 48: rows longer than a write buffer
 @pytest.mark.parametrize(

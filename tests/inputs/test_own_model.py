@@ -281,6 +281,7 @@ def test_values_that_fit_no_channels_are_refused(preprocess: Preprocess, sentenc
     assert sentence in refused(lambda: accepted(model_of(Net(), preprocess=preprocess)))
 
 
+@pytest.mark.slow
 def test_a_network_whose_train_returns_nothing_is_exported(tmp_path: Path) -> None:
     found = accepted(model_of(ForgetsToReturn()))
     export_onnx(found, tmp_path / "model.onnx")

@@ -462,6 +462,7 @@ def test_the_gpu_of_a_job_is_the_current_one_from_the_start(monkeypatch: pytest.
     memory.free_at_first.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_job_that_succeeds_later_replaces_its_error(tmp_path: Path) -> None:
     with pytest.raises(UserError):
         run(tmp_path / "sweep" / "0", *FAILING)
@@ -471,6 +472,7 @@ def test_a_job_that_succeeds_later_replaces_its_error(tmp_path: Path) -> None:
     assert not (done.folder / "error.json").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_later_replaces_its_result(tmp_path: Path) -> None:
     done = run(tmp_path / "sweep" / "0")
     with pytest.raises(UserError):

@@ -448,6 +448,7 @@ def keep_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "WORTH_KEEPING_S", 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("keep_everything")
 def test_what_was_kept_is_taken(tmp_path: Path) -> None:
     with gone_in("accuracy"):

@@ -104,6 +104,7 @@ def test_resnet20_is_that_of_a_count_by_hand(tmp_path: Path) -> None:
     assert 4 * weights < bits.packed_bytes < 4 * weights + 10_000
 
 
+@pytest.mark.slow
 def test_each_layer_of_a_network_has_its_own(source: Path) -> None:
     assert macs_of(held(source)) == DIGITS
 
@@ -133,6 +134,7 @@ def test_grouped_and_transposed_convolutions_count_what_they_connect(tmp_path: P
     assert macs_of(of_network(model, model.module.state_dict())) == by_hand
 
 
+@pytest.mark.slow
 def test_products_of_two_activations_have_no_weight(tmp_path: Path) -> None:
     model, path = attention(), tmp_path / "model.onnx"
     export_onnx(model, path)
@@ -248,6 +250,7 @@ def test_an_excluded_layer_counts_as_it_is(source: Path, tmp_path: Path) -> None
     assert summed(halved, digits_cnn()).bops == STEM * FULL + rest * 256
 
 
+@pytest.mark.slow
 def test_zeros_are_codes_of_zero_and_do_not_make_it_less(tmp_path: Path) -> None:
     model, source = digits_cnn(), tmp_path / "source.onnx"
     with torch.no_grad():

@@ -41,6 +41,7 @@ def test_zeros_are_those_of_the_file_to_deploy(tmp_path: Path) -> None:
         assert layer["counts"][BINS // 2] >= layer["weights"] - layer["nonzero"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["none", "fp16", "int8", "int8_dynamic"])
 def test_graphs_of_every_precision_are_read(tmp_path: Path, quantizer: str) -> None:
     found = described(tmp_path, f"quantizer={quantizer}", "runtime=onnxruntime")

@@ -89,6 +89,7 @@ def test_the_batch_of_a_network_with_attention_is_dynamic_too(tmp_path: Path) ->
         assert relative_error(torch_logits(model.module, images), actual) < 1e-5
 
 
+@pytest.mark.slow
 def test_exporting_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     model = digits_cnn()
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
@@ -98,6 +99,7 @@ def test_exporting_leaves_the_network_as_it_was(tmp_path: Path) -> None:
     assert not model.module.training
 
 
+@pytest.mark.slow
 def test_exporting_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     export_onnx(digits_cnn(), tmp_path / "export.onnx")
 

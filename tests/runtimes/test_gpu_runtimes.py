@@ -387,6 +387,7 @@ def test_tensorrt_may_use_just_the_precisions_of_the_graph(
     assert set(session.details["nodes_per_provider"]) == {TENSORRT}
 
 
+@pytest.mark.slow
 def test_tensorrt_gets_documented_options(data: Data, tmp_path: Path) -> None:
     options = {"trt_auxiliary_streams": 0, "trt_context_memory_sharing_enable": True}
     opened("tensorrt", tmp_path, data, sparsity=True, optimization_level=5, options=options)
@@ -893,6 +894,7 @@ def test_device_time_is_that_of_the_device_that_works(gpu: Machine) -> None:
     assert CudaClock(device)(work) == 700_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("profile", ["each", "range"])
 def test_native_engines_run_on_their_own_device(

@@ -151,6 +151,7 @@ def test_a_traced_graph_with_renamed_weights_takes_those_of_another_network(tmp_
     assert check_export(other, tmp_path / "export.onnx") < 1e-5
 
 
+@pytest.mark.slow
 def test_names_without_namesakes_stay(tmp_path: Path) -> None:
     export_onnx(made(parameter, "own_table"), tmp_path / "export.onnx")
     names = {item.name for item in onnx.load(tmp_path / "export.onnx").graph.initializer}

@@ -234,6 +234,7 @@ def test_what_one_build_is_told_is_not_lost_after_another_failed(
     assert session.details["builder_warnings"] == []
 
 
+@pytest.mark.slow
 def test_an_engine_in_the_cache_is_not_built_again(made: Callable[[str], tuple[Model, Data]], tmp_path: Path) -> None:
     first, _ = built(tmp_path / "first", *made("digits_cnn"), QUANTIZERS["fp16"])
     stage = Stages(tmp_path / "second", "", Cache({}))

@@ -434,6 +434,7 @@ def test_mlflow_is_never_imported_before_its_calls_home_are_off(tmp_path: Path) 
     assert done.stdout.split() == ["True", "true", "true"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["old", "größe λ", "it's"])
 def test_sweep_without_manifest_is_logged_once(uri: str, tracker: Mlflow, tmp_path: Path, name: str) -> None:
     write_result(tmp_path / name, "0")
@@ -592,6 +593,7 @@ def test_store_file_that_is_deleted_between_jobs(
     assert set(parent_and_jobs(uri)[1]) == {"0", "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noticed", [True, False])
 def test_parent_that_is_deleted_between_jobs_is_made_again(
     uri: str, tracker: Mlflow, sweep: Path, monkeypatch: pytest.MonkeyPatch, noticed: bool
