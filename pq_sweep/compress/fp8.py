@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pq_sweep.compress.qdq import MATRIX_OPERATORS, Calibrated, sharing
 from pq_sweep.compress.weight_only import with_opset
-from pq_sweep.core.stored import tensor
+from pq_sweep.core.stored import attribute, floats, tensor
 from pq_sweep.types import Record
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ def without_kernels(model: onnx.ModelProto) -> list[str]:
     for node in model.graph.node:
         if node.op_type == "Conv" and node.input[1] in shapes:
             outputs, inputs, *kernel = shapes[node.input[1]]
-            groups = next((each.i for each in node.attribute if each.name == "group"), 1)
-            if groups > 1 or min(outputs, inputs) < LEAST_CHANNELS or prod(kernel) > MOST_PIXELS:
+            if attribute(node, "group", 1) > 1 or min(outputs, inputs) < LEAST_CHANNELS or prod(kernel) > MOST_PIXELS:
                 found.append(node.name)
     return found
 
@@ -92,7 +91,7 @@ def _store_weights(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> list[
         axis = found.pop() if len(found) == 1 else None
         values, scales = rounded_to_fp8(onnx.numpy_helper.to_array(weights[name]), axis)
         model.graph.initializer.remove(weights[name])
-        model.graph.initializer.extend([_fp8(values, f"{name}_quantized"), _float(scales, f"{name}_scale")])
+        model.graph.initializer.extend([_fp8(values, f"{name}_quantized"), floats(scales, f"{name}_scale")])
         inputs, options = [f"{name}_quantized", f"{name}_scale"], _options(axis)
         node = onnx.helper.make_node("DequantizeLinear", inputs, [name], f"{name}_DequantizeLinear", **options)
         dequantized.append(node)
@@ -109,7 +108,7 @@ def _channels(node: onnx.NodeProto, place: int, dimensions: int) -> int | None:
         return 0
     if place == 0 or dimensions != 2:
         return None
-    return 0 if any(each.i for each in node.attribute if each.name == "transB") else 1
+    return 0 if attribute(node, "transB") else 1
 
 
 def rounded_to_fp8(weights: np.ndarray, axis: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +151,7 @@ def _rounding(model: onnx.ModelProto, name: str, graph: Calibrated) -> Iterator[
 
     largest = max(float(np.abs(end).max()) for end in graph.ranges[name].range_value)
     scale, middle = f"{name}_scale", f"{name}_QuantizeLinear_Output"
-    model.graph.initializer.append(_float(np.array(largest / LARGEST if largest else 1), scale))
+    model.graph.initializer.append(floats(np.array(largest / LARGEST if largest else 1), scale))
     yield helper.make_node("QuantizeLinear", [name, scale, ZERO], [middle], f"{name}_QuantizeLinear")
     outputs = [f"{name}_DequantizeLinear_Output"]
     yield helper.make_node("DequantizeLinear", [middle, scale, ZERO], outputs, f"{name}_DequantizeLinear")
@@ -162,9 +161,3 @@ def _fp8(values: np.ndarray, name: str) -> onnx.TensorProto:
     import onnx
 
     return tensor(values, name, onnx.TensorProto.FLOAT8E4M3FN)
-
-
-def _float(values: np.ndarray, name: str) -> onnx.TensorProto:
-    import onnx
-
-    return tensor(values.astype("float32"), name, onnx.TensorProto.FLOAT)

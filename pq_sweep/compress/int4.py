@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pq_sweep.compress.weight_only import Grid, quantize_weights, with_types
-from pq_sweep.core.stored import stored_weights
+from pq_sweep.core.stored import attribute, stored_weights
 from pq_sweep.types import UserError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def products(model: onnx.ModelProto, block: int, excluded: list[str]) -> list[on
         and readers.count(node.input[1]) == 1
         and (item := weights.get(node.input[1])) is not None
         and len(item.dims) == 2
-        and item.dims[_attribute(node, "transB")] % block == 0
+        and item.dims[attribute(node, "transB")] % block == 0
     ]
 
 
@@ -58,12 +58,8 @@ def _is_plain(node: onnx.NodeProto) -> bool:
     """Say whether a node is a product without further factors, and a sum with a bias at most."""
     factors = {each.name: each.f for each in node.attribute if each.name in ("alpha", "beta")}
     return node.op_type == "MatMul" or (
-        node.op_type == "Gemm" and not _attribute(node, "transA") and set(factors.values()) <= {1.0}
+        node.op_type == "Gemm" and not attribute(node, "transA") and set(factors.values()) <= {1.0}
     )
-
-
-def _attribute(node: onnx.NodeProto, name: str) -> int:
-    return next((each.i for each in node.attribute if each.name == name), 0)
 
 
 def _as_products(model: onnx.ModelProto, names: set[str]) -> set[str]:
@@ -74,7 +70,7 @@ def _as_products(model: onnx.ModelProto, names: set[str]) -> set[str]:
     for node in nodes:
         if node.name in names:
             weights.add(node.input[1])
-            _transpose(items[node.input[1]], bool(_attribute(node, "transB")))
+            _transpose(items[node.input[1]], bool(attribute(node, "transB")))
         model.graph.node.extend(_as_product(node) if node.name in names and node.op_type == "Gemm" else [node])
     return weights
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pq_sweep.core.stored import PRODUCTS, Stored, stored_weights, tensor
+from pq_sweep.core.stored import PRODUCTS, Stored, floats, stored_weights, tensor
 from pq_sweep.types import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def quantize_weights(model: onnx.ModelProto, weights: list[Stored], grid: Grid) 
         codes, scale = encode(weight, Grid(grid.bits, block))
         name = weight.name
         model.graph.initializer.remove(weight.item)
-        model.graph.initializer.extend([tensor(codes, f"{name}_quantized", kind), _float(scale, f"{name}_scale")])
+        model.graph.initializer.extend([tensor(codes, f"{name}_quantized", kind), floats(scale, f"{name}_scale")])
         axis = {"axis": 1 - weight.outputs, "block_size": block} if block else {"axis": weight.outputs}
         inputs = [f"{name}_quantized", f"{name}_scale"]
         node: Any = partial(onnx.helper.make_node, "DequantizeLinear", inputs, [name], f"{name}_DequantizeLinear")
@@ -77,12 +77,6 @@ def quantize_weights(model: onnx.ModelProto, weights: list[Stored], grid: Grid) 
     del model.graph.node[:]
     model.graph.node.extend([*nodes, *others])
     _note_exact(model, {f"{weight.name}_quantized": grid.bits for weight in weights}, grid)
-
-
-def _float(values: np.ndarray, name: str) -> onnx.TensorProto:
-    import onnx
-
-    return tensor(values.astype("float32"), name, onnx.TensorProto.FLOAT)
 
 
 def _note_exact(model: onnx.ModelProto, bits: dict[str, int], grid: Grid) -> None:

@@ -70,6 +70,13 @@ def tensor(values: np.ndarray, name: str, kind: int) -> onnx.TensorProto:
     return onnx.TensorProto(name=name, data_type=kind, dims=values.shape, raw_data=raw.tobytes())
 
 
+def floats(values: np.ndarray, name: str) -> onnx.TensorProto:
+    """Return an FP32 initializer."""
+    import onnx
+
+    return tensor(values.astype("float32"), name, onnx.TensorProto.FLOAT)
+
+
 def packed(codes: np.ndarray, bits: int) -> np.ndarray:
     """Pack integers of four or two bits into bytes, the first one into the lowest bits."""
     import numpy as np
@@ -114,7 +121,7 @@ def _follow(
     if node is None or node.op_type != "DequantizeLinear" or node.input[0] not in initializers:
         return None
     names = [*node.input, ""]
-    return _integers(user, place, names[0], names[1], names[2], initializers, _attribute(node, "axis", 1), node)
+    return _integers(user, place, names[0], names[1], names[2], initializers, attribute(node, "axis", 1), node)
 
 
 def _integers(
@@ -128,7 +135,7 @@ def _integers(
     dequantize: onnx.NodeProto | None = None,
 ) -> Stored | None:
     """Return a weight of integers, with its scale and zero point in shapes that multiply."""
-    item, block = initializers[name], _attribute(dequantize, "block_size", 0)
+    item, block = initializers[name], attribute(dequantize, "block_size", 0)
     if len(item.dims) < 2:
         return None
     parts = (_shaped(initializers.get(part), axis, block, tuple(item.dims)) for part in (scale, zero))
@@ -163,9 +170,10 @@ def _outputs(node: onnx.NodeProto, place: int, dimensions: int) -> int:
         return 0
     if node.op_type in TRANSPOSED:
         return 1
-    transposed = bool(_attribute(node, "transA" if place == 0 else "transB", 0))
+    transposed = bool(attribute(node, "transA" if place == 0 else "transB", 0))
     return dimensions - 2 if (place == 0) != transposed else dimensions - 1
 
 
-def _attribute(node: onnx.NodeProto | None, name: str, otherwise: int) -> int:
+def attribute(node: onnx.NodeProto | None, name: str, otherwise: int = 0) -> int:
+    """Return a whole number that is an attribute of a node, or another one where it has none."""
     return next((int(each.i) for each in node.attribute if each.name == name), otherwise) if node else otherwise

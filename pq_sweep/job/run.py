@@ -133,7 +133,8 @@ def load_with_baseline(plan: Plan, stage: Stages) -> tuple[Model, Data, Baseline
 
 def open_session(plan: Plan, model: Model, data: Data) -> Session:
     """Have the runtime make the artifact and open it, and note which files that opens."""
-    with noting(plan.cfg.quantizer, plan.cfg.pruner, plan.cfg.runtime):
+    pruner = [plan.cfg.pruner] if quantizes_first(plan.cfg) else []
+    with noting(plan.cfg.quantizer, *pruner, plan.cfg.runtime):
         return plan.runtime.open(model, plan.quantizer, data, plan.work)
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pq_sweep.core.stored import attribute
+
 if TYPE_CHECKING:
     import onnx
 
@@ -110,8 +112,8 @@ class Graph:
         values = _numbers(self.constants[name])
         if values.numel() == 1:
             return values.reshape(())
-        axis = _attribute(node, "axis", AXES.get(node.op_type, -1))
-        if block := _attribute(node, "block_size", 0):
+        axis = attribute(node, "axis", AXES.get(node.op_type, -1))
+        if block := attribute(node, "block_size", 0):
             return values.repeat_interleave(block, axis).narrow(axis, 0, shape[axis])
         return values.reshape([-1 if axis % len(shape) == place else 1 for place in range(len(shape))])
 
@@ -120,10 +122,6 @@ def _constants(nodes: list[onnx.NodeProto]) -> Iterator[tuple[str, onnx.TensorPr
     for node in nodes:
         if node.op_type == "Constant":
             yield from ((node.output[0], each.t) for each in node.attribute if each.name == "value")
-
-
-def _attribute(node: onnx.NodeProto, name: str, otherwise: int) -> int:
-    return next((int(each.i) for each in node.attribute if each.name == name), otherwise)
 
 
 def _numbers(item: onnx.TensorProto) -> Tensor:
