@@ -15,6 +15,7 @@ from stored_runs import parent_and_jobs
 from cluster.services import Server
 from cluster.site import ON_V100, Site, done, read, site_in, until
 from cluster.slurm import Cluster
+from pq_sweep.core.folder import SweepFolder
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -211,9 +212,11 @@ def test_what_is_queued_is_not_submitted_again(site: Site, slurm: Cluster) -> No
     grid = ("hydra/launcher=slurm_a100", "pruner=l1_global", "pruner.amount=0.1,0.5", "tracking=none")
     try:
         first = site.launch("waiting", *grid)
-        until(lambda: running(slurm).count("PENDING") == 2, first)
+        # SLURM has the jobs a moment before the launcher has written down which they are.
+        until(SweepFolder(site.folder / "waiting").submitted.exists, first)
         first.kill()
         first.communicate()
+        assert running(slurm).count("PENDING") == 2
         seen = site.results("waiting")
         assert "0 done, 2 pending" in seen.stdout
         second = site.launch("waiting", *grid)
