@@ -25,8 +25,9 @@ SHORT = ("measure.batch_sizes=[1]", "measure.threads=1", "measure.iterations=5",
 RUNTIMES = ("quantizer=none", "runtime=onnxruntime,torch")
 QUANTIZED = ("quantizer=fp16,int8", "runtime=onnxruntime")
 AMOUNTS = (0.5, 0.7)
-# Photographs; fewer than all are stratified, and pruners are further apart than so many can hide.
-EVERY, FEWER, SOME = 500, 150, 120
+# Photographs; fewer than all are stratified. The quickest network answers all, and pruners are further apart than a
+# hundred can hide.
+EVERY, SOME, FEW = 500, 100, 60
 
 Sweep = Callable[..., tuple[Path, list[dict[str, Any]]]]
 
@@ -102,7 +103,7 @@ class Photographs:
 
     def test_quantization_costs_little(self, sweep: Sweep) -> None:
         _, (dense, _) = self.dense(sweep)
-        _, (fp16, int8) = sweep(self.name, f"dataset.evaluation={min(self.images, FEWER)}", *QUANTIZED)
+        _, (fp16, int8) = sweep(self.name, f"dataset.evaluation={min(self.images, SOME)}", *QUANTIZED)
 
         assert fp16["accuracy"]["drop_points"] <= 0.3
         assert int8["accuracy"]["drop_points"] <= self.points
@@ -111,42 +112,45 @@ class Photographs:
         assert 0.24 < sizes[1] < 0.3
 
 
-def pruned(sweep: Sweep, pruners: tuple[str, ...], *more: str) -> Iterator[dict[float, float]]:
+def pruned(
+    sweep: Sweep, pruners: tuple[str, ...], amounts: tuple[float, ...], *more: str
+) -> Iterator[dict[float, float]]:
     """Yield by amount how much more accurate resnet18 is after each pruner than uncompressed, by torch."""
-    amounts = ",".join(map(str, AMOUNTS))
-    images = f"dataset.evaluation={FEWER}"
-    _, jobs = sweep("resnet18", images, f"pruner={','.join(pruners)}", f"pruner.amount={amounts}", *more)
-    assert {job["accuracy"]["samples"] for job in jobs} == {FEWER}
+    images = f"dataset.evaluation={SOME}"
+    grid = (f"pruner={','.join(pruners)}", f"pruner.amount={','.join(map(str, amounts))}")
+    _, jobs = sweep("resnet18", images, *grid, *more)
+    assert {job["accuracy"]["samples"] for job in jobs} == {SOME}
     assert jobs[0]["baseline"]["top1"] == pytest.approx(TOP1["resnet18"], abs=0.03)
     found = iter(-job["accuracy"]["drop_points"] / 100 for job in jobs)
     for _ in pruners:
-        yield {amount: next(found) for amount in AMOUNTS}
+        yield {amount: next(found) for amount in amounts}
 
 
-PRUNERS = ("l1_global", "l1", "random", "remove")
+BY_SIZE, WORSE = ("l1_global", "l1"), ("random", "remove")
 
 
 class TestResnet18(Photographs):
-    name, points, images = "resnet18", 1.0, EVERY
+    name, points, images = "resnet18", 1.0, SOME
 
     def test_pruning_keeps_the_papers_order(self, sweep: Sweep) -> None:
-        everywhere, layerwise, random, removed = pruned(sweep, PRUNERS)
+        everywhere, layerwise = pruned(sweep, BY_SIZE, AMOUNTS)
+        random, removed = pruned(sweep, WORSE, AMOUNTS[:1])
 
         assert abs(everywhere[0.5]) <= 0.02
-        for amount in AMOUNTS:
-            assert everywhere[amount] > layerwise[amount] > random[amount], amount
-            assert layerwise[amount] > removed[amount], amount  # zeros cost less than channels, nothing being repaired
+        assert everywhere[0.5] > layerwise[0.5] > random[0.5]
+        assert everywhere[0.7] > layerwise[0.7]
+        assert layerwise[0.5] > removed[0.5]  # zeros cost less than channels, nothing being repaired
 
     def test_batchnorm_repairs_what_pruning_broke(self, sweep: Sweep) -> None:
-        _, broken, *_ = pruned(sweep, PRUNERS)
-        (repaired,) = pruned(sweep, ("l1",), "recovery=bn_reestimate")
+        _, broken = pruned(sweep, BY_SIZE, AMOUNTS)
+        (repaired,) = pruned(sweep, ("l1",), AMOUNTS, "recovery=bn_reestimate", "recovery.images=300")
 
         assert repaired[0.7] - broken[0.7] > 0.5
         assert repaired[0.5] > broken[0.5]
 
 
 class TestSqueezenet(Photographs):
-    name, points, images = "squeezenet1_1", 2.0, SOME
+    name, points, images = "squeezenet1_1", 2.0, EVERY
 
     def test_later_sweeps_decode_nothing_and_answer_the_same(self, sweep: Sweep) -> None:
         first, (one, _) = self.dense(sweep)
@@ -181,7 +185,7 @@ class TestLowBits:
     """Integers in the file stand for what the job answered, and are ranked by that when they are pruned."""
 
     def test_weights_of_four_bits_answer_as_their_values_do_in_torch(self, sweep: Sweep, shared_data: Path) -> None:
-        taken = (f"dataset.evaluation={SOME}", "runtime=onnxruntime")
+        taken = (f"dataset.evaluation={FEW}", "runtime=onnxruntime")
         folder, _ = sweep("resnet18", *taken, "quantizer=weights", "quantizer.bits=4")
         predicted = np.load(folder / "0" / "predictions.npy")
         graph = onnx.load(folder / "0" / "model.onnx")
@@ -209,7 +213,7 @@ class TestLowBits:
 
     def test_pruned_integers_are_ranked_by_value(self, sweep: Sweep) -> None:
         """Ranked by the integers themselves, of which each channel has its own scale, most answers would be lost."""
-        taken = (f"dataset.evaluation={SOME}", "runtime=onnxruntime", "order=prune_first,quantize_first")
+        taken = (f"dataset.evaluation={FEW}", "runtime=onnxruntime", "order=prune_first,quantize_first")
         folder, (before, after) = sweep("resnet18", *taken, "quantizer=int8", "pruner=l1", "pruner.amount=0.5")
         graph = onnx.load(folder / "1" / "model.onnx")
         zeros = [float((weight.codes() == 0).mean()) for weight in stored_weights(graph.graph)]
