@@ -25,7 +25,36 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-IMPORTED = ("torch", "torchvision", "onnx", "onnxruntime", "mlflow", "pandas", "pq_sweep.job.run", "pq_sweep.sweep.cli")
+# What a sweep imports before its first job, in it, in the quantizers, and at its end.
+IMPORTED = (
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxruntime",
+    "mlflow",
+    "pandas",
+    "alembic.command",
+    "cryptography.fernet",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "pq_sweep.sweep.callback",
+    "pq_sweep.sweep.cli",
+    "sklearn.datasets",
+    "safetensors.torch",
+    "rich.progress",
+    "pq_sweep.job.run",
+    "pq_sweep.compress.recovery",
+    "pq_sweep.inputs.datasets",
+    "pq_sweep.inputs.models",
+    "onnxruntime.quantization",
+    "onnxscript",
+    "torch.onnx._internal.exporter._compat",
+    "pq_sweep.runtimes.export",
+    "altair",
+    "tabulate",
+    "vl_convert",
+    "pq_sweep.results.report.page",
+    "pq_sweep.tracking.summary",
+)
 # Libraries read variables that begin so as they are imported.
 AT_IMPORT = ("PYTHON", "OMP_", "MKL_", "KMP_", "LD_", "CUDA", "XDG_", "HOME", "MPL", "TORCH")
 

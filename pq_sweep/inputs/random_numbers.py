@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pq_sweep.core.dispatch import without_compiler
 from pq_sweep.core.sentences import listed
 from pq_sweep.inputs.passes import run
 from pq_sweep.types import Model, UserError
@@ -20,6 +21,7 @@ from pq_sweep.types import Model, UserError
 FORCED = (-10.0, 0.0, 1.0, 10.0)
 
 
+@without_compiler
 class Draws(TorchDispatchMode):
     """Notes each operation of a pass that draws random numbers, and the state of its generator before it.
 

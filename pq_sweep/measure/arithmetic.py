@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
+from pq_sweep.core.dispatch import without_compiler
 from pq_sweep.core.weights import each_once
 from pq_sweep.types import Model
 
@@ -44,6 +45,7 @@ def arithmetic_by_weight(model: Model) -> dict[str, int]:
 @contextmanager
 def _counting(formulas: dict[Any, Callable[..., int]]) -> Iterator[FlopCounterMode]:
     """Count what a network computes meanwhile, without gradients."""
+    without_compiler(_FlopCounterMode)
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with torch.no_grad(), _attention_in_single_steps(), counter:
         yield counter
@@ -63,6 +65,7 @@ def _attention_in_single_steps() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@without_compiler
 class _Others(TorchDispatchMode):
     """Notes operations of a pass that compute and for which nothing is counted: those of libraries, and transforms."""
 
@@ -83,6 +86,7 @@ class _Others(TorchDispatchMode):
         return result
 
 
+@without_compiler
 class _ByWeight(TorchDispatchMode):
     """Tells by which parameter the operations of a pass multiply, with a counter that is entered before."""
 
