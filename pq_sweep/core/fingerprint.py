@@ -29,7 +29,8 @@ OF_A_PROCESS = {"CUDA_VISIBLE_DEVICES", "HOSTNAME", "LOCAL_RANK", "PWD", "RANK",
                 "SLURM_PROCID", "SLURM_TMPDIR", "SLURM_CPUS_PER_TASK"}  # fmt: skip
 DOTTED = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 # The rooms around jobs, which start and watch jobs and show what they found, and the doors to these rooms.
-AROUND_JOBS = ("sweep", "tracking", "results", "doctor", "cache.py", "gpu_check.py", "recommend.py", "report.py")
+AROUND_JOBS = ("sweep", "tracking", "results", "doctor", "study", "cache.py", "gpu_check.py", "recommend.py",
+               "report.py")  # fmt: skip
 
 
 def fingerprint(cfg: DictConfig) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -59,20 +59,30 @@ def refuse(problem: str | None) -> None:
 def problems(cfg: DictConfig) -> list[str]:
     """List what is wrong with a job's config, one sentence each."""
     cfg = spelled(cfg)
+    return _absent(cfg, COMPONENTS) or [*_values(cfg), *_files(cfg, COMPONENTS), *_combination(cfg)]
+
+
+def component_problems(cfg: DictConfig, groups: Collection[str]) -> list[str]:
+    """List what is wrong with the components of some groups, one sentence each, where there is no whole job."""
+    cfg = spelled(cfg)
+    return _absent(cfg, groups) or [*_options(cfg, groups), *_files(cfg, groups)]
+
+
+def _absent(cfg: DictConfig, groups: Collection[str]) -> list[str]:
+    """List values and components that are not there."""
     found = [f"{key} has no value; give {key}=..." for key in sorted(OmegaConf.missing_keys(cfg))]
     found += [
         f"{group} is not chosen; give {group}=..., none where it is to do nothing."
-        for group in COMPONENTS
+        for group in groups
         if not cfg.get(group)
     ]
-    found += _words(cfg)
-    found = found or [*_targets(cfg)]
-    return found or [*_values(cfg), *_files(cfg), *_combination(cfg)]
+    found += _words(cfg, groups)
+    return found or [*_targets(cfg, groups)]
 
 
-def _words(cfg: DictConfig) -> Iterator[str]:
+def _words(cfg: DictConfig, groups: Collection[str]) -> Iterator[str]:
     """Refuse what a file sets to a word that is a choice of a group, or sets beside all groups."""
-    for group in COMPONENTS:
+    for group in groups:
         if (value := cfg.get(group)) and not isinstance(value, DictConfig):
             yield (
                 f"{group}={value} is set as a value; to choose it in a file, write `- override /{group}: {value}` under"
@@ -109,21 +119,26 @@ def _values(cfg: DictConfig) -> Iterator[str]:
         not sizes or not all(_is_number(size, whole=True) and size > 0 for size in sizes)
     ):
         yield f"measure.batch_sizes={sizes} is not valid; give whole numbers from 1 on, such as [1,8]."
-    for key, valid in CHOICES.items():
-        value, group = OmegaConf.select(cfg, key), cfg[key.partition(".")[0]]
-        if value is not None and is_ours(group) and str(value) not in valid:
-            yield f"{key}={value} is not known; valid are: {', '.join(valid)}."
     images, available = OmegaConf.select(cfg, "quantizer.images"), cfg.dataset.get("calibration")
     if _is_number(images) and _is_number(available) and images > available:
         yield f"quantizer.images={images} is more than dataset.calibration={available}; lower it or raise that."
-    for group in COMPONENTS:
+    yield from _options(cfg, COMPONENTS)
+    yield from _pattern(cfg.pruner)
+    yield from order_problems(cfg)
+    yield from _ends(cfg.measure)
+
+
+def _options(cfg: DictConfig, groups: Collection[str]) -> Iterator[str]:
+    """Check the options of the components of some groups, each by itself."""
+    for key, valid in CHOICES.items():
+        value, group = OmegaConf.select(cfg, key), key.partition(".")[0]
+        if group in groups and value is not None and is_ours(cfg[group]) and str(value) not in valid:
+            yield f"{key}={value} is not known; valid are: {', '.join(valid)}."
+    for group in groups:
         yield from _not_finite(group, cfg[group])
         for name, part in _ours(group, cfg[group]):
             yield from _numbers(name, part)
             yield from _kinds(name, part)
-    yield from _pattern(cfg.pruner)
-    yield from order_problems(cfg)
-    yield from _ends(cfg.measure)
 
 
 def without_graph(cfg: DictConfig, runtime: RuntimeChoice) -> str | None:
@@ -230,9 +245,9 @@ def _ends(measure: DictConfig) -> Iterator[str]:
             )
 
 
-def _targets(cfg: DictConfig) -> Iterator[str]:
+def _targets(cfg: DictConfig, groups: Collection[str]) -> Iterator[str]:
     """Check that the modules of all components are there, without importing them."""
-    for group in COMPONENTS:
+    for group in groups:
         target = str(cfg[group].get("_target_"))
         if not _is_there(target):
             yield f"{group}._target_={target} cannot be found; give module.function of a module on the Python path."
@@ -248,10 +263,10 @@ def _is_there(target: str) -> bool:
     return bool(module) and name.rpartition(".")[0] == module and name.rpartition(".")[2][:1].isupper()
 
 
-def _files(cfg: DictConfig) -> Iterator[str]:
+def _files(cfg: DictConfig, groups: Collection[str]) -> Iterator[str]:
     """Check the paths that our own components are given."""
     for group, name in (("dataset", "root"), ("model", "weights")):
-        value = cfg[group].get(name)
+        value = cfg[group].get(name) if group in groups else None
         if value is None or not is_ours(cfg[group]):
             continue
         if not isinstance(value, str):

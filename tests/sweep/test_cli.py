@@ -12,7 +12,7 @@ from conftest import ROOT, Launch, python, refused
 from pq_sweep.sweep.cli import EXAMPLES, in_order
 
 CONF = ROOT / "conf"
-CHOICES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
+CHOICES = sorted(path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml"))
 LIGHT_MODULES = (
     "core.environment",
     "compress.quantizers",
@@ -21,6 +21,7 @@ LIGHT_MODULES = (
     "job.stages",
     "results.sweeps",
     "runtimes",
+    "study",
     "sweep.callback",
     "sweep.cli",
     "sweep.launchers",
