@@ -111,7 +111,8 @@ def joined(before: dict[str, Cell], found: dict[str, Cell]) -> dict[str, Cell]:
 
 def model_names() -> list[str]:
     """Return every model of the catalogue, and one network of each family of timm."""
-    return [*sorted(path.stem for path in (ROOT / "conf/model").glob("*.yaml")), *(TIMM + name for name in FAMILIES)]
+    named = [path.stem for path in (ROOT / "conf/model").glob("*.yaml") if "name: ???" not in path.read_text()]
+    return [*sorted(named), *(TIMM + name for name in FAMILIES)]
 
 
 def in_own_process(name: str, options: argparse.Namespace) -> Cell:

@@ -15,7 +15,7 @@ BUILT = re.compile(r"6 engines \d+\.\d s, \d+\.\d MB")
 BELOW = re.compile(r"(1 engine|2 engines) \d+\.\d s, \d+\.\d MB")  # FP8, and INT4 where there is a layer for it
 NO_LAYER = re.compile(r"refused: quantizer=int4 finds no linear layer to quantize .+\.")
 SENTENCE = re.compile(r"refused: pruner=remove cannot follow the channels .+ \(.+\); use .+\.")
-MODELS = {path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")}
+MODELS = {path.stem for path in (ROOT / "conf" / "model").glob("*.yaml") if "name: ???" not in path.read_text()}
 
 
 def rows(table: Path) -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ INSTEAD = "or give model.weights=/path or model.weights=null"
 TORCHVISION_LICENCE = "https://github.com/pytorch/vision/blob/main/LICENSE"
 APACHE_LICENCE = "https://www.apache.org/licenses/LICENSE-2.0"  # this project's own
 SIMPLENET_LICENCE = "https://github.com/Coderx7/SimpleNet_Pytorch"
+# Options of GoogLeNet and Inception v3 without the classifiers that only training uses.
+WITHOUT_AUXILIARY = {"aux_logits": False, "transform_input": True, "init_weights": False}
+AUXILIARY = ("googlenet", "inception_v3")
 DRAWING = (Tensor.normal_, Tensor.uniform_, Tensor.erfinv_)
 
 
@@ -95,8 +99,47 @@ def _require_classes(num_classes: int, published: Any, weights: str | None) -> N
 
 def auxiliary_model(*, name: str, weights: str | None, num_classes: int, key: str | None = None) -> Model:
     """Return GoogLeNet or Inception v3 without the classifiers that only training uses; see torchvision_model."""
-    options = {"aux_logits": False, "transform_input": True, "init_weights": False}
-    return torchvision_model(name=name, weights=weights, num_classes=num_classes, options=options, key=key)
+    return torchvision_model(name=name, weights=weights, num_classes=num_classes, options=WITHOUT_AUXILIARY, key=key)
+
+
+def torchvision_network(*, name: str, weights: str | None, num_classes: int | None, key: str | None = None) -> Model:
+    """Return any network of torchvision by its name, also one for detection, segmentation, video or optical flow.
+
+    Its options are as in torchvision_model; num_classes=null stands for those of the published weights. What is no
+    classifier is for studies of weights alone: a job refuses it.
+    """
+    import torchvision
+    from torchvision.models import get_model_builder, list_models
+
+    quantized = list_models(torchvision.models.quantization)
+    choose("model.name", name, tuple(other for other in list_models() if other not in quantized))
+    if name in list_models(torchvision.models):
+        options = WITHOUT_AUXILIARY if name in AUXILIARY else None
+        return torchvision_model(name=name, weights=weights, num_classes=num_classes or 1000, options=options, key=key)
+    return _other_network(name, get_model_builder(name), weights, num_classes, key)
+
+
+def _other_network(name: str, builder: Any, weights: str | None, num_classes: int | None, key: str | None) -> Model:
+    """Return a network of torchvision that is no classifier; the part of torchvision that has it says what it is."""
+    from torchvision.models import get_model_weights
+
+    published = get_model_weights(name)
+    first = next(iter(published))
+    classes = len(first.meta.get("categories", ()))
+    chosen = published.__members__.get(weights or "")
+    if num_classes not in (None, classes) and (chosen is not None or not classes):
+        raise UserError(f"model.num_classes={num_classes} does not fit model.weights={weights}; leave it out.")
+    # Without the first, torchvision would download weights for the part of the network that sees.
+    wanted = {"weights_backbone": None, "num_classes": num_classes or classes}
+    options = {key: value for key, value in wanted.items() if key in signature(builder).parameters}
+    if chosen is not None:
+        _refuse_key(key, weights)
+    with Undrawn() if weights else nullcontext():
+        module = builder(weights=None, **options) if chosen is None else _published(name, chosen, {})
+    notes = _load(module, weights if chosen is None else None, key)
+    licence = first.meta.get("license", TORCHVISION_LICENCE)
+    task = builder.__module__.split(".")[2].replace("_", " ")
+    return Model(module.eval(), num_classes or classes or 1, licence=licence, notes=notes, task=task)
 
 
 def _published(name: str, weights: Any, options: dict[str, Any]) -> nn.Module:

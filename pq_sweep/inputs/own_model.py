@@ -21,27 +21,46 @@ from pq_sweep.inputs.plain import settled
 from pq_sweep.inputs.state import forget
 from pq_sweep.inputs.usable import require_usable
 from pq_sweep.inputs.wrappers import unwrapped
-from pq_sweep.types import Model, Preprocess, UserError
+from pq_sweep.types import CLASSIFICATION, Model, Preprocess, UserError
 
 INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 def accepted_model(given: Any, target: str) -> Model:
     """Return the model that the function `target` made: in eval mode, in float32, with one tensor of logits."""
-    model = require_type(given, Model, target, "Model(module, num_classes, preprocess)")
+    model = _given_model(given, target)
+    if model.task != CLASSIFICATION:
+        raise UserError(
+            f"the network of {target} ({type(model.module).__name__}) is for {model.task}, and jobs take classifiers;"
+            " python -m pq_sweep.study weights looks at its weights."
+        )
     names = None if model.classes is None else class_names(model.classes, target)
     model = replace(model, classes=names)
     _check_fields(model, target)
     model = replace(model, num_classes=int(model.num_classes), preprocess=_plain_preprocess(model.preprocess, target))
-    what = f"the network of {target}"
+    model = _sound(model, what := f"the network of {target}")
+    notes = [*checked_answers(model, what), *untouched(model.module)]
+    return replace(model, notes=(*model.notes, *notes))
+
+
+def accepted_weights(given: Any, target: str) -> Model:
+    """Return the model that the function `target` made, for its weights alone: in float32, whatever it is for."""
+    return _sound(_given_model(given, target), f"the network of {target}")
+
+
+def _given_model(given: Any, target: str) -> Model:
+    model = require_type(given, Model, target, "Model(module, num_classes, preprocess)")
+    require_type(model.module, nn.Module, f"module of {target}", "Model with a torch.nn.Module")
+    return model
+
+
+def _sound(model: Model, what: str) -> Model:
+    """Return a model whose network is unwrapped, in eval mode and float32, with weights that are finite."""
     module, notes = unwrapped(model.module)
     require_usable(module, what)
     notes += _eval_mode(module, what) + settled(module)
     require_finite(module, what, "check its weights")
-    model = replace(model, module=module)
-    notes += checked_answers(model, what)
-    notes += untouched(module)
-    return replace(model, notes=(*model.notes, *notes))
+    return replace(model, module=module, notes=(*model.notes, *notes))
 
 
 def accepted_change(model: Model, what: str, advice: str) -> list[str]:
@@ -57,7 +76,6 @@ def accepted_change(model: Model, what: str, advice: str) -> list[str]:
 
 def _check_fields(model: Model, target: str) -> None:
     """Refuse a Model whose fields cannot be what they are named."""
-    require_type(model.module, nn.Module, f"module of {target}", "Model with a torch.nn.Module")
     require_type(model.preprocess, Preprocess, f"preprocess of {target}", "Preprocess")
     count = model.num_classes
     if not isinstance(count, int | np.integer) or isinstance(count, bool) or count < 1:

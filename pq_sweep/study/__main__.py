@@ -79,8 +79,30 @@ def cases(name: str, words: list[str]) -> list[Case]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         parsed = parser.parse_overrides([quoted(word) for word in overrides])
+        keys = [override.key_or_group for override in parsed]
+        refuse_foreign(name, keys)
+        refuse_repeated(keys, overrides)
         (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
         return [_case(compose(f"study_{name}", [*job, *searched], return_hydra_config=True), job) for job in jobs]
+
+
+def refuse_foreign(name: str, keys: list[str]) -> None:
+    """Raise a UserError for a group of options that jobs have and this study has not."""
+    own = re.findall(r"^  - (?:override )?/?(\w+)", _file(name).read_text(), re.MULTILINE)
+    others = {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {*own, "hydra"}
+    if wrong := next((key for key in keys if re.split(r"[./@]", key)[0] in others), None):
+        own.remove("_self_")
+        raise UserError(f"{wrong} is no option of the study {name}, whose groups of options are: {', '.join(own)}.")
+
+
+def refuse_repeated(keys: list[str], words: list[str]) -> None:
+    """Raise a UserError if an option is given twice, of which Hydra takes the last one alone."""
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        given = [word for key, word in zip(keys, words, strict=True) if key == twice]
+        values = ",".join(word.partition("=")[2] for word in given)
+        raise UserError(
+            f"{' '.join(given)} gives {twice} twice; give it once, several values by commas: {twice}={values}."
+        )
 
 
 def split(words: list[str]) -> tuple[list[str], list[Path]]:

@@ -26,6 +26,7 @@ Record = dict[str, Any]
 Quantizer = Callable[..., Record | None]
 # Returns what something depends on, as plain values; called only where that is looked up.
 About = Callable[[], dict[str, Any]]
+CLASSIFICATION = "classification"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class Model:
     """A trained network and what it expects: `module` maps (B, C, H, W) float32 to (B, num_classes) logits.
 
     `licence` is the address of the terms of the network and its published weights. `notes` are sentences for the row:
-    what was done to the network, or chosen for it, before it was measured.
+    what was done to the network, or chosen for it, before it was measured. A network whose `task` is not
+    classification maps something else to something else, and only its weights can be studied.
     """
 
     module: nn.Module
@@ -54,6 +56,7 @@ class Model:
     classes: tuple[str, ...] | None = None
     licence: str | None = None
     notes: tuple[str, ...] = ()
+    task: str = CLASSIFICATION
 
     def sample(self, batch: int = 2) -> Tensor:
         """Return a seeded random input of the right shape, on the device of the network."""

@@ -422,7 +422,7 @@ DEEPER = ("densenet161", "densenet169", "densenet201", "resnet101", "resnet152")
 EVERY = [
     pytest.param(path.stem, 0.5, marks=[pytest.mark.slow] if path.stem.startswith(SLOW) else [], id=f"{path.stem}-0.5")
     for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))
-    if path.stem not in DEEPER
+    if path.stem not in DEEPER and "name: ???" not in path.read_text()
 ]
 SOME = [
     pytest.param(name, amount, marks=[pytest.mark.slow] if name == "vit_b_16" else [], id=f"{name}-{amount}")

@@ -23,8 +23,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pq_sweep.inputs.digits_cnn import DigitsCNN
-from pq_sweep.inputs.models import cifar_resnet, digits_cnn, fetch_weights, simplenet, torchvision_model, vgg7
-from pq_sweep.types import Model
+from pq_sweep.inputs.models import (
+    cifar_resnet,
+    digits_cnn,
+    fetch_weights,
+    simplenet,
+    torchvision_model,
+    torchvision_network,
+    vgg7,
+)
+from pq_sweep.inputs.own_model import accepted_model
+from pq_sweep.types import Model, UserError
 
 
 @pytest.mark.parametrize(
@@ -209,12 +218,14 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
-    """Let torchvision's SqueezeNet 1.1 have `path` as its published weights, named by their hash."""
+    """Let two networks of torchvision have `path` as their published weights, named by their hash."""
     from torchvision.models import SqueezeNet1_1_Weights
+    from torchvision.models.segmentation import LRASPP_MobileNet_V3_Large_Weights
 
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     url = f"https://example.invalid/models/squeezenet1_1-{digest[:8]}.pth"
-    monkeypatch.setattr(SqueezeNet1_1_Weights.IMAGENET1K_V1.value, "url", url)
+    for published in (SqueezeNet1_1_Weights.DEFAULT, LRASPP_MobileNet_V3_Large_Weights.DEFAULT):
+        monkeypatch.setattr(published.value, "url", url)
 
 
 def place_named_in(text: str) -> Path:
@@ -228,9 +239,10 @@ downloaded = pytest.mark.parametrize(
     "make",
     [
         partial(torchvision_model, name="squeezenet1_1"),
+        partial(torchvision_network, name="lraspp_mobilenet_v3_large", weights="DEFAULT", num_classes=None),
         partial(simplenet, size="5m", mode="m1", scale=0.5, weights="https://example.invalid/files/simplenet.pth"),
     ],
-    ids=["torchvision DEFAULT", "address"],
+    ids=["torchvision DEFAULT", "segmentation DEFAULT", "address"],
 )
 
 
@@ -273,7 +285,7 @@ def test_damaged_download_is_named(offline: Path, make: Callable[..., Model]) ->
     assert str(place) in refused(make)
 
 
-MODELS = sorted(path for path in (ROOT / "conf" / "model").glob("*.yaml"))
+MODELS = sorted(path for path in (ROOT / "conf" / "model").glob("*.yaml") if "name: ???" not in path.read_text())
 
 
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
@@ -300,3 +312,56 @@ def test_every_model_takes_a_key(path: Path) -> None:
 
 def test_a_network_without_published_weights_takes_any_ten_classes() -> None:
     assert vgg7(weights=None).classes is cifar_resnet(n=3, weights=None).classes is None
+
+
+# --- any network of torchvision --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "classes"),
+    [
+        ("convnext_tiny", "classification", 1000),
+        ("googlenet", "classification", 1000),
+        ("ssdlite320_mobilenet_v3_large", "detection", 91),
+        ("lraspp_mobilenet_v3_large", "segmentation", 21),
+        ("r3d_18", "video", 400),
+        ("raft_small", "optical flow", 1),
+    ],
+)
+def test_any_network_of_torchvision(name: str, task: str, classes: int) -> None:
+    with torch.device("meta"):
+        model = torchvision_network(name=name, weights=None, num_classes=None)
+        assert (model.task, model.num_classes) == (task, classes)
+        assert not any("aux" in key for key in model.module.state_dict())
+
+
+def test_a_network_that_is_no_classifier_takes_a_file_and_other_classes(tmp_path: Path) -> None:
+    made = torchvision_network(name="lraspp_mobilenet_v3_large", weights=None, num_classes=3)
+    torch.save(made.module.state_dict(), path := tmp_path / "net.pth")
+    model = torchvision_network(name="lraspp_mobilenet_v3_large", weights=str(path), num_classes=3)
+    assert all(torch.equal(value, made.module.state_dict()[key]) for key, value in model.module.state_dict().items())
+    with pytest.raises(UserError, match=r"does not fit the model: .*model.num_classes"):
+        torchvision_network(name="lraspp_mobilenet_v3_large", weights=str(path), num_classes=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"name": "quantized_resnet18"}, "model.name=quantized_resnet18 is not known; valid are: alexnet, "),
+        ({"name": "r3d_18", "num_classes": 3}, "model.num_classes=3 does not fit model.weights=DEFAULT; leave it out."),
+        ({"name": "raft_small", "num_classes": 3, "weights": None}, "model.num_classes=3 does not fit"),
+        ({"name": "r3d_18", "key": "ema"}, "model.key=ema chooses among the weights in a file"),
+    ],
+)
+def test_what_no_network_of_torchvision_has_is_refused(options: dict[str, Any], part: str) -> None:
+    assert refused(lambda: torchvision_network(**{"weights": "DEFAULT", "num_classes": None} | options)).startswith(
+        part
+    )
+
+
+def test_jobs_refuse_what_is_no_classifier() -> None:
+    model = torchvision_network(name="lraspp_mobilenet_v3_large", weights=None, num_classes=None)
+    assert refused(lambda: accepted_model(model, "models.make")) == (
+        "the network of models.make (LRASPP) is for segmentation, and jobs take classifiers; python -m pq_sweep.study"
+        " weights looks at its weights."
+    )

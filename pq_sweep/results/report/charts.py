@@ -58,10 +58,13 @@ def figures(view: View, only: str | None = None) -> Iterator[Figure]:
             continue
         chart, caption = draw(view)
         if chart is not None:
-            spec = chart.configure(
-                background="transparent", range=alt.RangeConfig(category=COLOURS), legend=LEGEND
-            ).to_dict()
-            yield Figure(name, title, caption, spec)
+            yield figure(name, title, chart, caption)
+
+
+def figure(name: str, title: str, drawn: alt.TopLevelMixin, caption: str) -> Figure:
+    """Return a drawing as a figure in the colours of all."""
+    spec = drawn.configure(background="transparent", range=alt.RangeConfig(category=COLOURS), legend=LEGEND).to_dict()
+    return Figure(name, title, caption, spec)
 
 
 def _chart(values: Values, height: Any = HEIGHT) -> alt.Chart:

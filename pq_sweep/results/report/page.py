@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader
+from jinja2 import ChoiceLoader, Environment, PackageLoader
 
 from pq_sweep.core.environment import cache_home
 from pq_sweep.core.files import write_text
@@ -75,30 +75,37 @@ class Report:
 
     def html(self) -> str:
         """Return the page."""
-        environment = Environment(loader=PackageLoader("pq_sweep.results"), autoescape=True, trim_blocks=True)
         drawn = [(view, list(figures(view))) for view in self.views()]
-        return environment.get_template("report.html.j2").render(
+        return rendered(
+            "report.html.j2",
+            [drawings for _, drawings in drawn],
             title=_title(self.sweep),
             summary=self.sweep.summary,
-            made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
             recommendations=list(self.recommendations()),
             baselines=baselines(self.sweep),
             table=_table(self.frame()),
             views=[{"name": view.name, "figures": drawings} for view, drawings in drawn],
-            specs=json.dumps(_specs(drawn)).replace("</", "<\\/"),
             failed=[row for row in self.sweep.rows if row["status"] not in DONE],
             provenance=provenance(self.sweep),
-            vega=_vega(),
         )
+
+
+def rendered(template: str, drawn: list[list[Figure]], package: str = "pq_sweep.results", **content: Any) -> str:
+    """Return a page of a package's templates with the figures of each of its views and what draws them."""
+    loader = ChoiceLoader([PackageLoader(package), PackageLoader("pq_sweep.results")])
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True)
+    specs = [[figure.spec for figure in drawings] for drawings in drawn]
+    return environment.get_template(template).render(
+        made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
+        specs=json.dumps(specs).replace("</", "<\\/"),
+        vega=_vega(),
+        **content,
+    )
 
 
 def _title(sweep: Sweep) -> str:
     models = list(dict.fromkeys(str(row["model"]) for row in sweep.rows if row.get("model")))
     return ", ".join(models[:4]) + (f" and {len(models) - 4} more" if len(models) > 4 else "") or "sweep"
-
-
-def _specs(drawn: list[tuple[View, list[Figure]]]) -> list[list[dict[str, Any]]]:
-    return [[figure.spec for figure in drawings] for _, drawings in drawn]
 
 
 def _vega() -> str:
