@@ -89,7 +89,7 @@ def _explain_key(error: OmegaConfBaseException) -> str:
     if parent is None or not OmegaConf.is_dict(parent):
         return f"{full}: {str(error).splitlines()[0]}"
     names = [str(name) for name in parent if not str(name).startswith("_")]
-    if full == key:  # experiment=null leaves no such key behind
+    if full == key and "pruner" in names:  # of a job, in which experiment=null leaves no such key behind
         names.append("experiment")
     group = full.partition(".")[0]
     if full != key and any(re.match(rf"{group}=.*,", word) for word in sys.argv):

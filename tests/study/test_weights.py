@@ -10,10 +10,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import browser
 import pytest
 import torch
 from conftest import ROOT, SHARED, refused
 from torch import nn
+from torchvision.models import list_models
 
 from pq_sweep.inputs.models import torchvision_network
 from pq_sweep.study import Case
@@ -115,6 +117,19 @@ def test_figures_are_drawn_and_on_the_page(written: Path) -> None:
     assert all("<svg" in path.read_text() for path in written.glob("*.svg"))
 
 
+@pytest.mark.slow
+@pytest.mark.chromium
+def test_the_page_draws_every_figure_and_asks_for_nothing(written: Path) -> None:
+    with browser.started() as chromium:
+        seen = chromium.open((written / "weights.html").as_uri(), viewport={"width": 1200, "height": 6000})
+        seen.page.wait_for_function(
+            "[...document.querySelectorAll('.chart')].every(one => one.dataset.drawn === 'yes')"
+        )
+        assert seen.page.locator(".chart svg.marks").count() == len(FIGURES)
+        assert seen.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert (seen.complaints, seen.requests) == ([], [])
+
+
 def test_random_weights_are_called_random(written: Path) -> None:
     sentences = (written / "advice.txt").read_text()
     assert sentences.count("random") == 1
@@ -181,6 +196,13 @@ def test_natural_sparsity_of_networks_of_imagenet(name: str) -> None:
     assert [100 * network.natural_sparsity(bits) for bits in (8, 4, 2)] == pytest.approx(zeros, abs=0.1)
     assert (len(network.pruned(2)), len(network.tensors)) == (pruned, tensors)
     assert not network.pruned(8)
+
+
+def test_the_networks_of_the_paper_are_known_to_torchvision() -> None:
+    command = (ROOT / "docs" / "studies.md").read_text().replace("\\\n", "")
+    (names,) = re.findall(r"model=torchvision model\.name=(\S+)", command)
+    assert len(names.split(",")) == 45
+    assert set(names.split(",")) <= set(list_models())
 
 
 def test_every_layer_that_pruners_prune_is_looked_at_once() -> None:
