@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pq_sweep.compress.learned import BYTE
 from pq_sweep.compress.recovery import reestimate
 from pq_sweep.compress.training import Recipe, apply, led, train, zeros_of
 from pq_sweep.compress.weight_only import Grid, fitted
@@ -86,7 +87,9 @@ def lsq(
     """
     recipe = Recipe("recovery=lsq", "recovery=none", epochs, lr, batch_size, optimizer, weight_decay, augment or [])
     split, masks = recipe.images(model, data), zeros_of(model.module)
-    weights = {name: _scale_of(model.module, name, bits, per_channel) for name in prunable_by_name(model.module)}
+    # Channels may be turned by a negative factor of BatchNorm, and bytes that are multiplied have no 128.
+    grid = Grid(bits, narrow=bool(activations) and bits == BYTE)
+    weights = {name: _scale_of(model.module, name, grid, per_channel) for name in prunable_by_name(model.module)}
     taken = _scales_of_activations(model, split, activations, recipe) if activations else {}
     scales = [scale.value for scale in (*weights.values(), *taken.values())]
     floors = [(scale, LEAST * scale.detach().clone()) for scale in scales]
@@ -111,14 +114,14 @@ def lsq(
     return {"notes": notes, "learned": learned}
 
 
-def _scale_of(module: nn.Module, name: str, bits: int, per_channel: bool) -> Scale:
+def _scale_of(module: nn.Module, name: str, grid: Grid, per_channel: bool) -> Scale:
     """Return the scale of a weight, where its squared error is least."""
     weight = module.get_parameter(name).detach()
     outputs = _outputs(module, name)
     rows = weight.movedim(outputs, 0).flatten(1) if per_channel else weight.reshape(1, -1)
-    start = torch.from_numpy(fitted(rows.float().cpu().numpy(), Grid(bits))[1]).to(weight.device)
+    start = torch.from_numpy(fitted(rows.float().cpu().numpy(), grid)[1]).to(weight.device)
     shape = [-1 if place == outputs else 1 for place in range(weight.dim())] if per_channel else []
-    return Scale.of(start.reshape(shape), Grid(bits), weight.numel() / len(start))
+    return Scale.of(start.reshape(shape), grid, weight.numel() / len(start))
 
 
 def _outputs(module: nn.Module, name: str) -> int:

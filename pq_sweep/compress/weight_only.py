@@ -27,7 +27,7 @@ AT_ONCE = 1 << 18  # weights whose codes are looked for at a time, few enough fo
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers of `bits` around zero or, not `signed`, from zero on.
+    """Integers of `bits` around zero or, not `signed`, from zero on; if `narrow`, as many below zero as above.
 
     The scale of weights is one per output channel or, with `block`, one per so many inputs.
     """
@@ -35,13 +35,14 @@ class Grid:
     bits: int
     block: int | None = None
     signed: bool = True
+    narrow: bool = False
 
     @property
     def limits(self) -> tuple[int, int]:
         """Return the smallest and the largest integer."""
         if not self.signed:
             return 0, 2**self.bits - 1
-        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return self.narrow - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
 
     @property
     def container(self) -> int:

@@ -65,7 +65,9 @@ def trained(model: Model, data: Data, **changed: Any) -> Record:
 TRACED: dict[str, bytes] = {}  # networks that differ in their weights alone share what takes seconds
 
 
-def written(model: Model, record: Record, folder: Path, *, bits: int, activations: int | None = None) -> Path:
+def written(
+    model: Model, record: Record, folder: Path, *, bits: int, activations: int | None = None, form: str = "cpu"
+) -> Path:
     """Export a network and have the quantizer write what was learned, as a job does."""
     source, target, traced, structure = (
         *(folder / f"{name}.onnx" for name in ("export", "model", "traced")),
@@ -78,7 +80,7 @@ def written(model: Model, record: Record, folder: Path, *, bits: int, activation
     fill(model, traced, source)
     nothing: Any = None
     writer = taught(composed_quantizer(bits, activations), record)
-    writer(source, target, nothing, form="cpu", stage=Stages(folder, ""))
+    writer(source, target, nothing, form=form, stage=Stages(folder, ""))
     return target
 
 
@@ -316,6 +318,23 @@ def test_file_rounds_activations_as_the_network_did(
         expected = torch_logits(model.module, images)
     assert_few_ties(logits_node_by_node(path, images), expected, 1e-5)
     assert_few_ties(logits_of(path, images, bits=bits, activations=activations), expected, rest)
+
+
+def test_what_tensorrt_is_given(data: Data, tmp_path: Path) -> None:
+    """It takes bytes with a sign alone, and scales above zero, also where BatchNorm turns channels."""
+    model = digits_cnn()
+    for part in model.module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.weight.data[::2] *= -1
+    record = trained(model, data, bits=8, activations=7)
+    graph = onnx.load(written(model, record, tmp_path, bits=8, activations=7, form="tensorrt"))
+    found = tensors(graph)
+    assert all((value > 0).all() for name, value in found.items() if name.endswith("_scale"))
+    assert {found[node.input[2]].dtype for node in graph.graph.node if node.op_type == "QuantizeLinear"} == {
+        np.dtype("int8")
+    }
+    assert min(found[name].min() for name in found if name.endswith("_quantized")) >= -127
+    assert Grid(8, narrow=True).limits == (-127, 127)
 
 
 @pytest.mark.slow
