@@ -28,6 +28,11 @@ FIGURES = (
     *(f"thesis_fig{number}" for number in ("10", "14", "18", "19", "21", "22")),
     *(f"paper002_table{number}" for number in range(1, 6)),
     "paper002_order",
+    *(
+        f"paper003_{table}_{how}"
+        for table in ("cifar", "table1a", "table1b", "table1c")
+        for how in ("quantized", "pruned")
+    ),
 )
 
 

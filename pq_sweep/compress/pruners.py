@@ -1,10 +1,11 @@
-"""Pruners that set weights to zero and keep the shapes: each changes the network in place.
+"""Pruners that set weights to zero and keep the shapes: each changes the network in place, one while it trains it.
 
 The pruner that takes channels out of the network is in `pq_sweep.compress.removal`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,13 +14,21 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from pq_sweep.compress.classifier import classifier
+from pq_sweep.compress.recovery import reestimate
+from pq_sweep.compress.training import Recipe, apply, train
 from pq_sweep.core.sentences import listed
 from pq_sweep.core.weights import LAYERS as LAYERS  # users' own pruners import both from here
 from pq_sweep.core.weights import Target, memory, prunable, prunable_by_name, untouched
 from pq_sweep.types import Data, Model, Record, UserError
 
+log = logging.getLogger(__name__)
+
 # NVIDIA's sparse tensor cores, which came with Ampere, compute faster with zeros in this pattern.
 SPARSE_TENSOR_CORES = {"pattern": "2:4", "min_compute_capability": "8.0"}
+
+# Gradual pruning reaches its amount after this share of all steps, and ranks the weights anew so many times until then.
+RAMP = 0.75
+RANKINGS = 100
 
 # What is pruned together, and how much of it.
 Group = tuple[list[Target], float]
@@ -102,6 +111,70 @@ def nm_sparsity(model: Model, data: Data, *, n: int, m: int) -> Record:
         "reached": {"weights": _zeros(targets) / _size(targets)},
         "notes": notes,
     }
+
+
+def gradual(
+    model: Model,
+    data: Data,
+    *,
+    amount: float,
+    epochs: int,
+    lr: float,
+    batch_size: int = 64,
+    optimizer: str = "adamw",
+    weight_decay: float = 0.01,
+    augment: list[str] | None = None,
+) -> Record:
+    """Train the network, and zero more and more of the smallest |w| over all layers until `amount` are.
+
+    The share rises by a cubic schedule (Zhu and Gupta, To Prune, or Not to Prune, 2017) until three quarters of the
+    steps, and the rest trains what stays. BatchNorm's statistics are measured anew at the end. amount=0 trains alike
+    and prunes nothing.
+    """
+    recipe = Recipe(
+        "pruner=gradual", "pruner=l1_global", epochs, lr, batch_size, optimizer, weight_decay, augment or []
+    )
+    recipe.images(model, data)
+    targets, notes = _targets(model), untouched(model.module)
+    weights = [getattr(part, name) for part, name in targets]
+    notes += (missed := train(model, data, recipe, after_step=_Gradually(weights, float(amount))))
+    for note in missed:
+        log.warning(note)
+    reestimate(model, data, recipe)
+    with torch.no_grad():
+        for weight in weights:
+            weight.add_(0.0)  # masks leave zeros of both signs, which compress worse
+    return told(amount, {"weights": _zeros(targets) / _size(targets)}, [*notes, *_emptied(model, targets)])
+
+
+class _Gradually:
+    """Keeps the smallest weights at zero, after each step of training a share of all that the schedule says."""
+
+    def __init__(self, weights: list[nn.Parameter], amount: float) -> None:
+        self.weights, self.amount = weights, amount
+        self.masks: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, step: int, steps: int) -> None:
+        ramp = max(1, round(RAMP * steps))
+        if step == ramp or (step < ramp and step % max(1, ramp // RANKINGS) == 0):
+            total = sum(weight.numel() for weight in self.weights)
+            self.masks = _without_smallest(self.weights, round(cubic(self.amount, step / ramp) * total))
+        apply(self.masks)
+
+
+def cubic(amount: float, time: float) -> float:
+    """Return the share that is pruned at a `time` from 0 to 1 (Zhu and Gupta 2017, equation 1)."""
+    return amount * (1 - (1 - min(time, 1.0)) ** 3)
+
+
+@torch.no_grad()
+def _without_smallest(weights: list[nn.Parameter], count: int) -> list[tuple[Tensor, Tensor]]:
+    """Return each weight with a mask that leaves out what is among the `count` smallest of all together."""
+    magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
+    mask = torch.ones_like(magnitudes)
+    mask[magnitudes.topk(count, largest=False).indices] = 0
+    parts = mask.split([weight.numel() for weight in weights])
+    return [(weight, part.view(weight.shape)) for weight, part in zip(weights, parts, strict=True)]
 
 
 def _targets(model: Model, every_weight: bool = False) -> list[Target]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pq_sweep.compress.choices import INT4_BLOCKS, KEPT_PRECISIONS
 from pq_sweep.compress.fp8 import in_fp8, without_kernels
 from pq_sweep.compress.int4 import in_int4
+from pq_sweep.compress.learned import write_learned
 from pq_sweep.compress.mixed import plan_precisions
 from pq_sweep.compress.qdq import calibrate, give_each_its_own, halved, layer_weights, prepare, sharing
 from pq_sweep.compress.weight_only import Grid, chosen_weights, quantize_weights, with_types
@@ -25,6 +26,11 @@ from pq_sweep.types import Data, Record, Stage, UserError, choose
 
 if TYPE_CHECKING:
     import onnx
+
+NOTHING_LEARNED = (
+    "quantizer=learned writes the integers that a recovery has learned, and this one learns none; give recovery=lsq, or"
+    " another quantizer, such as quantizer=weights."
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -178,6 +184,33 @@ def weights(
         quantize_weights(graph, chosen, grid)
         onnx.save(graph, target)
     return {"excluded_nodes": excluded, "quantized_weights": len(chosen), "stored_bits": grid.container}
+
+
+@quantizer(lambda options: "int8" if options["activations"] else f"w{options['bits']}", calibrated=False)
+def learned(
+    source: Path,
+    target: Path,
+    data: Data,
+    *,
+    form: str,
+    stage: Stage,
+    bits: int,
+    activations: int | None,
+    learned: Record | None = None,
+) -> Record:
+    """Store weights as the integers and scales that a recovery has learned, which a job hands over as `learned`.
+
+    Where that rounded activations, they are quantized at the same places (Q/DQ), and weights are stored as bytes.
+    `bits` and `activations` are those of the recovery.
+    """
+    import onnx
+
+    if not learned:
+        raise UserError(NOTHING_LEARNED)
+    with stage("quantize"):
+        graph, record = write_learned(onnx.load(source), learned, form)
+        onnx.save(graph, target)
+    return record
 
 
 def _in_blocks(options: Record) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,15 +27,22 @@ AT_ONCE = 1 << 18  # weights whose codes are looked for at a time, few enough fo
 
 @dataclass(frozen=True)
 class Grid:
-    """Symmetric integers of `bits`; the scale is one per output channel or, with `block`, one per so many inputs."""
+    """Integers of `bits` around zero or, not `signed`, from zero on; if `narrow`, as many below zero as above.
+
+    The scale of weights is one per output channel or, with `block`, one per so many inputs.
+    """
 
     bits: int
     block: int | None = None
+    signed: bool = True
+    narrow: bool = False
 
     @property
     def limits(self) -> tuple[int, int]:
         """Return the smallest and the largest integer."""
-        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        if not self.signed:
+            return 0, 2**self.bits - 1
+        return self.narrow - 2 ** (self.bits - 1), 2 ** (self.bits - 1) - 1
 
     @property
     def container(self) -> int:
@@ -53,39 +60,75 @@ class Grid:
             )
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A weight as integers of `bits`, stored in `container` bits each, in its shape.
+
+    The scale is one number, one for each output channel or, with `block`, in the shape of the weight with its inputs
+    counted in blocks.
+    """
+
+    weight: Stored
+    codes: np.ndarray
+    scale: np.ndarray
+    bits: int
+    container: int
+    block: int | None = None
+
+    @property
+    def axis(self) -> dict[str, int]:
+        """Return the attributes that say along which axis the scales lie."""
+        if self.block:
+            return {"axis": 1 - self.weight.outputs, "block_size": self.block}
+        return {"axis": self.weight.outputs} if self.scale.ndim else {}
+
+
 def quantize_weights(model: onnx.ModelProto, weights: list[Stored], grid: Grid) -> None:
     """Replace float weights of a graph by integers and a DequantizeLinear each.
 
     Blocks lie along the inputs of matrix products; convolutions have a scale for each output channel in any case.
     """
+
+    def encoded(weight: Stored) -> Encoded:
+        block = grid.block if weight.operator in PRODUCTS else None
+        return Encoded(weight, *encode(weight, Grid(grid.bits, block)), grid.bits, grid.container, block)
+
+    store(model, weights, encoded)
+
+
+def store(model: onnx.ModelProto, weights: list[Stored], encoded: Callable[[Stored], Encoded]) -> None:
+    """Replace float weights of a graph by what they are encoded as, and a DequantizeLinear each."""
     import onnx
     from tqdm import tqdm
 
-    kind = getattr(onnx.TensorProto, f"INT{grid.container}")
-    nodes = []
+    nodes, exact = [], dict[str, int]()
     for weight in tqdm(weights, desc="weights", unit="layer", disable=None, leave=False):
-        block = grid.block if weight.operator in PRODUCTS else None
-        codes, scale = encode(weight, Grid(grid.bits, block))
-        name = weight.name
+        each, name = encoded(weight), weight.name
+        kind = getattr(onnx.TensorProto, f"INT{each.container}")
         model.graph.initializer.remove(weight.item)
-        model.graph.initializer.extend([tensor(codes, f"{name}_quantized", kind), floats(scale, f"{name}_scale")])
-        axis = {"axis": 1 - weight.outputs, "block_size": block} if block else {"axis": weight.outputs}
+        model.graph.initializer.extend(
+            [tensor(each.codes, f"{name}_quantized", kind), floats(each.scale, f"{name}_scale")]
+        )
+        exact |= {f"{name}_quantized": each.bits} if each.bits != each.container else {}
         inputs = [f"{name}_quantized", f"{name}_scale"]
         node: Any = partial(onnx.helper.make_node, "DequantizeLinear", inputs, [name], f"{name}_DequantizeLinear")
-        nodes.append(node(**axis))
+        nodes.append(node(**each.axis))
     others = list(model.graph.node)
     del model.graph.node[:]
     model.graph.node.extend([*nodes, *others])
-    _note_exact(model, {f"{weight.name}_quantized": grid.bits for weight in weights}, grid)
+    note_exact(model, exact)
 
 
-def _note_exact(model: onnx.ModelProto, bits: dict[str, int], grid: Grid) -> None:
-    """Write the exact bits of weights into a graph whose types have more."""
+def note_exact(model: onnx.ModelProto, bits: dict[str, int]) -> None:
+    """Write the exact bits of tensors into a graph whose types have more, beside those that are there."""
+    from onnx.helper import set_model_props
+
     from pq_sweep.measure.graph import EXACT
 
-    if grid.bits != grid.container:
-        entry = model.metadata_props.add()
-        entry.key, entry.value = EXACT, json.dumps(bits)
+    before = {entry.key: entry.value for entry in model.metadata_props}
+    if bits:
+        after = json.loads(before.get(EXACT, "{}")) | bits
+        set_model_props(model, before | {EXACT: json.dumps(after)})
 
 
 def encode(weight: Stored, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +195,8 @@ def _fitted(rows: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     for _ in range(REFINEMENTS):
         scale = attempt(scale)
     attempt(scale)
-    return np.clip(np.rint(rows / best), low, high).astype(np.int8), best[:, 0].astype(np.float32)
+    kind = np.int8 if grid.signed else np.uint8
+    return np.clip(np.rint(rows / best), low, high).astype(kind), best[:, 0].astype(np.float32)
 
 
 def with_types(model: onnx.ModelProto, grid: Grid) -> onnx.ModelProto:

@@ -59,7 +59,7 @@ def cache_home() -> Path:
     return Path(os.environ.get("PQ_SWEEP_CACHE") or user / "pq_sweep").expanduser()
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, option: str = "device") -> str:
     """Turn auto, cpu, cuda or cuda:N into "cpu" or "cuda:N"; refuse CUDA where torch has none."""
     if device == "cpu":
         return "cpu"
@@ -69,12 +69,13 @@ def resolve_device(device: str) -> str:
         if device == "auto":
             return "cpu"
         raise UserError(
-            f"device={device} was asked for and torch {torch.__version__} finds no CUDA device here; use device=cpu."
+            f"{option}={device} was asked for and torch {torch.__version__} finds no CUDA device here;"
+            f" use {option}=cpu."
         )
     index = int(device.partition(":")[2] or 0)  # an earlier job of the process may have made another the current one
     if index >= torch.cuda.device_count():
         raise UserError(
-            f"device={device} does not exist; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}."
+            f"{option}={device} does not exist; this machine has cuda:0 to cuda:{torch.cuda.device_count() - 1}."
         )
     return f"cuda:{index}"
 

@@ -15,7 +15,19 @@ from omegaconf.errors import OmegaConfBaseException
 # Options that are numbers: the least and largest value, and whether it is a whole number.
 WHOLE_FROM_ONE = ("evaluation", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
                   "epochs", "round_to", "num_classes", "window", "p", "repeats")  # fmt: skip
-FROM_ZERO = ("warmup_s", "warmup_max_s", "min_s", "max_s", "agreement", "interval", "lr", "n", "max_drop")
+FROM_ZERO = (
+    "warmup_s",
+    "warmup_max_s",
+    "min_s",
+    "max_s",
+    "agreement",
+    "interval",
+    "lr",
+    "lr_scale",
+    "weight_decay",
+    "n",
+    "max_drop",
+)
 RANGES: dict[str, tuple[float, float, bool]] = {
     **dict.fromkeys(WHOLE_FROM_ONE, (1, math.inf, True)),
     **dict.fromkeys(FROM_ZERO, (0, math.inf, False)),
@@ -25,6 +37,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "dim": (0, 1, True),
     "percentile": (50, 100, False),
     "bits": (2, 8, True),
+    "activations": (2, 8, True),
     "block": (2, math.inf, True),
 }
 # Numbers of a protocol that may be null: what is best, what the machine has, or none.
@@ -33,8 +46,8 @@ NUMBERS = frozenset(
     {*RANGES, "amount", "amount_last", "m", "low", "high", "step", "optimization_level", "seed", "repeat"}
 )
 SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model",
-            "build_only", "resume")  # fmt: skip
-LISTS = ("exclude", "batch_sizes")
+            "build_only", "resume", "per_channel")  # fmt: skip
+LISTS = ("exclude", "batch_sizes", "augment")
 LISTS_OF_NUMBERS = ("batch_sizes",)
 TEXTS = ("uri", "experiment", "name")
 # Brackets around a whole text, in which those of patterns such as layer[12] may be; and commas outside of such.

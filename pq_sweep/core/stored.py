@@ -15,6 +15,9 @@ PRODUCTS = ("Gemm", "MatMul", "MatMulInteger")
 TRANSPOSED = ("ConvTranspose",)
 OPERATORS = (*CONVOLUTIONS, *PRODUCTS, *TRANSPOSED)
 
+# In a graph's metadata: its activations have so few bits that a bias rounded to their steps would be another one.
+KEEPS_BIASES = "pq_sweep.keeps_biases"
+
 
 @dataclass(frozen=True)
 class Stored:

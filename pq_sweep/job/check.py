@@ -13,7 +13,7 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from pq_sweep.compress.choices import CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS
+from pq_sweep.compress.choices import AUGMENTATIONS, CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS, OPTIMIZERS
 from pq_sweep.core.opened import noting
 from pq_sweep.core.options import (
     LISTS,
@@ -28,18 +28,21 @@ from pq_sweep.core.options import (
 )
 from pq_sweep.core.sources import find_module, module_of
 from pq_sweep.inputs.mistaken import refuse_mistaken
+from pq_sweep.job.learned import learning_problems
 from pq_sweep.job.order import order_problems, quantizes_first
 from pq_sweep.runtimes import precision_of
 from pq_sweep.types import RuntimeChoice, UserError
 
 COMPONENTS = ("model", "dataset", "pruner", "recovery", "quantizer", "runtime", "measure", "tracking")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-ONE_IN_A_JOB = ("pruner.amount", "device", "seed", "repeat")
+ONE_IN_A_JOB = ("pruner.amount", "device", "train_device", "seed", "repeat")
 CHOICES = {
     "dataset.size": ("160", "320", "full"),
     "quantizer.calibration": CALIBRATIONS,
     "quantizer.keep": KEPT_PRECISIONS,
     "pruner.importance": IMPORTANCES,
+    **{f"{group}.optimizer": OPTIMIZERS for group in ("pruner", "recovery")},
+    **{f"{group}.augment": AUGMENTATIONS for group in ("pruner", "recovery")},
 }
 
 WEIGHT_FILES = (".pt", ".pth", ".safetensors", ".ckpt", ".bin", ".tar", ".th", ".pkl")
@@ -59,6 +62,8 @@ def refuse(problem: str | None) -> None:
 def problems(cfg: DictConfig) -> list[str]:
     """List what is wrong with a job's config, one sentence each."""
     cfg = spelled(cfg)
+    if found := [*learning_problems(cfg)]:  # its options may refer to those that another recovery has
+        return found
     return _absent(cfg, COMPONENTS) or [*_values(cfg), *_files(cfg, COMPONENTS), *_combination(cfg)]
 
 
@@ -106,6 +111,8 @@ def _values(cfg: DictConfig) -> Iterator[str]:
             yield f"pruner.{name}={amount} is out of range; give the share to prune, 0 <= {name} < 1."
     if not DEVICE.fullmatch(str(cfg.device)):
         yield f"device={cfg.device} is not known; valid are: auto, cpu, cuda, cuda:N."
+    if (where := cfg.get("train_device")) is not None and (where == "auto" or not DEVICE.fullmatch(str(where))):
+        yield f"train_device={where} is not known; valid are: null, cpu, cuda, cuda:N."
     if not (_is_number(cfg.seed, whole=True) and 0 <= cfg.seed < 2**32):
         yield f"seed={cfg.seed} is out of range; give a whole number from 0 to 2^32 - 1."
     if not (_is_number(cfg.get("repeat", 0), whole=True) and cfg.get("repeat", 0) >= 0):
@@ -131,9 +138,11 @@ def _values(cfg: DictConfig) -> Iterator[str]:
 def _options(cfg: DictConfig, groups: Collection[str]) -> Iterator[str]:
     """Check the options of the components of some groups, each by itself."""
     for key, valid in CHOICES.items():
-        value, group = OmegaConf.select(cfg, key), key.partition(".")[0]
-        if group in groups and value is not None and is_ours(cfg[group]) and str(value) not in valid:
-            yield f"{key}={value} is not known; valid are: {', '.join(valid)}."
+        group = key.partition(".")[0]
+        value = OmegaConf.select(cfg, key) if group in groups and is_ours(cfg[group]) else None
+        for each in value if isinstance(value, ListConfig) else [value]:
+            if each is not None and str(each) not in valid:
+                yield f"{key}={each} is not known; valid are: {', '.join(valid)}."
     for group in groups:
         yield from _not_finite(group, cfg[group])
         for name, part in _ours(group, cfg[group]):

@@ -113,14 +113,15 @@ def _answer(wanted: dict[str, Any], tell: Tell) -> Record:
 
 def measure_again(cfg: DictConfig, stage: Stages, artifact: str) -> tuple[Speed, Samples]:
     """Open a job's compressed model once more and measure its speed; `artifact` is the hash of the job's artifact."""
+    from pq_sweep.job.learned import taught
     from pq_sweep.job.run import compress, dense_session, load, prepare
     from pq_sweep.measure.latency import speed
 
     plan = prepare(cfg, stage)
     with stage("load"):
         model, data = load(cfg, plan.work.device)
-    compress(plan, model, data, stage)
-    session = plan.runtime.open(model, plan.quantizer, data, plan.work)
+    _, recovery = compress(plan, model, data, stage)
+    session = plan.runtime.open(model, taught(plan.quantizer, recovery), data, plan.work)
     del model
     check_artifact(session.artifact, artifact)
     return speed(session, data, plan.protocol, stage, partial(dense_session, plan))

@@ -26,6 +26,11 @@ def order_problems(cfg: DictConfig) -> Iterator[str]:
             "order=quantize_first cannot take channels out, as pruner=remove does: the quantized graph has its shapes"
             " already; give order=prune_first, or a pruner that sets zeros, such as pruner=l1_global."
         )
+    if is_ours(cfg.pruner) and "epochs" in cfg.pruner:
+        yield (
+            "order=quantize_first cannot train, as this pruner does: the quantized graph has no gradients; give"
+            " order=prune_first, or a pruner that only sets zeros, such as pruner=l1_global."
+        )
     if is_ours(cfg.recovery) and not str(cfg.recovery._target_).endswith(".none"):
         yield (
             "order=quantize_first leaves nothing to recover, as a recovery trains the network before it is quantized;"

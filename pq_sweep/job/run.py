@@ -45,10 +45,11 @@ from pq_sweep.job.describe import (
     pruned_in_graph,
     unaccelerated,
 )
+from pq_sweep.job.learned import taught
 from pq_sweep.job.order import quantizes_first
 from pq_sweep.job.repeats import measure_apart, require_shareable, share_network
 from pq_sweep.job.stages import Stages
-from pq_sweep.job.steps import change_once, origin_of
+from pq_sweep.job.steps import change_once, moved, origin_of
 from pq_sweep.job.turns import Turns
 from pq_sweep.measure.accuracy import accuracy
 from pq_sweep.measure.bits import Holdings, by_layer, of_graph, of_network, with_rest
@@ -90,7 +91,7 @@ def run(cfg: DictConfig, folder: Path, label: str = "") -> Result:
         model, data, baseline = load_with_baseline(plan, stage)
         pruning, recovery = compress(plan, model, data, stage)
         network, formats = look_at_network(model, data, baseline, stage)
-        session = open_session(plan, model, data)
+        session = open_session(plan, model, data, recovery)
         network, pruning = pruned_in_graph(network, session.details) or (network, pruning)
         notes = describe_notes(model, data, network, pruning, recovery)
         ran = describe_session(session, precision_of(plan.quantizer), folder)
@@ -131,11 +132,14 @@ def load_with_baseline(plan: Plan, stage: Stages) -> tuple[Model, Data, Baseline
         return model, data, load_baseline(plan.cfg, model, data, plan.work, plan.protocol)
 
 
-def open_session(plan: Plan, model: Model, data: Data) -> Session:
-    """Have the runtime make the artifact and open it, and note which files that opens."""
+def open_session(plan: Plan, model: Model, data: Data, recovery: Record | None) -> Session:
+    """Have the runtime make the artifact and open it, and note which files that opens.
+
+    The quantizer is handed what the recovery has learned about rounding.
+    """
     pruner = [plan.cfg.pruner] if quantizes_first(plan.cfg) else []
     with noting(plan.cfg.quantizer, *pruner, plan.cfg.runtime):
-        return plan.runtime.open(model, plan.quantizer, data, plan.work)
+        return plan.runtime.open(model, taught(plan.quantizer, recovery), data, plan.work)
 
 
 def prepare(cfg: DictConfig, stage: Stages) -> Plan:
@@ -196,9 +200,12 @@ def note_files(cfg: DictConfig, stage: Stages) -> None:
 def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Record | None, Record | None]:
     """Prune and recover the network in place, and return the records of both."""
 
+    elsewhere = plan.cfg.get("train_device")
+    where = resolve_device(elsewhere, "train_device") if elsewhere else plan.work.device
+
     def change(name: str, group: str) -> Any:
         config = plan.cfg[group]
-        origin = origin_of(config, data, plan.work.device)
+        origin = origin_of(config, data, where)
         with noting(config):
             step = partial(changed, with_stage(component(config), stage), model, data, f"{group}={config._target_}")
             record = change_once(stage, name, model, step, origin)
@@ -206,7 +213,8 @@ def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Recor
         what = f"the network after {group}={config._target_}"
         return with_notes(record, accepted_change(model, what, f"change the options of {group}, or what it does"))
 
-    records = None if quantizes_first(plan.cfg) else change("prune", "pruner"), change("recover", "recovery")
+    with moved(model, where):
+        records = None if quantizes_first(plan.cfg) else change("prune", "pruner"), change("recover", "recovery")
     if plan.protocol.repeats > 1:
         share_network(stage, model)
     return records

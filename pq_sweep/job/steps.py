@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +52,17 @@ def change_once(stage: Stages, name: str, model: Model, step: Callable[[], Any],
     if origin and stage.cache:
         return _share(stage, stage.cache, name, model, step, origin)
     return _change(stage, name, model, step)
+
+
+@contextmanager
+def moved(model: Model, device: str) -> Iterator[None]:
+    """Have a network on another device for a while."""
+    home = next(model.module.parameters()).device
+    model.module.to(device)
+    try:
+        yield
+    finally:
+        model.module.to(home)
 
 
 def _share(stage: Stages, cache: Cache, name: str, model: Model, step: Callable[[], Any], origin: Origin) -> Any:

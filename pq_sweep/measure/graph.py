@@ -18,7 +18,7 @@ from pq_sweep.core.stored import attribute
 if TYPE_CHECKING:
     import onnx
 
-# In a graph's metadata: the bits of each integer weight that its type in the file has more of, as JSON.
+# In a graph's metadata: the bits of each tensor of integers whose type in the file has more of them, as JSON.
 EXACT = "pq_sweep.bits"
 # Operators that only move values. Runtimes take Q/DQ across these, so that a product behind them is still of integers.
 MOVES = ("Flatten", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
@@ -74,7 +74,8 @@ class Graph:
         If only some do, they are multiplied as the floats that they are turned into.
         """
         encoded = [name for name in map(self._encoded, factors) if name is not None]
-        return [width(self.kinds[name]) for name in (encoded if len(encoded) == len(factors) else factors)]
+        names = encoded if len(encoded) == len(factors) else factors
+        return [self.exact.get(name) or width(self.kinds[name]) for name in names]
 
     def _encoded(self, name: str) -> str | None:
         """Return the tensor that a DequantizeLinear turned into this one, or None."""

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pq_sweep.core.stored import KEEPS_BIASES
 from pq_sweep.runtimes.cuda import own_stream, refuse_on_cpu, use_tf32
 from pq_sweep.runtimes.graph import Precisions, RuntimeMismatch, make_graph, precision_of
 from pq_sweep.runtimes.session import BATCH, BySize, Call, CallSession
@@ -31,6 +32,9 @@ PRELOADED = ("*/lib/libcurand.so.*", "*/lib/libcudnn*.so.*")
 WEIGHT_ONLY = tuple(f"w{bits}" for bits in range(2, 9))
 # What the CPU provider computes in another precision than the graph says.
 SIMULATED = {"fp8": "FP8 is computed in FP32 by ONNX Runtime on a CPU: accuracy and size hold, time does not."}
+FEW_BITS = (
+    "Activations of fewer than 8 bits are computed in FP32 by ONNX Runtime: accuracy and size hold, time does not."
+)
 # Options of sessions by precision. There are no FP8 kernels to fuse Q and DQ into. Products with integer weights take
 # activations in FP32, and do not round them to 8 bits first as they do by default.
 SESSION_OPTIONS = {
@@ -84,7 +88,8 @@ class OnnxRuntime:
         provider, precision = _provider(work.device), precision_of(quantizer)
         disabled = _wrong_optimizers(precision, graph)
         details = details | {"disabled_optimizers": disabled}
-        found = {"simulated": SIMULATED.get(precision), "session_options": SESSION_OPTIONS.get(precision)}
+        simulated = FEW_BITS if _keeps_biases(graph) else SIMULATED.get(precision)
+        found = {"simulated": simulated, "session_options": SESSION_OPTIONS.get(precision)}
         details |= {name: value for name, value in found.items() if value}
         with work.stage("build"):
             if work.device == "cpu":
@@ -366,13 +371,23 @@ def operators_of(graph: Path) -> set[str]:
     return {node.op_type for node in onnx.load(graph).graph.node}
 
 
+def _keeps_biases(graph: Path) -> bool:
+    """Say whether a graph asks for biases as they are, as INT8 kernels do not have them."""
+    import onnx
+
+    return any(entry.key == KEEPS_BIASES for entry in onnx.load(graph).metadata_props)
+
+
 def _wrong_optimizers(precision: str, graph: Path) -> tuple[str, ...]:
     """Name the optimizers to leave out as of onnxruntime 1.31.1.
 
     One kills the process on FP16 transformers. One drops a Relu before a QuantizeLinear to FP8, as it does where the
-    lowest code stands for 0, so that negative numbers stay, and its like for Clip fails. And one makes a Gemm of MatMul
-    and Add, which has no kernel for 4-bit weights.
+    lowest code stands for 0, so that negative numbers stay, and its like for Clip fails. One makes a Gemm of MatMul and
+    Add, which has no kernel for 4-bit weights. And one rounds biases as INT8 kernels need them, which there are none of
+    for activations of fewer bits.
     """
+    if _keeps_biases(graph):
+        return ("WeightBiasQuantization",)
     if precision == "fp16":
         return ("NchwcTransformer",) if "LayerNormalization" in operators_of(graph) else ()
     return {"fp8": ("ReluQuantRewrite", "ClipQuantRewrite"), "int4": ("MatMulAddFusion",)}.get(precision, ())
