@@ -1,12 +1,14 @@
 """Recovery after pruning: each changes the network in place; its time counts as prep time.
 
-A recovery may return a record; its `notes` are sentences for the row.
+A recovery may return a record; its `notes` are sentences for the row. One that takes `observe` calls it with 0 when all
+is compressed and nothing is recovered yet, and with the number of each epoch that is done; what it changes after its
+last epoch counts as one more.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +25,20 @@ from pq_sweep.types import Data, Model, Record, UserError
 
 log = logging.getLogger(__name__)
 
+# Is told which epoch is done, and may look at the network but not change it.
+Observe = Callable[[int], None]
 
-def none(model: Model, data: Data) -> None:
+
+def unobserved(epoch: int) -> None:
+    """Look at nothing."""
+
+
+def none(model: Model, data: Data, *, observe: Observe = unobserved) -> None:
     """Leave the network as the pruner left it."""
+    observe(0)
 
 
-def bn_reestimate(model: Model, data: Data, *, images: int, batch_size: int) -> None:
+def bn_reestimate(model: Model, data: Data, *, images: int, batch_size: int, observe: Observe = unobserved) -> None:
     """Measure BatchNorm's means and variances anew on up to `images` training images, without labels or training.
 
     Uses the calibration images if there are no training images. Only BatchNorm runs in training mode: dropout and
@@ -40,6 +50,7 @@ def bn_reestimate(model: Model, data: Data, *, images: int, batch_size: int) -> 
         raise UserError("recovery=bn_reestimate needs BatchNorm layers and this model has none; use none or finetune.")
     source = (data.train or data.calibrating()).take(images)
     size = min(batch_size, len(source))
+    observe(0)
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
         layer.reset_running_stats()
@@ -60,9 +71,12 @@ def bn_reestimate(model: Model, data: Data, *, images: int, batch_size: int) -> 
                 f"recovery=bn_reestimate found statistics that are not finite in {name or 'the network'}; look for"
                 " non-finite weights or images, or use recovery=none."
             )
+    observe(1)
 
 
-def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: int = 64) -> Record:
+def finetune(
+    model: Model, data: Data, *, epochs: int, lr: float, batch_size: int = 64, observe: Observe = unobserved
+) -> Record:
     """Train all weights for `epochs` with AdamW and a one-cycle schedule; weights that are zero stay zero.
 
     Weights that do not require gradients are left as they are, which a note says.
@@ -79,6 +93,7 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
     taken = dict.fromkeys(_left_out(unfit))
     steps = max(1, len(split) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs=epochs, steps_per_epoch=steps)
+    observe(0)
     with _led("finetune"):
         module.train()
     size = min(batch_size, len(split))
@@ -97,6 +112,7 @@ def finetune(model: Model, data: Data, *, epochs: int, lr: float, batch_size: in
                 _apply(masks)
                 losses.append(loss.detach())
             _refuse_divergence(module, losses, epoch, epochs, lr)
+            observe(epoch)
     module.eval()
     notes = [*taken, *_untrained(module)]
     for note in notes:

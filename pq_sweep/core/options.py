@@ -25,6 +25,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "dim": (0, 1, True),
     "percentile": (50, 100, False),
     "bits": (2, 8, True),
+    "probe_images": (2, 1000, True),
     "block": (2, math.inf, True),
 }
 # Numbers of a protocol that may be null: what is best, what the machine has, or none.
@@ -33,10 +34,13 @@ NUMBERS = frozenset(
     {*RANGES, "amount", "amount_last", "m", "low", "high", "step", "optimization_level", "seed", "repeat"}
 )
 SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model",
-            "build_only", "resume")  # fmt: skip
-LISTS = ("exclude", "batch_sizes")
+            "build_only", "resume", "probe")  # fmt: skip
+LISTS = ("exclude", "batch_sizes", "probe_layers")
+LISTS_OF_LAYERS = ("exclude", "probe_layers")
 LISTS_OF_NUMBERS = ("batch_sizes",)
 TEXTS = ("uri", "experiment", "name")
+# Options that stand beside those of every recovery: the job reads them, and no recovery gets them.
+PROBE = ("probe", "probe_layers", "probe_images")
 # Brackets around a whole text, in which those of patterns such as layer[12] may be; and commas outside of such.
 BRACKETED = re.compile(r"\[((?:[^\[\]]|\[[^\[\]]*\])*)\]")
 COMMA = re.compile(r",(?![^\[]*\])")

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from pq_sweep.compress.order import ThenPruned
 from pq_sweep.compress.quantizers import none
+from pq_sweep.compress.representations import Probe
 from pq_sweep.core.cache import open_cache
 from pq_sweep.core.environment import device_name, resolve_device
 from pq_sweep.core.files import write_json
@@ -46,6 +47,7 @@ from pq_sweep.job.describe import (
     unaccelerated,
 )
 from pq_sweep.job.order import quantizes_first
+from pq_sweep.job.probing import is_probed, probe_of, tell, watched, with_original, without_probe
 from pq_sweep.job.repeats import measure_apart, require_shareable, share_network
 from pq_sweep.job.stages import Stages
 from pq_sweep.job.steps import change_once, origin_of
@@ -195,21 +197,28 @@ def note_files(cfg: DictConfig, stage: Stages) -> None:
 
 def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Record | None, Record | None]:
     """Prune and recover the network in place, and return the records of both."""
+    recovery, probed = plan.cfg.recovery, is_probed(plan.cfg.recovery)
+    # A recovery that an earlier try kept was looked at then.
+    probe = probe_of(recovery, model, data, stage) if probed and not stage.has("recover") else None
+    own = without_probe(recovery)
 
-    def change(name: str, group: str) -> Any:
-        config = plan.cfg[group]
+    def change(name: str, group: str, config: DictConfig, probe: Probe | None = None) -> Any:
         origin = origin_of(config, data, plan.work.device)
         with noting(config):
-            step = partial(changed, with_stage(component(config), stage), model, data, f"{group}={config._target_}")
-            record = change_once(stage, name, model, step, origin)
+            call = with_stage(component(config), stage)
+            step = partial(changed, watched(call, probe, stage), model, data, f"{group}={config._target_}")
+            record = change_once(stage, name, model, step, with_original(origin, probe))
         note_files(plan.cfg, stage)
         what = f"the network after {group}={config._target_}"
         return with_notes(record, accepted_change(model, what, f"change the options of {group}, or what it does"))
 
-    records = None if quantizes_first(plan.cfg) else change("prune", "pruner"), change("recover", "recovery")
+    pruned = None if quantizes_first(plan.cfg) else change("prune", "pruner", plan.cfg.pruner)
+    recovered = change("recover", "recovery", own, probe)
+    if probed:
+        tell(stage, recovered)
     if plan.protocol.repeats > 1:
         share_network(stage, model)
-    return records
+    return pruned, recovered
 
 
 def changed(step: Callable[..., Any], model: Model, data: Data, name: str) -> Record | None:
