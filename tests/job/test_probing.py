@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,6 +212,12 @@ def test_options_beside_a_recovery_of_ones_own_are_checked(
     monkeypatch.syspath_prepend(str(tmp_path))
     (sentence,) = problems(config("recovery._target_=my_recovery.nothing", f"recovery.probe={value}"))
     assert sentence.endswith("is neither true nor false; give one of them.")
+
+
+def test_every_column_is_documented() -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    (table,) = re.findall(r"^\| column of `representations.csv` \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
+    assert re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines())) == list(probing.COLUMNS)
 
 
 def test_what_belongs_to_another_stage_is_left_out(tmp_path: Path) -> None:
