@@ -1,14 +1,13 @@
 """Recovery after pruning: each changes the network in place; its time counts as prep time.
 
-A recovery may return a record; its `notes` are sentences for the row. One that takes `observe` calls it with 0 when all
-is compressed and nothing is recovered yet, and with the number of each epoch that is done; what it changes after its
-last epoch counts as one more.
+A recovery may return a record; its `notes` are sentences for the row. One that takes `observe` calls it before its
+first epoch, when all is compressed and nothing is recovered yet, and after each.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,19 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from pq_sweep.compress.idle import left_out, misfits
+from pq_sweep.compress.observing import Observe, unobserved
 from pq_sweep.core.outputs import entries, holds_logits, named, training_key
 from pq_sweep.core.sentences import listed, reason
 from pq_sweep.core.weights import parameters_once, prunable
 from pq_sweep.types import Data, Model, Record, UserError
 
 log = logging.getLogger(__name__)
-
-# Is told which epoch is done, and may look at the network but not change it.
-Observe = Callable[[int], None]
-
-
-def unobserved(epoch: int) -> None:
-    """Look at nothing."""
 
 
 def none(model: Model, data: Data, *, observe: Observe = unobserved) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pq_sweep.compress.mixed import snr_db
+from pq_sweep.compress.observing import Call
 from pq_sweep.core.generators import left_alone
 from pq_sweep.core.sentences import listed
 from pq_sweep.core.weights import LAYERS, network_state
@@ -82,8 +83,8 @@ class Probe:
     """The outputs of some layers of a network for some images, which the network's later ones are compared with.
 
     `names` are the layers; none stands for five convolutions and linear layers from the first to the last before the
-    classifier. A look changes nothing: neither weights, nor modes, nor random numbers. `seconds` is what all of it
-    took, of which `looked_s` was in looks.
+    classifier. A look changes nothing: neither weights, nor modes, nor random numbers. `before_s` is what the pass of
+    the original network took, and `looked_s` what all looks took.
     """
 
     def __init__(self, model: Model, images: Tensor, names: Iterable[str] = ()) -> None:
@@ -94,31 +95,30 @@ class Probe:
         self.looked_s = 0.0
         with _as_in_use(model.module):
             self.most = _positions(model, images, list(dict.fromkeys(names)))
-            self.original = self._outputs()
+            self.original = self._outputs(model.module)
         self.before_s = time.perf_counter() - start
 
-    @property
-    def seconds(self) -> float:
-        """Return what the pass of the original network and all looks took."""
-        return self.before_s + self.looked_s
+    def look(self, epoch: int, call: Call | None = None) -> None:
+        """Compare the network as it is now with the original, in a row for each layer.
 
-    def look(self, epoch: int) -> None:
-        """Compare the network as it is now with the original, in a row for each layer."""
+        `call` maps images to what the network gives, if that is not the network itself.
+        """
         start = time.perf_counter()
         with _as_in_use(self.model.module):
-            found = self._outputs()
+            found = self._outputs(call or self.model.module)
         about = {"images": len(self.images)}
         for name, before in self.original.items():
             self.rows.append({"epoch": epoch, "layer": name} | _compared(before, found.get(name)) | about)
         self.looked_s += time.perf_counter() - start
 
-    def _outputs(self) -> dict[str, Outputs]:
+    def _outputs(self, call: Call) -> dict[str, Outputs]:
         """Return what each layer that runs gives for the images, at the same positions each time."""
         parts = dict(self.model.module.named_modules())
         there = {name: parts[name] for name in self.most if name in parts}
+        device = next(self.model.module.parameters()).device
         batches: dict[str, list[Outputs]] = defaultdict(list)
         for batch in self.images.split(BATCH):
-            for name, calls in _run(self.model, batch, there, partial(_kept, self.most, len(batch))).items():
+            for name, calls in _run(call, batch.to(device), there, partial(_kept, self.most, len(batch))).items():
                 batches[name].append(_joined(calls, 1))
         return {name: _joined(found, 0) for name, found in batches.items()}
 
@@ -174,7 +174,7 @@ def _as_in_use(module: nn.Module) -> Iterator[None]:
 
 
 def _run(
-    model: Model, images: Tensor, parts: dict[str, nn.Module], keep: Callable[[str, nn.Module, Any], T]
+    call: Call, images: Tensor, parts: dict[str, nn.Module], keep: Callable[[str, nn.Module, Any], T]
 ) -> dict[str, list[T]]:
     """Return what `keep` makes of each output of parts of a network, by name in the order in which the parts end.
 
@@ -188,7 +188,7 @@ def _run(
     with ExitStack() as hooks:
         for name, part in parts.items():
             hooks.callback(part.register_forward_hook(hook(name)).remove)
-        model.module(images.to(next(model.module.parameters()).device))
+        call(images)
     return found
 
 
@@ -260,9 +260,10 @@ def _spread(names: list[str]) -> list[str]:
 def _layers(model: Model, images: Tensor) -> dict[str, int]:
     """Return each part that gives a tensor for each image, in the order in which they end, and its channels in sum."""
     parts = {name: part for name, part in model.module.named_modules() if name}
+    some = images[:2].to(next(model.module.parameters()).device)
 
     def channels(count: int) -> dict[str, list[Any]]:
-        return _run(model, images[:count], parts, partial(_shape_and_channels, count))
+        return _run(model.module, some[:count], parts, partial(_shape_and_channels, count))
 
     one, two = channels(1), channels(2)
     return {

@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, flag_override
 
+from pq_sweep.compress.mixed import SILENT_DB
 from pq_sweep.compress.representations import Probe, images_to_probe
 from pq_sweep.core.files import write_text
 from pq_sweep.core.options import PROBE
@@ -47,51 +48,71 @@ def probe_of(recovery: DictConfig, model: Model, data: Data, stage: Stages) -> P
         return Probe(model, images_to_probe(data, recovery.probe_images), list(recovery.probe_layers or ()))
 
 
+def takes(component: Callable[..., Any]) -> bool:
+    """Say whether a component tells how far it is."""
+    return "observe" in signature(component).parameters
+
+
 def with_original(origin: Origin, probe: Probe | None) -> Origin:
-    """Return what the outcome of a recovery depends on: if it is looked at, the looks and the original network too."""
+    """Return what the outcome of a step depends on: if it is looked at, the looks and the original network too."""
     if probe is None:
         return origin
     looks = {"layers": probe.most, "images": len(probe.images)}
     return replace(origin, about=origin.about | {"probe": looks, "original": probe.identity})
 
 
-def watched(recover: Callable[..., Any], probe: Probe | None, stage: Stages) -> Callable[..., Any]:
-    """Return a recovery that is looked at after compression and after each epoch, and whose record tells of it.
+def watched(change: Callable[..., Any], probe: Probe | None, stage: Stages) -> Callable[..., Any]:
+    """Return a step that is looked at before it, or when it says so, and after each epoch; its record tells of it.
 
-    One that does not take `observe` counts as one epoch. The looks are timed apart from it. Without a probe the
-    recovery is returned as it is.
+    One that does not take `observe` counts as one epoch. The looks are timed apart from it. Without a probe the step is
+    returned as it is.
     """
     if probe is None:
-        return recover
+        return change
 
     def run(model: Model, data: Data) -> Any:
-        record = _observed(recover, probe)(model, data)
-        stage.leave_out(probe.looked_s)
-        told = {KEY: {"rows": probe.rows, "seconds": probe.seconds}}
+        rows, looked_s = len(probe.rows), probe.looked_s
+        record = _observed(change, probe)(model, data)
+        seconds = probe.looked_s - looked_s
+        stage.leave_out(seconds)
+        told = {KEY: {"rows": probe.rows[rows:], "seconds": seconds, "before_s": probe.before_s}}
         return {**(record or {}), **told} if isinstance(record, dict | None) else record
 
     return run
 
 
-def _observed(recover: Callable[..., Any], probe: Probe) -> Callable[[Model, Data], Any]:
-    if "observe" in signature(recover).parameters:
-        return partial(recover, observe=probe.look)
+def _observed(change: Callable[..., Any], probe: Probe) -> Callable[[Model, Data], Any]:
+    if takes(change):
+        return partial(change, observe=probe.look)
 
     def before_and_after(model: Model, data: Data) -> Any:
         probe.look(0)
-        record = recover(model, data)
+        record = change(model, data)
         probe.look(1)
         return record
 
     return before_and_after
 
 
-def tell(stage: Stages, record: Record) -> None:
-    """Write what was seen, and count the time that it took when it was."""
-    found = record[KEY]
-    stage.set_seconds("probe", found["seconds"], cached="recover" in stage.from_cache)
-    write_text(stage.files.representations, _table(found["rows"]))
-    draw(found["rows"], stage.files.representations_drawn)
+def tell(stage: Stages, records: dict[str, Record | None]) -> None:
+    """Write what was seen in the steps of these names, and count the time that it took when it was.
+
+    The epochs of a step follow those of the one before, whose last network is the one that it begins with.
+    """
+    seen = {name: record[KEY] for name, record in records.items() if record and KEY in record}
+    seconds = max(found["before_s"] for found in seen.values()) + sum(found["seconds"] for found in seen.values())
+    stage.set_seconds("probe", seconds, cached=set(seen) <= set(stage.from_cache))
+    rows: list[Record] = []
+    for found in seen.values():
+        done = rows[-1]["epoch"] if rows else None
+        rows += [row | {"epoch": row["epoch"] + (done or 0)} for row in found["rows"] if done is None or row["epoch"]]
+    write_text(stage.files.representations, _table(rows))
+    draw(rows, stage.files.representations_drawn)
+
+
+def untold(record: Record | None) -> Record | None:
+    """Return what else a record has."""
+    return record and {name: value for name, value in record.items() if name != KEY}
 
 
 def _table(rows: list[Record]) -> str:
@@ -107,7 +128,10 @@ def _cell(value: Any) -> Any:
 
 
 def draw(rows: list[Record], path: Path) -> None:
-    """Draw SNR and CKA over the epochs, with a line for each layer, dark for the first and light for the last."""
+    """Draw SNR and CKA over the epochs, with a line for each layer, dark for the first and light for the last.
+
+    SNR has no place where nothing differs.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -116,7 +140,7 @@ def draw(rows: list[Record], path: Path) -> None:
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         for axes, (key, title) in zip(figure.subplots(1, 2), (("snr_db", "SNR, dB"), ("cka", "CKA")), strict=True):
             for place, layer in enumerate(layers):
-                of = [row for row in rows if row["layer"] == layer and row[key] is not None]
+                of = [row for row in rows if row["layer"] == layer and row[key] not in (None, SILENT_DB)]
                 colour = mpl.colormaps["viridis"](place / max(1, len(layers)))
                 axes.plot([row["epoch"] for row in of], [row[key] for row in of], "o-", color=colour, label=layer)
             axes.xaxis.get_major_locator().set_params(integer=True)

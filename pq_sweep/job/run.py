@@ -20,7 +20,6 @@ from omegaconf import DictConfig
 
 from pq_sweep.compress.order import ThenPruned
 from pq_sweep.compress.quantizers import none
-from pq_sweep.compress.representations import Probe
 from pq_sweep.core.cache import open_cache
 from pq_sweep.core.environment import device_name, resolve_device
 from pq_sweep.core.files import write_json
@@ -47,7 +46,7 @@ from pq_sweep.job.describe import (
     unaccelerated,
 )
 from pq_sweep.job.order import quantizes_first
-from pq_sweep.job.probing import is_probed, probe_of, tell, watched, with_original, without_probe
+from pq_sweep.job.probing import is_probed, probe_of, takes, tell, untold, watched, with_original, without_probe
 from pq_sweep.job.repeats import measure_apart, require_shareable, share_network
 from pq_sweep.job.stages import Stages
 from pq_sweep.job.steps import change_once, origin_of
@@ -198,27 +197,27 @@ def note_files(cfg: DictConfig, stage: Stages) -> None:
 def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Record | None, Record | None]:
     """Prune and recover the network in place, and return the records of both."""
     recovery, probed = plan.cfg.recovery, is_probed(plan.cfg.recovery)
-    # A recovery that an earlier try kept was looked at then.
-    probe = probe_of(recovery, model, data, stage) if probed and not stage.has("recover") else None
-    own = without_probe(recovery)
+    kept = stage.has("prune") and stage.has("recover")  # by an earlier try, which looked
+    probe = probe_of(recovery, model, data, stage) if probed and not kept else None
 
-    def change(name: str, group: str, config: DictConfig, probe: Probe | None = None) -> Any:
-        origin = origin_of(config, data, plan.work.device)
+    def change(name: str, group: str, config: DictConfig) -> Any:
+        call = with_stage(component(config), stage)
+        looks = probe if name == "recover" or takes(call) else None
+        origin = with_original(origin_of(config, data, plan.work.device), looks)
         with noting(config):
-            call = with_stage(component(config), stage)
-            step = partial(changed, watched(call, probe, stage), model, data, f"{group}={config._target_}")
-            record = change_once(stage, name, model, step, with_original(origin, probe))
+            step = partial(changed, watched(call, looks, stage), model, data, f"{group}={config._target_}")
+            record = change_once(stage, name, model, step, origin)
         note_files(plan.cfg, stage)
         what = f"the network after {group}={config._target_}"
         return with_notes(record, accepted_change(model, what, f"change the options of {group}, or what it does"))
 
     pruned = None if quantizes_first(plan.cfg) else change("prune", "pruner", plan.cfg.pruner)
-    recovered = change("recover", "recovery", own, probe)
+    recovered = change("recover", "recovery", without_probe(recovery))
     if probed:
-        tell(stage, recovered)
+        tell(stage, {"prune": pruned, "recover": recovered})
     if plan.protocol.repeats > 1:
         share_network(stage, model)
-    return pruned, recovered
+    return untold(pruned), untold(recovered)
 
 
 def changed(step: Callable[..., Any], model: Model, data: Data, name: str) -> Record | None:

@@ -185,6 +185,16 @@ def test_it_agrees_with_whole_outputs_that_are_computed_apart() -> None:
     assert (row["positions"], row["all_positions"]) == (64, 64)
 
 
+def test_a_call_that_is_not_the_networks_own_is_looked_at() -> None:
+    """Such as one with rounded weights, of which the network has those that are trained."""
+    model = two_convs()
+    probe = Probe(model, model.sample(8), ["2"])
+    weights = {name: value * 1.1 for name, value in model.module.state_dict().items() if name.startswith("2.")}
+    probe.look(0, lambda images: torch.func.functional_call(model.module, weights, (images,)))
+    probe.look(1)
+    assert [row["snr_db"] for row in probe.rows] == [pytest.approx(20, abs=1e-3), 200.0]
+
+
 def test_outputs_are_taken_before_what_follows_changes_them_in_place() -> None:
     model = network(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 5))
     images = numbers(6, 3, 8, 8)

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,16 @@ OWN = """
 def nothing(model, data, *, rate):
     "Change nothing, and tell something."
     return {"rate": rate}
+
+
+def slowly(model, data, *, epochs, observe):
+    "Make the first layer smaller in each epoch, and half as large again when it says so itself."
+    observe(0)
+    weight = model.module.stem[0][0].weight
+    for epoch in range(epochs):
+        weight.data *= 0.9
+        observe(epoch + 1, lambda images: model.module(images * 0.5))
+    return {"epochs": epochs}
 """
 
 
@@ -58,8 +69,12 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     folder = folder / "0"
     folder.mkdir(parents=True, exist_ok=True)
     job.run(config(*overrides), folder)
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
+    return result_of(folder.parent)
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "0" / "result.json").read_text())
+    return found
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -155,6 +170,26 @@ class TestJob:
         assert epochs(tmp_path / "a") == ["0", "1"]
         first, last = ([row["cka"] for row in rows(tmp_path / "a") if row["epoch"] == epoch] for epoch in "01")
         assert first == last
+
+    def test_a_pruner_that_tells_of_epochs_is_looked_at_before_the_recovery(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "my_recovery.py").write_text(OWN)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        mine = ("pruner._target_=my_recovery.slowly", "+pruner.epochs=2", "recovery=bn_reestimate", "device=cpu")
+        run(tmp_path / "plain", *mine)
+        for name, cached in (("a", []), ("b", ["prune", "recover", "probe"])):
+            result = run(tmp_path / name, *mine, *PROBE, "recovery.probe_layers=[stem.0.0]")
+            found = rows(tmp_path / name)
+            assert [row["epoch"] for row in found] == ["0", "1", "2", "3"]
+            assert [float(row["snr_db"]) for row in found] == pytest.approx(
+                [200, -20 * log10(1 - 0.45), -20 * log10(1 - 0.405), -20 * log10(1 - 0.81)], abs=1e-3
+            )
+            assert result["from_cache"][: len(cached)] == cached
+            assert set(JobFolder(tmp_path / name / "0").pruning.read_text().split('"')) >= {"epochs"}
+            assert "rows" not in JobFolder(tmp_path / name / "0").pruning.read_text()
+        first, second = (result_of(tmp_path / name)["prep_s"]["probe"] for name in "ab")
+        assert first == second > 0
 
     def test_a_layer_that_is_not_there_is_refused(self, tmp_path: Path) -> None:
         sentence = refused(lambda: run(tmp_path / "a", *RENEWED, *PROBE, "recovery.probe_layers=[fc9]"))

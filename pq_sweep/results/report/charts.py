@@ -328,8 +328,8 @@ def representations(view: View) -> Drawn:
         tooltip=["name:N", "layer:N", "epoch:Q", alt.Tooltip("value:Q", format=".4g")],
     )
     caption = (
-        "What a layer gives, beside what the original network's gives for the same images; of 200 dB nothing differs."
-        " SNR needs outputs of the same shape. "
+        "What a layer gives, beside what the original network's gives for the same images. There is no SNR where"
+        " nothing differs, or where channels were removed. "
     )
     title = alt.Title(alt.ExprRef("(figure == 'SNR' ? 'SNR in dB' : 'CKA') + ' of ' + layer"), anchor="start")
     return chart.properties(title=title), caption + view.selection

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SHOWN = 24  # jobs in a figure that has a line or bar for each
 LONGEST = 70  # characters of a name
+SILENT_DB = "200"  # in representations.csv
 LAYERS = 1500  # histograms in all views of a page together
 
 
@@ -159,14 +160,17 @@ class View:
         return found
 
     def representations_of(self, row: Row) -> list[dict[str, Any]]:
-        """Return for each layer that was looked at its SNR and CKA after so many epochs; what is empty is None."""
+        """Return for each layer that was looked at its SNR and CKA after so many epochs; what is empty is None.
+
+        So is an SNR where nothing differs, which has no place in a drawing.
+        """
         path = JobFolder(Path(row["folder"])).representations
         found: dict[str, dict[str, Any]] = {}
         for line in csv.DictReader(path.read_text().splitlines()) if path.exists() else ():
             lists = found.setdefault(line["layer"], {"layer": line["layer"], "epoch": [], "SNR": [], "CKA": []})
             lists["epoch"].append(int(line["epoch"]))
             for name, column in (("SNR", "snr_db"), ("CKA", "cka")):
-                lists[name].append(short(float(line[column])) if line[column] else None)
+                lists[name].append(short(float(line[column])) if line[column] not in ("", SILENT_DB) else None)
         return list(found.values())
 
     def codes_before(self, row: Row) -> dict[str, Any]:
