@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, flag_override
 
 from pq_sweep.compress.mixed import SILENT_DB
+from pq_sweep.compress.observing import unobserved
 from pq_sweep.compress.representations import Probe, images_to_probe
 from pq_sweep.core.files import write_text
 from pq_sweep.core.options import PROBE
@@ -50,7 +51,7 @@ def probe_of(recovery: DictConfig, model: Model, data: Data, stage: Stages) -> P
 
 def takes(component: Callable[..., Any]) -> bool:
     """Say whether a component tells how far it is."""
-    return "observe" in signature(component).parameters
+    return "observe" in signature(getattr(component, "func", component)).parameters
 
 
 def with_original(origin: Origin, probe: Probe | None) -> Origin:
@@ -64,11 +65,11 @@ def with_original(origin: Origin, probe: Probe | None) -> Origin:
 def watched(change: Callable[..., Any], probe: Probe | None, stage: Stages) -> Callable[..., Any]:
     """Return a step that is looked at before it, or when it says so, and after each epoch; its record tells of it.
 
-    One that does not take `observe` counts as one epoch. The looks are timed apart from it. Without a probe the step is
-    returned as it is.
+    One that does not take `observe` counts as one epoch. The looks are timed apart from it. Without a probe nobody
+    looks.
     """
     if probe is None:
-        return change
+        return partial(change, observe=unobserved) if takes(change) else change
 
     def run(model: Model, data: Data) -> Any:
         rows, looked_s = len(probe.rows), probe.looked_s

@@ -176,7 +176,13 @@ class TestJob:
     ) -> None:
         (tmp_path / "my_recovery.py").write_text(OWN)
         monkeypatch.syspath_prepend(str(tmp_path))
-        mine = ("pruner._target_=my_recovery.slowly", "+pruner.epochs=2", "recovery=bn_reestimate", "device=cpu")
+        mine = (
+            "pruner._target_=my_recovery.slowly",
+            "~pruner.amount",
+            "+pruner.epochs=2",
+            "recovery=bn_reestimate",
+            "device=cpu",
+        )
         run(tmp_path / "plain", *mine)
         for name, cached in (("a", []), ("b", ["prune", "recover", "probe"])):
             result = run(tmp_path / name, *mine, *PROBE, "recovery.probe_layers=[stem.0.0]")
