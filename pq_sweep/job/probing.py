@@ -96,19 +96,21 @@ def _observed(change: Callable[..., Any], probe: Probe) -> Callable[[Model, Data
 
 
 def tell(stage: Stages, records: dict[str, Record | None]) -> None:
-    """Write what was seen in the steps of these names, and count the time that it took when it was.
-
-    The epochs of a step follow those of the one before, whose last network is the one that it begins with.
-    """
+    """Write what was seen in the steps of these names, and count the time that it took when it was."""
     seen = {name: record[KEY] for name, record in records.items() if record and KEY in record}
     seconds = max(found["before_s"] for found in seen.values()) + sum(found["seconds"] for found in seen.values())
     stage.set_seconds("probe", seconds, cached=set(seen) <= set(stage.from_cache))
     rows: list[Record] = []
     for found in seen.values():
-        done = rows[-1]["epoch"] if rows else None
-        rows += [row | {"epoch": row["epoch"] + (done or 0)} for row in found["rows"] if done is None or row["epoch"]]
+        rows += _following(rows, found["rows"])
     write_text(stage.files.representations, _table(rows))
     draw(rows, stage.files.representations_drawn)
+
+
+def _following(before: list[Record], rows: list[Record]) -> list[Record]:
+    """Return the rows of a step with its epochs after those of the step before, without what is there already."""
+    done = before[-1]["epoch"] if before else 0
+    return [row for each in rows if (row := each | {"epoch": each["epoch"] + done}) not in before]
 
 
 def untold(record: Record | None) -> Record | None:

@@ -43,12 +43,12 @@ def nothing(model, data, *, rate):
 
 
 def slowly(model, data, *, epochs, observe):
-    "Make the first layer smaller in each epoch, and half as large again when it says so itself."
+    "Make the first layer smaller in each epoch; after the first, look at half of the images' brightness."
     observe(0)
     weight = model.module.stem[0][0].weight
     for epoch in range(epochs):
         weight.data *= 0.9
-        observe(epoch + 1, lambda images: model.module(images * 0.5))
+        observe(epoch + 1, None if epoch else lambda images: model.module(images * 0.5))
     return {"epochs": epochs}
 """
 
@@ -189,7 +189,7 @@ class TestJob:
             found = rows(tmp_path / name)
             assert [row["epoch"] for row in found] == ["0", "1", "2", "3"]
             assert [float(row["snr_db"]) for row in found] == pytest.approx(
-                [200, -20 * log10(1 - 0.45), -20 * log10(1 - 0.405), -20 * log10(1 - 0.81)], abs=1e-3
+                [200, -20 * log10(1 - 0.45), -20 * log10(1 - 0.81), -20 * log10(1 - 0.81)], abs=1e-3
             )
             assert result["from_cache"][: len(cached)] == cached
             assert set(JobFolder(tmp_path / name / "0").pruning.read_text().split('"')) >= {"epochs"}
@@ -259,6 +259,20 @@ def test_every_column_is_documented() -> None:
     page = (ROOT / "docs" / "results.md").read_text()
     (table,) = re.findall(r"^\| column of `representations.csv` \|.*\n\|[-|]+\n((?:\|.*\n)+)", page, re.MULTILINE)
     assert re.findall(r"`(\w+)`", " ".join(line.split("|")[1] for line in table.splitlines())) == list(probing.COLUMNS)
+
+
+def test_the_epochs_of_steps_follow_each_other(tmp_path: Path) -> None:
+    def seen(*figures: tuple[int, float]) -> dict[str, Any]:
+        rows = [{"epoch": epoch, "layer": "a", "snr_db": snr, "cka": None} for epoch, snr in figures]
+        return {"representations": {"rows": rows, "seconds": 1.5, "before_s": 0.25}, "other": 1}
+
+    stage = Stages(tmp_path, "")
+    for recovered, told in ((seen((0, 5.0), (1, 6.0)), ["0", "2", "3"]), (seen((0, 4.0), (1, 6.0)), list("0223"))):
+        probing.tell(stage, {"prune": seen((0, 200.0), (2, 5.0)), "recover": recovered})
+        lines = stage.files.representations.read_text().splitlines()
+        assert [line.partition(",")[0] for line in lines[1:]] == told
+        assert stage.seconds["probe"] == 3.25
+    assert probing.untold(seen()) == {"other": 1}
 
 
 def test_what_belongs_to_another_stage_is_left_out(tmp_path: Path) -> None:
