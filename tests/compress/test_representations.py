@@ -15,6 +15,7 @@ from random_networks import attention, same, state_of, two_convs
 from torch import Tensor, nn
 
 from pq_sweep.compress import pruners, recovery, removal, representations
+from pq_sweep.compress.lsq import lsq
 from pq_sweep.compress.representations import Probe, cka, images_to_probe
 from pq_sweep.inputs.datasets import digits
 from pq_sweep.inputs.models import digits_cnn
@@ -33,6 +34,9 @@ def column(*values: float) -> Tensor:
 
 def network(*parts: nn.Module) -> Model:
     return Model(nn.Sequential(*parts).eval(), 5, SMALL)
+
+
+SCHOOL: dict[str, Any] = {"epochs": 2, "lr": 1e-2, "batch_size": 16}
 
 
 def row_of(probe: Probe, layer: str) -> Record:
@@ -388,8 +392,10 @@ def test_a_look_leaves_modes_statistics_hooks_and_generators_alone() -> None:
     [
         partial(recovery.finetune, epochs=3, lr=1e-2, batch_size=16),
         partial(recovery.bn_reestimate, images=48, batch_size=16),
+        partial(lsq, bits=3, per_channel=True, activations=4, lr_scale=1e-3, **SCHOOL),
+        partial(pruners.gradual, amount=0.5, **SCHOOL),
     ],
-    ids=["finetune", "bn_reestimate"],
+    ids=["finetune", "bn_reestimate", "lsq", "gradual"],
 )
 def test_the_network_is_the_same_bit_for_bit_as_without_a_probe(recover: Callable[..., Any]) -> None:
     trained = []
@@ -416,8 +422,10 @@ def test_the_network_is_the_same_bit_for_bit_as_without_a_probe(recover: Callabl
         (recovery.none, [0]),
         (partial(recovery.bn_reestimate, images=32, batch_size=16), [0, 1]),
         (partial(recovery.finetune, epochs=3, lr=1e-2), [0, 1, 2, 3]),
+        (partial(lsq, bits=3, per_channel=True, activations=None, lr_scale=1e-3, **SCHOOL), [0, 1, 2, 3]),
+        (partial(pruners.gradual, amount=0.5, **SCHOOL), [0, 1, 2, 3]),
     ],
-    ids=["none", "bn_reestimate", "finetune"],
+    ids=["none", "bn_reestimate", "finetune", "lsq", "gradual"],
 )
 def test_a_recovery_is_observed_after_compression_and_each_epoch(
     recover: Callable[..., Any], epochs: list[int]
@@ -426,7 +434,7 @@ def test_a_recovery_is_observed_after_compression_and_each_epoch(
     seen: list[int] = []
     states = []
 
-    def observe(epoch: int) -> None:
+    def observe(epoch: int, call: Any = None) -> None:
         seen.append(epoch)
         states.append(state_of(model))
 
@@ -435,6 +443,21 @@ def test_a_recovery_is_observed_after_compression_and_each_epoch(
     assert seen == epochs
     assert same(states[0], before)
     assert same(states[-1], state_of(model))
+
+
+@pytest.mark.parametrize("activations", [None, 8])
+def test_training_with_rounding_is_looked_at_with_rounding(activations: int | None) -> None:
+    """Though the network itself has the weights that are trained until it is done."""
+    model, data = Model(Noisy().eval(), 5, SMALL), noisy_data()
+    probe = Probe(model, images_to_probe(data, 16), ["conv"])
+    lsq(
+        model, data, bits=2, per_channel=False, activations=activations, lr_scale=0.0, observe=probe.look,
+        epochs=1, lr=1e-9, batch_size=16,
+    )  # fmt: skip
+    first, second, last = (row["snr_db"] for row in probe.rows)
+    assert 3 < first < 12
+    assert second == pytest.approx(first, abs=1e-3)
+    assert last == pytest.approx(first, abs=1e-3)
 
 
 def test_a_network_is_trained_towards_its_original() -> None:
