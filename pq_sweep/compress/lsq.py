@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pq_sweep.compress.learned import BYTE
+from pq_sweep.compress.observing import Observe, unobserved
 from pq_sweep.compress.recovery import reestimate
 from pq_sweep.compress.training import Recipe, apply, led, train, zeros_of
 from pq_sweep.compress.weight_only import Grid, fitted
@@ -77,6 +78,7 @@ def lsq(
     optimizer: str = "adamw",
     weight_decay: float = 0.01,
     augment: list[str] | None = None,
+    observe: Observe = unobserved,
 ) -> Record:
     """Train as `finetune` does while weights are rounded to `bits`, and learn the scales by Adam at `lr_scale`.
 
@@ -105,10 +107,11 @@ def lsq(
             scale.clamp_(min=floor)
 
     with rounding_inputs(model.module, taken):
-        notes = train(model, data, recipe, after_step=after_step, call=call, others=others)
+        notes = train(model, data, recipe, after_step=after_step, call=call, others=others, observe=observe)
         learned = {name: _told(model.module, name, scale, taken.get(name)) for name, scale in weights.items()}
         _settle(model.module, weights)
         reestimate(model, data, recipe)
+        observe(epochs + 1)
     for note in notes:
         log.warning(note)
     return {"notes": notes, "learned": learned}

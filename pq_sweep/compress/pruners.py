@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
 from pq_sweep.compress.classifier import classifier
+from pq_sweep.compress.observing import Observe, unobserved
 from pq_sweep.compress.recovery import reestimate
 from pq_sweep.compress.training import Recipe, apply, train
 from pq_sweep.core.sentences import listed
@@ -124,6 +125,7 @@ def gradual(
     optimizer: str = "adamw",
     weight_decay: float = 0.01,
     augment: list[str] | None = None,
+    observe: Observe = unobserved,
 ) -> Record:
     """Train the network, and zero more and more of the smallest |w| over all layers until `amount` are.
 
@@ -137,10 +139,11 @@ def gradual(
     recipe.images(model, data)
     targets, notes = _targets(model), untouched(model.module)
     weights = [getattr(part, name) for part, name in targets]
-    notes += (missed := train(model, data, recipe, after_step=_Gradually(weights, float(amount))))
+    notes += (missed := train(model, data, recipe, after_step=_Gradually(weights, float(amount)), observe=observe))
     for note in missed:
         log.warning(note)
     reestimate(model, data, recipe)
+    observe(epochs + 1)
     with torch.no_grad():
         for weight in weights:
             weight.add_(0.0)  # masks leave zeros of both signs, which compress worse

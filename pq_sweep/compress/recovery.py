@@ -1,7 +1,8 @@
 """Recovery after pruning: each changes the network in place; its time counts as prep time.
 
-A recovery may return a record; its `notes` are sentences for the row. `pq_sweep.compress.lsq` has the one that trains
-with the rounding of weights.
+A recovery may return a record; its `notes` are sentences for the row. One that takes `observe` calls it before its
+first epoch, when all is compressed and nothing is recovered yet, and after each. `pq_sweep.compress.lsq` has the one
+that trains with the rounding of weights.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from pq_sweep.compress.observing import Observe, unobserved
 from pq_sweep.compress.training import Recipe, apply, enough_values, finite, led, train, zeros_of
 from pq_sweep.types import Data, Model, Record, UserError
 
@@ -21,11 +23,12 @@ log = logging.getLogger(__name__)
 REESTIMATED = 1024
 
 
-def none(model: Model, data: Data) -> None:
+def none(model: Model, data: Data, *, observe: Observe = unobserved) -> None:
     """Leave the network as the pruner left it."""
+    observe(0)
 
 
-def bn_reestimate(model: Model, data: Data, *, images: int, batch_size: int) -> None:
+def bn_reestimate(model: Model, data: Data, *, images: int, batch_size: int, observe: Observe = unobserved) -> None:
     """Measure BatchNorm's means and variances anew on up to `images` training images, without labels or training.
 
     Uses the calibration images if there are no training images. Only BatchNorm runs in training mode: dropout and
@@ -33,7 +36,9 @@ def bn_reestimate(model: Model, data: Data, *, images: int, batch_size: int) -> 
     """
     if not _normalising(model):
         raise UserError("recovery=bn_reestimate needs BatchNorm layers and this model has none; use none or finetune.")
+    observe(0)
     _measure(model, data, images, batch_size, of="recovery=bn_reestimate", instead="recovery=none")
+    observe(1)
 
 
 def finetune(
@@ -46,6 +51,7 @@ def finetune(
     optimizer: str = "adamw",
     weight_decay: float = 0.01,
     augment: list[str] | None = None,
+    observe: Observe = unobserved,
 ) -> Record:
     """Train all weights for `epochs` with a one-cycle schedule up to `lr`; weights that are zero stay zero.
 
@@ -56,7 +62,7 @@ def finetune(
     )
     recipe.images(model, data)
     masks = zeros_of(model.module)
-    notes = train(model, data, recipe, after_step=lambda step, steps: apply(masks))
+    notes = train(model, data, recipe, after_step=lambda step, steps: apply(masks), observe=observe)
     for note in notes:
         log.warning(note)
     return {"notes": notes}

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pq_sweep.compress.choices import AUGMENTATIONS, OPTIMIZERS
 from pq_sweep.compress.idle import left_out, misfits
+from pq_sweep.compress.observing import Observe, unobserved
 from pq_sweep.core.outputs import entries, holds_logits, named, training_key
 from pq_sweep.core.sentences import listed, reason
 from pq_sweep.core.weights import parameters_once, prunable
@@ -79,6 +80,7 @@ def train(
     after_step: AfterStep,
     call: Callable[[Tensor], Any] | None = None,
     others: Iterable[torch.optim.Optimizer] = (),
+    observe: Observe = unobserved,
 ) -> list[str]:
     """Train all weights in place and return notes on what was not trained; weights that are zero may not stay so.
 
@@ -95,6 +97,7 @@ def train(
     steps = max(1, len(split) // recipe.batch_size)
     total = recipe.epochs * steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=total)
+    observe(0, call)
     with led(recipe.of, recipe.instead):
         module.train()
     size, step = min(recipe.batch_size, len(split)), 0
@@ -115,6 +118,7 @@ def train(
                 schedule.step()
                 after_step(step := step + 1, total)
             _refuse_divergence(module, [*losses, *beside], epoch, recipe)
+            observe(epoch, call)
     module.eval()
     return [*taken, *_untrained(module, recipe)]
 

@@ -48,6 +48,8 @@ class JobFolder:
     predictions = Inside("predictions.npy")
     samples = Inside("samples.npz")
     precisions = Inside("precisions.svg")
+    representations = Inside("representations.csv")
+    representations_drawn = Inside("representations.svg")
     model = Inside("model.onnx")
     weights = Inside("model.pt")
     traced = Inside("traced.onnx")
@@ -108,8 +110,9 @@ class JobFolder:
     def clear(self) -> None:
         """Remove what another job left here, so that nothing of it is taken for this one's."""
         self.forget_progress()
-        for path in (self.pruning, self.opened, self.predictions, self.precisions, self.samples, self.traced,
-                     self.exported, self.weights, self.model):  # fmt: skip
+        for path in (self.pruning, self.opened, self.predictions, self.precisions, self.representations,
+                     self.representations_drawn, self.samples, self.traced, self.exported, self.weights,
+                     self.model):  # fmt: skip
             path.unlink(missing_ok=True)
         for folder in (self.engine, self.dense):
             shutil.rmtree(folder, ignore_errors=True)

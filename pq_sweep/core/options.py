@@ -37,6 +37,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "dim": (0, 1, True),
     "percentile": (50, 100, False),
     "bits": (2, 8, True),
+    "probe_images": (2, 1000, True),
     "activations": (2, 8, True),
     "block": (2, math.inf, True),
 }
@@ -46,10 +47,13 @@ NUMBERS = frozenset(
     {*RANGES, "amount", "amount_last", "m", "low", "high", "step", "optimization_level", "seed", "repeat"}
 )
 SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model",
-            "build_only", "resume", "per_channel")  # fmt: skip
-LISTS = ("exclude", "batch_sizes", "augment")
+            "build_only", "resume", "per_channel", "probe")  # fmt: skip
+LISTS = ("exclude", "batch_sizes", "augment", "probe_layers")
+LISTS_OF_LAYERS = ("exclude", "probe_layers")
 LISTS_OF_NUMBERS = ("batch_sizes",)
 TEXTS = ("uri", "experiment", "name")
+# Options that stand beside those of every recovery: the job reads them, and no recovery gets them.
+PROBE = ("probe", "probe_layers", "probe_images")
 # Brackets around a whole text, in which those of patterns such as layer[12] may be; and commas outside of such.
 BRACKETED = re.compile(r"\[((?:[^\[\]]|\[[^\[\]]*\])*)\]")
 COMMA = re.compile(r",(?![^\[]*\])")

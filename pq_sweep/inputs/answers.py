@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pq_sweep.core.generators import left_alone
 from pq_sweep.core.outputs import entries, holds_logits, logits_key, named, take_logits
 from pq_sweep.inputs import random_numbers, state
 from pq_sweep.inputs.contract import described
@@ -20,7 +21,7 @@ SAME_ANSWER = 1e-2
 
 def checked_answers(model: Model, what: str) -> list[str]:
     """Refuse a network whose answers are no logits, are not repeatable, or change it; return notes on what was done."""
-    with random_numbers.left_alone():
+    with left_alone():
         return _checked(model, what)
 
 
@@ -56,7 +57,7 @@ def taken_logits(model: Model, what: str, advice: str | None = None) -> tuple[Te
     Return those of two images, and notes on what was done. `advice` says what to do if the network fails.
     """
     images = model.sample(2)
-    with random_numbers.left_alone(), Strangers(model.module) as strangers, random_numbers.Draws() as draws:
+    with left_alone(), Strangers(model.module) as strangers, random_numbers.Draws() as draws:
         output = run(model, images, what, advice)
     strangers.refuse(what)
     logits, notes = _taken(model, output, what)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pq_sweep.core.dispatch import without_compiler
+from pq_sweep.core.generators import left_alone
 from pq_sweep.core.sentences import listed
 from pq_sweep.inputs.passes import run
 from pq_sweep.types import Model, UserError
@@ -82,23 +81,6 @@ def _states(own: list[torch.Generator]) -> list[bytes]:
 
 def _python_states() -> tuple[Any, ...]:
     return random.getstate(), repr(np.random.get_state(legacy=False))
-
-
-@contextmanager
-def left_alone(seed: int | None = None) -> Iterator[None]:
-    """Put back every generator afterwards; `seed` seeds them all meanwhile."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        if seed is not None:
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def judged(model: Model, draws: Draws, what: str) -> list[str]:

@@ -17,8 +17,10 @@ from pq_sweep.compress.choices import AUGMENTATIONS, CALIBRATIONS, IMPORTANCES, 
 from pq_sweep.core.opened import noting
 from pq_sweep.core.options import (
     LISTS,
+    LISTS_OF_LAYERS,
     LISTS_OF_NUMBERS,
     MAY_BE_NULL,
+    PROBE,
     RANGES,
     SWITCHES,
     TEXTS,
@@ -79,7 +81,7 @@ def _absent(cfg: DictConfig, groups: Collection[str]) -> list[str]:
     found += [
         f"{group} is not chosen; give {group}=..., none where it is to do nothing."
         for group in groups
-        if not cfg.get(group)
+        if not cfg.get(group) or (group == "recovery" and set(cfg[group]) <= set(PROBE))
     ]
     found += _words(cfg, groups)
     return found or [*_targets(cfg, groups)]
@@ -130,6 +132,7 @@ def _values(cfg: DictConfig) -> Iterator[str]:
     if _is_number(images) and _is_number(available) and images > available:
         yield f"quantizer.images={images} is more than dataset.calibration={available}; lower it or raise that."
     yield from _options(cfg, COMPONENTS)
+    yield from _probe(cfg.recovery)
     yield from _pattern(cfg.pruner)
     yield from order_problems(cfg)
     yield from _ends(cfg.measure)
@@ -193,10 +196,21 @@ def _kinds(group: str, options: DictConfig) -> Iterator[str]:
             yield f"{group}.{name}={value} is no text; quote a number: '{group}.{name}=\"1\"'."
     if not isinstance(value := options.get("options", OmegaConf.create()), DictConfig):
         yield f"{group}.options={value} is no group of values; give +{group}.options.NAME=VALUE."
-    layers = options.get("exclude")
-    for value in layers if isinstance(layers, ListConfig) else ():
-        if not isinstance(value, str):
-            yield f"{group}.exclude={layers} has {value}, no text; quote layer names: '{group}.exclude=[\"1\"]'."
+    for name in LISTS_OF_LAYERS:
+        layers = options.get(name)
+        for value in layers if isinstance(layers, ListConfig) else ():
+            if not isinstance(value, str):
+                yield f"{group}.{name}={layers} has {value}, no text; quote layer names: '{group}.{name}=[\"1\"]'."
+
+
+def _probe(recovery: DictConfig) -> Iterator[str]:
+    """Check the options that stand beside those of every recovery, also beside those of one from elsewhere."""
+    options = OmegaConf.masked_copy(recovery, [name for name in PROBE if name in recovery])
+    if not is_ours(recovery):
+        yield from _numbers("recovery", options)
+        yield from _kinds("recovery", options)
+    if options and options.get("probe_images") is None:
+        yield "recovery.probe_images=null is not valid; give a whole number from 2 on."
 
 
 def _entries(name: str, value: Any) -> str:

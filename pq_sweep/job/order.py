@@ -36,6 +36,11 @@ def order_problems(cfg: DictConfig) -> Iterator[str]:
             "order=quantize_first leaves nothing to recover, as a recovery trains the network before it is quantized;"
             " give recovery=none, or order=prune_first."
         )
+    if cfg.recovery.get("probe") is True:
+        yield (
+            "recovery.probe=true looks at the network, of which order=quantize_first compresses the graph alone; give"
+            " recovery.probe=false, or order=prune_first."
+        )
     if cfg.pruner.get("every_weight") is True and is_ours(cfg.pruner):
         yield (
             "pruner.every_weight=true cannot be with order=quantize_first, as only weights of matrix operators are"

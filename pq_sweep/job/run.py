@@ -47,6 +47,7 @@ from pq_sweep.job.describe import (
 )
 from pq_sweep.job.learned import taught
 from pq_sweep.job.order import quantizes_first
+from pq_sweep.job.probing import is_probed, probe_of, takes, tell, untold, watched, with_original, without_probe
 from pq_sweep.job.repeats import measure_apart, require_shareable, share_network
 from pq_sweep.job.stages import Stages
 from pq_sweep.job.steps import change_once, moved, origin_of
@@ -199,25 +200,31 @@ def note_files(cfg: DictConfig, stage: Stages) -> None:
 
 def compress(plan: Plan, model: Model, data: Data, stage: Stages) -> tuple[Record | None, Record | None]:
     """Prune and recover the network in place, and return the records of both."""
-
+    recovery, probed = plan.cfg.recovery, is_probed(plan.cfg.recovery)
+    kept = stage.has("prune") and stage.has("recover")  # by an earlier try, which looked
     elsewhere = plan.cfg.get("train_device")
     where = resolve_device(elsewhere, "train_device") if elsewhere else plan.work.device
 
-    def change(name: str, group: str) -> Any:
-        config = plan.cfg[group]
-        origin = origin_of(config, data, where)
+    def change(name: str, group: str, config: DictConfig) -> Any:
+        call = with_stage(component(config), stage)
+        looks = probe if name == "recover" or takes(call) else None
+        origin = with_original(origin_of(config, data, where), looks)
         with noting(config):
-            step = partial(changed, with_stage(component(config), stage), model, data, f"{group}={config._target_}")
+            step = partial(changed, watched(call, looks, stage), model, data, f"{group}={config._target_}")
             record = change_once(stage, name, model, step, origin)
         note_files(plan.cfg, stage)
         what = f"the network after {group}={config._target_}"
         return with_notes(record, accepted_change(model, what, f"change the options of {group}, or what it does"))
 
     with moved(model, where):
-        records = None if quantizes_first(plan.cfg) else change("prune", "pruner"), change("recover", "recovery")
+        probe = probe_of(recovery, model, data, stage) if probed and not kept else None
+        pruned = None if quantizes_first(plan.cfg) else change("prune", "pruner", plan.cfg.pruner)
+        recovered = change("recover", "recovery", without_probe(recovery))
+    if probed:
+        tell(stage, {"prune": pruned, "recover": recovered})
     if plan.protocol.repeats > 1:
         share_network(stage, model)
-    return records
+    return untold(pruned), untold(recovered)
 
 
 def changed(step: Callable[..., Any], model: Model, data: Data, name: str) -> Record | None:

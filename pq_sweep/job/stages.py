@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # The stages that make the compressed model.
-PREP = ("prune", "recover", "trace", "export", "calibrate", "sensitivity", "quantize", "build")
+PREP = ("prune", "recover", "probe", "trace", "export", "calibrate", "sensitivity", "quantize", "build")
 
 
 # What to do about an error of a library's, by stage.
@@ -40,6 +40,7 @@ ADVICE = {
     "baseline": "see in job.log what the uncompressed network or an evaluation image does wrong",
     "prune": "choose another pruner, or see in job.log which layer it was",
     "recover": "change the options of recovery, or choose recovery=none",
+    "probe": "name other layers by recovery.probe_layers, or give recovery.probe=false",
     "trace": WITHOUT_GRAPH,
     "export": WITHOUT_GRAPH,
     "calibrate": "choose another quantizer.calibration, or leave the layer out by quantizer.exclude",
@@ -78,6 +79,7 @@ class Stages:
         self.kept: Record = {}
         self.timed_before: frozenset[str] = frozenset()
         self.from_cache: list[str] = []
+        self.apart_s = 0.0  # of the stage that runs, what belongs to another
 
     @contextmanager
     def __call__(self, name: str, *, alone: bool = False) -> Iterator[None]:
@@ -87,11 +89,23 @@ class Stages:
         where = {"pid": os.getpid(), "host": os.uname().nodename, "slurm": slurm()}
         write_json(self.files.status, {"stage": name, "since": time.time(), **where})
         with self.turns.take(alone) if self.turns else nullcontext():
+            outer, self.apart_s = self.apart_s, 0.0
             start = time.perf_counter()
             try:
                 yield
             finally:
-                self._count(name, time.perf_counter() - start)
+                self._count(name, time.perf_counter() - start - self.apart_s)
+                self.apart_s += outer
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count seconds of the stage that runs, as they belong to another."""
+        self.apart_s += seconds
+
+    def set_seconds(self, name: str, seconds: float, *, cached: bool) -> None:
+        """Say what a stage took when its outcome was made, in this try or another, or in another job."""
+        self.seconds[name] = seconds
+        if cached:
+            self.from_cache.append(name)
 
     def _count(self, name: str, seconds: float) -> None:
         """Add to the seconds of a stage, unless an earlier try timed it: then the time of that try stands."""

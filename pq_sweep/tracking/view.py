@@ -227,7 +227,8 @@ class View:
         # The client would ask the store for the run that is at hand.
         repository = get_artifact_repository(run.info.artifact_uri, self.client.tracking_uri)
         with TemporaryDirectory() as folder:
-            for path in (job.result, job.layers, job.samples, *job.errors, *job.path.glob("*.svg")):
+            tables = (job.layers, job.representations, job.samples)
+            for path in (job.result, *tables, *job.errors, *job.path.glob("*.svg")):
                 if path.exists():
                     (Path(folder) / path.name).symlink_to(path.absolute())
             (Path(folder) / "config.yaml").write_text(yaml.dump(job_config(job), Dumper=DUMPER))

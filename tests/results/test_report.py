@@ -221,6 +221,23 @@ def test_figures_have_the_colours_that_everyone_can_tell_apart(dozen: Sweep) -> 
     assert max(value["gone"] for value in values) == 75
 
 
+def test_representations_are_drawn_of_the_jobs_that_have_them(tmp_path: Path) -> None:
+    sweep = write_sweep(tmp_path / "sweep", 4)
+    (tmp_path / "sweep" / "1" / "representations.csv").write_text(
+        "epoch,layer,snr_db,cka,note\n0,a,200,1,\n0,b,,0.25,no SNR\n1,a,14,0.75,\n1,b,,,no CKA\n"
+    )
+    (view,) = views(aggregate(sweep), OBJECTIVES)
+    (drawn,) = (figure for figure in figures(view) if figure.name == "representations")
+    (values,) = drawn.spec["datasets"].values() if "datasets" in drawn.spec else [drawn.spec["data"]["values"]]
+
+    name = view.label(next(row for row in view.finished if row["job"] == "1"))
+    assert values == [
+        {"name": name, "layer": "a", "epoch": [0, 1], "SNR": [None, 14.0], "CKA": [1.0, 0.75]},
+        {"name": name, "layer": "b", "epoch": [0, 1], "SNR": [None, None], "CKA": [0.25, None]},
+    ]
+    assert {param["value"] for param in drawn.spec["params"]} == {"b", "CKA"}
+
+
 def test_the_front_is_marked_as_the_figures_say(dozen: Sweep) -> None:
     frame = comparison(dozen, ["error", "size"])
     done = frame[frame["status"] == "finished"]

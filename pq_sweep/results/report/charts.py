@@ -303,6 +303,41 @@ def codes(view: View) -> Drawn:
     return chart, f"{caption} Logarithmic."
 
 
+def representations(view: View) -> Drawn:
+    """How near a layer's outputs are to the original's after so many epochs of recovery, with a line for each job."""
+    values = [{"name": view.label(row), **layer} for row in view.shown for layer in view.representations_of(row)]
+    if not values:
+        return NOTHING
+    layers = list(dict.fromkeys(value["layer"] for value in values))
+    last = max(value["epoch"][-1] for value in values)
+    ticks = list(range(0, last + 1, 1 + last // 12))
+    layer, figure = (
+        alt.param(name=name, value=options[-1], bind=alt.binding_select(options=options, name=f"{name} "))
+        for name, options in (("layer", layers), ("figure", ["SNR", "CKA"]))
+    )
+    base = (
+        _chart(values)
+        .add_params(layer, figure)
+        .transform_filter("datum.layer == layer")
+        .transform_flatten(["epoch", "SNR", "CKA"])
+        .transform_calculate(value="datum[figure]")
+        .transform_filter("isValid(datum.value)")
+    )
+    chart = base.mark_line(point=True).encode(
+        x=alt.X("epoch:Q", title="epochs of recovery (0: after compression)", axis=alt.Axis(values=ticks, format="d")),
+        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
+        color=alt.Color("name:N", sort=None, title=None),
+        strokeDash=alt.StrokeDash("name:N", sort=None, title=None),
+        tooltip=["name:N", "layer:N", "epoch:Q", alt.Tooltip("value:Q", format=".4g")],
+    )
+    caption = (
+        "What a layer gives, beside what the original network's gives for the same images. There is no SNR where"
+        " nothing differs, or where channels were removed. "
+    )
+    title = alt.Title(alt.ExprRef("(figure == 'SNR' ? 'SNR in dB' : 'CKA') + ' of ' + layer"), anchor="start")
+    return chart.properties(title=title), caption + view.selection
+
+
 def _integers(after: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
     """Return how often each integer is there before and after, over the integers of both."""
     both = [after, *([before] if before else [])]
@@ -337,4 +372,5 @@ FIGURES: tuple[tuple[str, str, Callable[[View], Drawn]], ...] = (
     ("layer_sparsity", "Sparsity of each layer", layer_sparsity),
     ("histograms", "Weights before and after", histograms),
     ("codes", "Integers of the weights", codes),
+    ("representations", "Representations while the network is recovered", representations),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 SHOWN = 24  # jobs in a figure that has a line or bar for each
 LONGEST = 70  # characters of a name
+SILENT_DB = "200"  # in representations.csv
 LAYERS = 1500  # histograms in all views of a page together
 
 
@@ -156,6 +158,20 @@ class View:
             if layers.get("after") and (left >= 0 or not found):
                 found.append((row, layers))
         return found
+
+    def representations_of(self, row: Row) -> list[dict[str, Any]]:
+        """Return for each layer that was looked at its SNR and CKA after so many epochs; what is empty is None.
+
+        So is an SNR where nothing differs, which has no place in a drawing.
+        """
+        path = JobFolder(Path(row["folder"])).representations
+        found: dict[str, dict[str, Any]] = {}
+        for line in csv.DictReader(path.read_text().splitlines()) if path.exists() else ():
+            lists = found.setdefault(line["layer"], {"layer": line["layer"], "epoch": [], "SNR": [], "CKA": []})
+            lists["epoch"].append(int(line["epoch"]))
+            for name, column in (("SNR", "snr_db"), ("CKA", "cka")):
+                lists[name].append(short(float(line[column])) if line[column] not in ("", SILENT_DB) else None)
+        return list(found.values())
 
     def codes_before(self, row: Row) -> dict[str, Any]:
         """Return the integers in each layer of the job that differs from one only in pruning nothing."""
