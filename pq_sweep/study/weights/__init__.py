@@ -14,7 +14,6 @@ from omegaconf import ListConfig, OmegaConf
 
 from pq_sweep.core.groups import option_of
 from pq_sweep.core.imports import quick_imports
-from pq_sweep.core.options import entries_of
 from pq_sweep.job.check import component_problems, refuse
 from pq_sweep.study import Case
 from pq_sweep.types import UserError
@@ -51,8 +50,8 @@ def only(cases: list[Case], key: str) -> Any:
 def bits_of(cases: list[Case]) -> list[int]:
     """Return the bit widths in their order."""
     given = only(cases, "bits")
-    found = entries_of("batch_sizes", OmegaConf.to_container(given) if isinstance(given, ListConfig) else given)
-    if not (isinstance(found, list) and found and all(type(each) is int and each in WIDTHS for each in found)):
+    found = list(given) if isinstance(given, ListConfig) else [given]
+    if not found or any(type(each) is not int or each not in WIDTHS for each in found):
         raise UserError(
             f"bits={given} is not valid; give whole numbers from {WIDTHS[0]} to {WIDTHS[-1]}, such as bits=[2,4,8]."
         )
