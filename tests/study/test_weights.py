@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ def everything(*, scale: str = "1") -> Model:
     with torch.no_grad():
         module.up.weight *= float(scale)
     return Model(module, 2)
+
+
+@pytest.fixture(autouse=True)
+def own_search_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what a command does to the search path of its process from the tests that follow."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("pq_sweep.core.sources.fix_search_path", lambda: None)
 
 
 def asked(*words: str) -> list[Case]:
