@@ -172,7 +172,8 @@ def weights(
     """Store weights as integers of `bits` that are dequantized to FP32 as the model runs; activations stay FP32.
 
     Scales have the least squared error, one for each output channel or, in linear layers, one for `block` inputs. The
-    file holds 8, 4 or 2 bits a weight; 3, 5, 6 and 7 bits are stored in the next larger of these.
+    file holds 8, 4 or 2 bits a weight; 3, 5, 6 and 7 bits are stored in the next larger of these, and 2 bits in 4 where
+    ONNX Runtime would take them for other numbers.
     """
     import onnx
 

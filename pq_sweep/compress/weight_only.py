@@ -104,12 +104,13 @@ def store(model: onnx.ModelProto, weights: list[Stored], encoded: Callable[[Stor
     nodes, exact = [], dict[str, int]()
     for weight in tqdm(weights, desc="weights", unit="layer", disable=None, leave=False):
         each, name = encoded(weight), weight.name
-        kind = getattr(onnx.TensorProto, f"INT{each.container}")
+        held = _bits_in_file(each)
+        kind = getattr(onnx.TensorProto, f"INT{held}")
         model.graph.initializer.remove(weight.item)
         model.graph.initializer.extend(
             [tensor(each.codes, f"{name}_quantized", kind), floats(each.scale, f"{name}_scale")]
         )
-        exact |= {f"{name}_quantized": each.bits} if each.bits != each.container else {}
+        exact |= {f"{name}_quantized": each.bits} if each.bits != held else {}
         inputs = [f"{name}_quantized", f"{name}_scale"]
         node: Any = partial(onnx.helper.make_node, "DequantizeLinear", inputs, [name], f"{name}_DequantizeLinear")
         nodes.append(node(**each.axis))
@@ -117,6 +118,17 @@ def store(model: onnx.ModelProto, weights: list[Stored], encoded: Callable[[Stor
     del model.graph.node[:]
     model.graph.node.extend([*nodes, *others])
     note_exact(model, exact)
+
+
+def _bits_in_file(each: Encoded) -> int:
+    """Return the bits that each integer of a weight takes in the file.
+
+    ONNX Runtime 1.31 multiplies by other numbers than a matrix holds if these have two bits, outputs come last, and are
+    no multiple of four: four bits are right.
+    """
+    weight = each.weight
+    last = weight.operator in PRODUCTS and weight.outputs == len(weight.item.dims) - 1
+    return 4 if each.container < 4 and last and weight.item.dims[-1] % 4 else each.container
 
 
 def note_exact(model: onnx.ModelProto, bits: dict[str, int]) -> None:

@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from conftest import ROOT
-from independent import onnx_logits, tensors, torch_logits
+from independent import onnx_logits, runtime, tensors, torch_logits, workspace
 from omegaconf import OmegaConf
 from random_networks import small_vit
 from shared_networks import shared_network
@@ -230,6 +230,35 @@ def test_grouped_and_transposed_convolutions_have_a_scale_for_each_output(tmp_pa
     assert scales["grouped.weight_scale"].shape == (8,)
     assert scales["up.weight_scale"].shape == (6,)
     assert np.abs(onnx_logits(tmp_path / "model.onnx", images) - torch_logits(network, images)).max() < 1e-4
+
+
+class Mixing(nn.Module):
+    """Products of which the outputs come last, of numbers that do and do not fill bytes of two-bit integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.odd, self.even, self.head = nn.Linear(25, 21), nn.Linear(21, 24), nn.Linear(24, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.even(self.odd(x.flatten(2)).relu()).mean(1))
+        return logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [None, 8])
+def test_products_of_two_bits_are_right_whatever_the_number_of_outputs(tmp_path: Path, block: int | None) -> None:
+    if not hasattr(onnx.TensorProto, "INT2"):
+        pytest.skip(f"onnx {onnx.__version__} has no integers of 2 bits")
+    torch.manual_seed(0)
+    images = torch.randn(4, 3, 5, 5)
+    source, target = exported(Mixing(), (3, 5, 5), tmp_path), tmp_path / "model.onnx"
+    weights = stored_weights(written(source, target, bits=2, block=block).graph)
+    kinds = {weight.codes().size: onnx.TensorProto.DataType.Name(weight.item.data_type) for weight in weights}
+    session = runtime("onnxruntime").load(target, partial(quantizers.weights, bits=2), workspace(tmp_path / "job"), {})
+
+    assert kinds == {25 * 21: "INT4", 21 * 24: "INT2", 24 * 10: "INT2"}
+    expected = with_values(source, {weight.name: weight.values() for weight in weights}, images)
+    assert np.abs(session(images).numpy() - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 @pytest.mark.slow
