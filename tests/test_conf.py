@@ -13,6 +13,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from pq_sweep.core.options import LISTS, SWITCHES
+from pq_sweep.job.probing import without_probe
 
 CONF = ROOT / "conf"
 
@@ -43,7 +44,7 @@ def signature_and_options(path: Path) -> tuple[inspect.Signature, dict[Any, Any]
     node = OmegaConf.load(path)
     if "defaults" in node:
         node = composed(f"{path.parent.name}={path.stem}")[path.parent.name]
-    options = OmegaConf.to_container(node, throw_on_missing=False)
+    options = OmegaConf.to_container(without_probe(node), throw_on_missing=False)
     assert isinstance(options, dict)
     return inspect.signature(get_object(options.pop("_target_"))), options
 

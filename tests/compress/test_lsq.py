@@ -34,6 +34,7 @@ from pq_sweep.job import run as job
 from pq_sweep.job import steps
 from pq_sweep.job.check import problems
 from pq_sweep.job.learned import taught
+from pq_sweep.job.probing import without_probe
 from pq_sweep.job.stages import Stages
 from pq_sweep.measure.bits import of_graph
 from pq_sweep.measure.graph import EXACT, Graph
@@ -51,7 +52,7 @@ def data() -> Data:
 
 def options_of(name: str, **changed: Any) -> dict[str, Any]:
     """Return the options of a recovery as its YAML has them, with some changed."""
-    found = OmegaConf.to_container(composed(f"recovery={name}").recovery)
+    found = OmegaConf.to_container(without_probe(composed(f"recovery={name}").recovery))
     assert isinstance(found, dict)
     return {str(key): value for key, value in found.items() if key != "_target_"} | changed
 
