@@ -10,3 +10,5 @@ KEPT_PRECISIONS = ("fp32", "fp16")
 INT4_BLOCKS = (64, 128)
 
 IMPORTANCES = ("random", "magnitude", "taylor", "sensitivity", "bn_scale", "lamp")
+
+ROUNDINGS = ("nearest", "optimal")

@@ -26,6 +26,11 @@ def order_problems(cfg: DictConfig) -> Iterator[str]:
             "order=quantize_first cannot take channels out, as pruner=remove does: the quantized graph has its shapes"
             " already; give order=prune_first, or a pruner that sets zeros, such as pruner=l1_global."
         )
+    if str(cfg.pruner._target_) == "pq_sweep.compress.pruners.obs":
+        yield (
+            "order=quantize_first cannot be with pruner=obs, which fits the weights that stay and not only sets zeros;"
+            " give order=prune_first, or pruner=l1."
+        )
     if is_ours(cfg.recovery) and not str(cfg.recovery._target_).endswith(".none"):
         yield (
             "order=quantize_first leaves nothing to recover, as a recovery trains the network before it is quantized;"
