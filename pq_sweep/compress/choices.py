@@ -14,3 +14,5 @@ IMPORTANCES = ("random", "magnitude", "taylor", "sensitivity", "bn_scale", "lamp
 OPTIMIZERS = ("adamw", "adam", "sgd")
 
 AUGMENTATIONS = ("flip", "shift")
+
+ROUNDINGS = ("nearest", "optimal")

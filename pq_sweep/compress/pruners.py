@@ -12,8 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
+from tqdm import tqdm
 
 from pq_sweep.compress.classifier import classifier
+from pq_sweep.compress.moments import layer_moments
+from pq_sweep.compress.obs import without
 from pq_sweep.compress.observing import Observe, unobserved
 from pq_sweep.compress.recovery import reestimate
 from pq_sweep.compress.training import Recipe, apply, train
@@ -69,6 +72,33 @@ def l1_global(
     _make_permanent(targets)
     reached = {"weights": _zeros(targets) / _size(targets)}
     return told(_asked(groups), reached, [*notes, *_emptied(model, targets)])
+
+
+def obs(model: Model, data: Data, *, amount: float, amount_last: float | None = None, images: int) -> Record:
+    """Zero the `amount` of each layer's weights whose loss changes its output least, and let the others make up for it.
+
+    This is Optimal Brain Surgeon on each layer by itself (OBC, Frantar and Alistarh 2022), with what the layer is given
+    on the first `images` calibration images. `amount_last` is the share of the classifier, if that is given.
+    """
+    groups = _with_last(model, _targets(model), amount, amount_last)
+    counts = {target: round(_share(share) * _size([target])) for targets, share in groups for target in targets}
+    notes, targets = untouched(model.module), list(counts)
+    names = {part: name for name, part in model.module.named_modules()}
+    if any(counts.values()):
+        seen = layer_moments(model, targets, data.calibrating().take(images))
+        if blind := [f"{names[part]}.{name}" for part, name in targets if (part, name) not in seen]:
+            notes.append(f"pruner=obs cannot see the inputs of {listed(blind)}, and took the smallest weights there.")
+        for part, name in tqdm(targets, desc="layers", disable=None, leave=False):
+            weight = getattr(part, name)
+            weight.data.copy_(without(weight, seen.pop((part, name), None), counts[part, name], names[part]))
+    return told(_asked(groups), {"weights": _zeros(targets) / _size(targets)}, [*notes, *_emptied(model, targets)])
+
+
+def _share(amount: float) -> float:
+    """Return an amount, or refuse what is no share."""
+    if not 0 <= amount <= 1:
+        raise UserError(f"pruner.amount={amount} is out of range; give the share to prune, 0 <= amount < 1.")
+    return float(amount)
 
 
 def ln_structured(model: Model, data: Data, *, amount: float, n: float, dim: int, every_weight: bool = False) -> Record:

@@ -65,6 +65,12 @@ class Calibrated:
         onnx.save(self.quantized(exclude=exclude), target)
 
     @property
+    def limits(self) -> tuple[int, int]:
+        """Return the smallest and the largest integer of a weight."""
+        most = 64 if self.options["reduce_range"] else 127
+        return -most, most
+
+    @property
     def record(self) -> Record:
         """Return what the result records about the calibration."""
         return {"calibration_images": self.images, "reduce_range": self.options["reduce_range"]}
@@ -97,7 +103,7 @@ def calibrate(
     import torch
 
     choose("quantizer.calibration", method, CALIBRATIONS)
-    split = _calibration_images(data, images)
+    split = calibration_images(data, images)
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:
         prepared = Path(folder) / "prepared.onnx"
         with stage("quantize"):
@@ -210,7 +216,8 @@ def _all_operators() -> list[str]:
     return sorted({*QLinearOpsRegistry, *QDQRegistry})
 
 
-def _calibration_images(data: Data, images: int) -> Split:
+def calibration_images(data: Data, images: int) -> Split:
+    """Return the first calibration images, or refuse a number that is more than there are."""
     if not 1 <= images <= len(data.calibration):
         raise UserError(
             f"quantizer.images={images} does not fit the {len(data.calibration)} calibration images;"

@@ -15,12 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pq_sweep.compress.choices import INT4_BLOCKS, KEPT_PRECISIONS
+from pq_sweep.compress.choices import INT4_BLOCKS, KEPT_PRECISIONS, ROUNDINGS
 from pq_sweep.compress.fp8 import in_fp8, without_kernels
 from pq_sweep.compress.int4 import in_int4
 from pq_sweep.compress.learned import write_learned
 from pq_sweep.compress.mixed import plan_precisions
-from pq_sweep.compress.qdq import calibrate, give_each_its_own, halved, layer_weights, prepare, sharing
+from pq_sweep.compress.qdq import (
+    calibrate,
+    calibration_images,
+    give_each_its_own,
+    halved,
+    layer_weights,
+    prepare,
+    sharing,
+)
+from pq_sweep.compress.recode import round_for_outputs
 from pq_sweep.compress.weight_only import Grid, chosen_weights, quantize_weights, with_types
 from pq_sweep.types import Data, Record, Stage, UserError, choose
 
@@ -35,10 +44,12 @@ NOTHING_LEARNED = (
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def quantizer(precision: str | Callable[[Record], str], *, calibrated: bool = True) -> Callable[[F], F]:
+def quantizer(
+    precision: str | Callable[[Record], str], *, calibrated: bool | Callable[[Record], bool] = True
+) -> Callable[[F], F]:
     """Mark a function as a quantizer to `precision`; with calibrated=False it looks at no images.
 
-    Where options decide on the precision, it is a function of them.
+    Where options decide on the precision, or on whether it looks at images, that is a function of them.
     """
 
     def mark(function: F) -> F:
@@ -88,17 +99,25 @@ def int8(
     images: int,
     exclude: list[str],
     percentile: float,
+    rounding: str = "nearest",
 ) -> Record:
     """Quantize statically to 8 bit (Q/DQ), with activation ranges by `calibration` on `images` calibration images.
 
     Weights are symmetric per output channel. `exclude` names layers to leave in FP32: patterns of parameter names
-    such as `layer4.*`, or `first` and `last`. `percentile` is used by calibration=percentile.
+    such as `layer4.*`, or `first` and `last`. `percentile` is used by calibration=percentile. With rounding=optimal,
+    the integers of weights change a layer's output on these images less than the nearest ones do.
     """
+    import onnx
+
+    choose("quantizer.rounding", rounding, ROUNDINGS)
     graph = calibrate(source, data, form=form, stage=stage, method=calibration, images=images, percentile=percentile)
     with stage("quantize"):
         excluded = match_layers(graph.model, exclude)
-        graph.write(target, exclude=excluded)
-    return {"excluded_nodes": excluded, **graph.record}
+        written = graph.quantized(exclude=excluded)
+        if rounding == "optimal":
+            round_for_outputs(written, graph.model, calibration_images(data, images), graph.limits)
+        onnx.save(written, target)
+    return {"excluded_nodes": excluded, "rounding": rounding, **graph.record}
 
 
 @quantizer("fp8")
@@ -157,7 +176,7 @@ def mixed(
     return plan.record | graph.record
 
 
-@quantizer(lambda options: f"w{options['bits']}", calibrated=False)
+@quantizer(lambda options: f"w{options['bits']}", calibrated=lambda options: options.get("rounding") == "optimal")
 def weights(
     source: Path,
     target: Path,
@@ -168,23 +187,30 @@ def weights(
     bits: int,
     block: int | None,
     exclude: list[str],
+    rounding: str = "nearest",
+    images: int = 64,
 ) -> Record:
     """Store weights as integers of `bits` that are dequantized to FP32 as the model runs; activations stay FP32.
 
     Scales have the least squared error, one for each output channel or, in linear layers, one for `block` inputs. The
     file holds 8, 4 or 2 bits a weight; 3, 5, 6 and 7 bits are stored in the next larger of these, and 2 bits in 4 where
-    ONNX Runtime would take them for other numbers.
+    ONNX Runtime would take them for other numbers. With rounding=optimal, the integers change a layer's output on
+    `images` calibration images less than the nearest ones do.
     """
     import onnx
 
+    choose("quantizer.rounding", rounding, ROUNDINGS)
     grid = Grid(bits, block)
     with stage("quantize"):
         graph = with_types(onnx.load(source), grid)
         excluded = match_layers(graph, exclude)
         chosen = chosen_weights(graph, excluded)
         quantize_weights(graph, chosen, grid)
+        if rounding == "optimal":
+            round_for_outputs(graph, onnx.load(source), calibration_images(data, images), grid.limits)
         onnx.save(graph, target)
-    return {"excluded_nodes": excluded, "quantized_weights": len(chosen), "stored_bits": grid.container}
+    record = {"excluded_nodes": excluded, "quantized_weights": len(chosen), "stored_bits": grid.container}
+    return record | {"rounding": rounding} | ({"calibration_images": images} if rounding == "optimal" else {})
 
 
 @quantizer(lambda options: "int8" if options["activations"] else f"w{options['bits']}", calibrated=False)

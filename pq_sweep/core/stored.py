@@ -118,7 +118,9 @@ def _follow(
         if zero is None:
             item = initializers[name]
             return (
-                Stored(name, item, user.op_type, _outputs(user, place, len(item.dims))) if len(item.dims) > 1 else None
+                Stored(name, item, user.op_type, output_axis(user, place, len(item.dims)))
+                if len(item.dims) > 1
+                else None
             )
         return _integers(user, place, name, _named(name, "scale", initializers), user.input[zero], initializers, 0)
     if node is None or node.op_type != "DequantizeLinear" or node.input[0] not in initializers:
@@ -142,7 +144,7 @@ def _integers(
     if len(item.dims) < 2:
         return None
     parts = (_shaped(initializers.get(part), axis, block, tuple(item.dims)) for part in (scale, zero))
-    outputs = _outputs(user, place, len(item.dims))
+    outputs = output_axis(user, place, len(item.dims))
     return Stored(name.removesuffix("_quantized"), item, user.op_type, outputs, *parts)
 
 
@@ -167,7 +169,7 @@ def _named(name: str, part: str, initializers: dict[str, Any]) -> str:
     return found if found in initializers else ""
 
 
-def _outputs(node: onnx.NodeProto, place: int, dimensions: int) -> int:
+def output_axis(node: onnx.NodeProto, place: int, dimensions: int) -> int:
     """Return the axis of the output channels of a node's weight."""
     if node.op_type in CONVOLUTIONS:
         return 0

@@ -13,7 +13,7 @@ from typing import Any
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from pq_sweep.compress.choices import AUGMENTATIONS, CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS, OPTIMIZERS
+from pq_sweep.compress.choices import AUGMENTATIONS, CALIBRATIONS, IMPORTANCES, KEPT_PRECISIONS, OPTIMIZERS, ROUNDINGS
 from pq_sweep.core.opened import noting
 from pq_sweep.core.options import (
     LISTS,
@@ -41,6 +41,7 @@ ONE_IN_A_JOB = ("pruner.amount", "device", "train_device", "seed", "repeat")
 CHOICES = {
     "dataset.size": ("160", "320", "full"),
     "quantizer.calibration": CALIBRATIONS,
+    "quantizer.rounding": ROUNDINGS,
     "quantizer.keep": KEPT_PRECISIONS,
     "pruner.importance": IMPORTANCES,
     **{f"{group}.optimizer": OPTIMIZERS for group in ("pruner", "recovery")},

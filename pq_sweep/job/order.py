@@ -31,6 +31,11 @@ def order_problems(cfg: DictConfig) -> Iterator[str]:
             "order=quantize_first cannot train, as this pruner does: the quantized graph has no gradients; give"
             " order=prune_first, or a pruner that only sets zeros, such as pruner=l1_global."
         )
+    if is_ours(cfg.pruner) and "images" in cfg.pruner:
+        yield (
+            "order=quantize_first cannot fit weights to images, as this pruner does: in the quantized graph it can only"
+            " set zeros; give order=prune_first, or a pruner that only sets zeros, such as pruner=l1."
+        )
     if is_ours(cfg.recovery) and not str(cfg.recovery._target_).endswith(".none"):
         yield (
             "order=quantize_first leaves nothing to recover, as a recovery trains the network before it is quantized;"

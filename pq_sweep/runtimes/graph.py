@@ -76,7 +76,8 @@ def graph_options(quantizer: Quantizer, data: Data, form: str) -> dict[str, Any]
         "options": getattr(quantizer, "keywords", {}),
         "form": form,
     }
-    if not function.calibrated:
+    looks = function.calibrated
+    if not (looks(about["options"]) if callable(looks) else looks):
         return about
     where = {"cpu": device_name("cpu"), "threads": torch.get_num_threads()}
     return about | where | {"calibration": data.identity(data.calibration)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import re
 import sys
@@ -25,7 +26,12 @@ def main() -> None:
     if not name or {"-h", "--help"} & {*words}:
         print(help_text(name))
         return
-    sys.exit(started(name, words))
+    from pq_sweep.sweep.cli import leave
+
+    codes = list[int]()
+    atexit.register(leave, codes)
+    codes.append(started(name, words))
+    sys.exit(codes[0])
 
 
 def help_text(name: str) -> str:

@@ -40,7 +40,7 @@ def main(launch: Callable[[], None], conf: Path) -> None:
     except UserError as error:
         sys.exit(str(error))
     codes = list[int]()
-    atexit.register(_leave, codes)  # what registers first is called last
+    atexit.register(leave, codes)  # what registers first is called last
     sys.path.append(str(Path.cwd()))  # where a user's own components are
     fix_search_path()
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
@@ -105,7 +105,7 @@ def _no_option(name: str, value: str, rest: list[str]) -> str:
     return f"{name} is none of Hydra's options; write {right} (--help lists more)."
 
 
-def _leave(codes: list[int]) -> None:
+def leave(codes: list[int]) -> None:
     """End the process once all other exit handlers ran: taking apart what torch and MLflow hold takes seconds."""
     if codes:
         logging.shutdown()  # its own handler was registered earlier, so it has not run yet
