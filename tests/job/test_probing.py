@@ -217,6 +217,7 @@ def test_only_the_own_options_of_a_recovery_are_handed_to_it() -> None:
     whole = config("recovery=finetune", "recovery.probe=true", "+recovery.x=${seed}", "seed=7")
     assert OmegaConf.to_container(without_probe(whole.recovery), resolve=True) == {
         "_target_": "pq_sweep.compress.recovery.finetune", "epochs": 2, "lr": 0.001, "batch_size": 64, "x": 7,
+        "optimizer": "adamw", "weight_decay": 0.01, "augment": [],
     }  # fmt: skip
     assert whole.recovery.probe is True
     assert without_probe(OmegaConf.create({"epochs": 2})) == {"epochs": 2}  # of an earlier version

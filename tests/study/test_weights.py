@@ -111,7 +111,8 @@ def test_a_row_for_every_tensor_and_width(written: Path) -> None:
 
 
 def test_every_column_is_documented(written: Path) -> None:
-    described = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "studies.md").read_text(), re.MULTILINE)
+    page = (ROOT / "docs" / "studies.md").read_text().partition("\n## Layers")[0]
+    described = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert [name for name in described if name in rows(written)[0]] == list(rows(written)[0])
 
 

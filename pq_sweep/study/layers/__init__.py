@@ -7,7 +7,6 @@ reach; sentences (`verdict`), a figure (`charts`), and what is written and shown
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import ListConfig, OmegaConf
@@ -16,24 +15,11 @@ from pq_sweep.core.imports import quick_imports
 from pq_sweep.core.options import entries_of
 from pq_sweep.job.check import component_problems, refuse
 from pq_sweep.study import Case
+from pq_sweep.study.layers.options import Options
 from pq_sweep.study.weights import bits_of, names_of, only, writable
 from pq_sweep.types import UserError
 
 WHOLE = ("images", "inputs", "slices", "rows", "samples")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is looked at of each network, and how long; see conf/study_layers.yaml."""
-
-    layers: tuple[str, ...]
-    bits: tuple[int, ...]
-    images: int
-    inputs: int
-    slices: int
-    rows: int
-    samples: int
-    limit_s: float
 
 
 def run(cases: list[Case]) -> bool:
