@@ -21,7 +21,7 @@ from pq_sweep.core.weights import Target, prunable
 from pq_sweep.job.run import load
 from pq_sweep.job.stages import sentence
 from pq_sweep.study import Case
-from pq_sweep.study.layers import Options
+from pq_sweep.study.layers.options import Options
 from pq_sweep.study.layers.slices import Found, Slice, measured
 from pq_sweep.types import Model, UserError
 
