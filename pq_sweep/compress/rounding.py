@@ -16,6 +16,7 @@ from scipy.linalg import cholesky
 Array = NDArray[np.float64]
 
 AT_ONCE = 64  # inputs whose errors are passed on to the others in one product
+WIDE = 2048  # inputs from which on the second start, from the nearest codes, is not worth its time
 SWEEPS = 10  # over all codes; most layers are done after three or four
 WORTH_IT = 1e-9  # share of a code's own part of the error that a change has to save
 
@@ -32,10 +33,13 @@ def rounded(rows: Array, hessian: Array, scale: Array, low: int, high: int) -> A
     that what was pruned stays pruned. No row is worse than rounded to the nearest.
     """
     plain = nearest(rows, scale, low, high)
-    tried = [descended(rows, hessian, scale, low, high, codes)
-             for codes in (one_after_the_other(rows, hessian, scale, low, high), plain)]  # fmt: skip
-    errors = np.stack([error(rows - codes * scale, hessian) for codes in tried])
-    return np.where((errors[0] <= errors[1])[:, None], *tried)
+    passed_on = one_after_the_other(rows, hessian, scale, low, high)
+    best, least = plain, error(rows - plain * scale, hessian)
+    for start in (passed_on, plain) if rows.shape[1] <= WIDE else (passed_on,):
+        codes = descended(rows, hessian, scale, low, high, start)
+        found = error(rows - codes * scale, hessian)
+        best, least = np.where((found <= least)[:, None], codes, best), np.minimum(found, least)
+    return best
 
 
 def one_after_the_other(rows: Array, hessian: Array, scale: Array, low: int, high: int) -> Array:
@@ -94,9 +98,9 @@ def _sweep(
             codes[active, column] += best
             moved[:, place] = best * step
             slope -= moved[:, place, None] * hessian[column, part]
-        if moved.any():
-            slopes[active] -= moved @ hessian[part]
-            there |= moved.any(1)
+        touched = moved.any(1)
+        slopes[active[touched]] -= moved[touched] @ hessian[part]
+        there |= touched
     return there
 
 

@@ -7,19 +7,11 @@ reach; sentences (`verdict`), a figure (`charts`), and what is written and shown
 
 from __future__ import annotations
 
-from typing import Any
-
-from omegaconf import ListConfig, OmegaConf
-
 from pq_sweep.core.imports import quick_imports
-from pq_sweep.core.options import entries_of
 from pq_sweep.job.check import component_problems, refuse
 from pq_sweep.study import Case
-from pq_sweep.study.layers.options import Options
-from pq_sweep.study.weights import bits_of, names_of, only, writable
-from pq_sweep.types import UserError
-
-WHOLE = ("images", "inputs", "slices", "rows", "samples")
+from pq_sweep.study.layers.options import options_of
+from pq_sweep.study.weights import names_of, only, writable
 
 
 def run(cases: list[Case]) -> bool:
@@ -48,23 +40,3 @@ def _elsewhere(launcher: str) -> str | None:
         f"hydra/launcher={launcher} is for sweeps, and a study runs in this process; start it several times, on any"
         " nodes, with other layers=... and one output=..., and then once with all layers."
     )
-
-
-def options_of(cases: list[Case]) -> Options:
-    """Return what all networks are asked, or refuse what is out of range."""
-    numbers = {name: only(cases, name) for name in WHOLE}
-    for name, value in numbers.items():
-        if type(value) is not int or value < (0 if name == "samples" else 1):
-            raise UserError(f"{name}={value} is out of range; give a whole number from {int(name != 'samples')} on.")
-    limit = only(cases, "limit_s")
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
-        raise UserError(f"limit_s={limit} is out of range; give seconds, more than 0.")
-    return Options(_layers(only(cases, "layers")), tuple(bits_of(cases)), limit_s=float(limit), **numbers)
-
-
-def _layers(given: Any) -> tuple[str, ...]:
-    """Return the names and patterns of layers."""
-    found = entries_of("exclude", OmegaConf.to_container(given) if isinstance(given, ListConfig) else given)
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise UserError(f"layers={given} is not valid; give names of layers, such as layers=[layer1.*,fc].")
-    return tuple(found)

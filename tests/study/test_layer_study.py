@@ -15,9 +15,10 @@ from random_networks import fresh
 
 from pq_sweep.study import Case
 from pq_sweep.study.__main__ import cases
-from pq_sweep.study.layers import gather, options_of, run
+from pq_sweep.study.layers import gather, run
 from pq_sweep.study.layers.charts import boxes
 from pq_sweep.study.layers.gather import Network, chosen, slices_of
+from pq_sweep.study.layers.options import options_of
 from pq_sweep.study.layers.slices import Found, Slice, measured
 from pq_sweep.study.layers.verdict import advice, better, summary
 from pq_sweep.types import UserError
