@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.func import functional_call
 from pq_sweep.compress.learned import BYTE
 from pq_sweep.compress.observing import Observe, unobserved
 from pq_sweep.compress.recovery import reestimate
-from pq_sweep.compress.training import Recipe, apply, led, train, zeros_of
+from pq_sweep.compress.training import AfterStep, Recipe, apply, led, train, zeros_of
 from pq_sweep.compress.weight_only import Grid, fitted
 from pq_sweep.core.weights import memory, prunable_by_name
 from pq_sweep.types import Data, Model, Record, Split, UserError
@@ -88,24 +89,12 @@ def lsq(
     record, for `quantizer=learned`. Weights that are zero stay zero.
     """
     recipe = Recipe("recovery=lsq", "recovery=none", epochs, lr, batch_size, optimizer, weight_decay, augment or [])
-    split, masks = recipe.images(model, data), zeros_of(model.module)
-    # Channels may be turned by a negative factor of BatchNorm, and bytes that are multiplied have no 128.
-    grid = Grid(bits, narrow=bool(activations) and bits == BYTE)
+    split, grid = recipe.images(model, data), _grid(bits, activations)
     weights = {name: _scale_of(model.module, name, grid, per_channel) for name in prunable_by_name(model.module)}
     taken = _scales_of_activations(model, split, activations, recipe) if activations else {}
     scales = [scale.value for scale in (*weights.values(), *taken.values())]
-    floors = [(scale, LEAST * scale.detach().clone()) for scale in scales]
     others = [torch.optim.Adam(scales, lr=lr_scale)] if scales else []
-
-    def call(images: Tensor) -> Any:
-        return functional_call(model.module, _rounded(model.module, weights), (images,), tie_weights=False)
-
-    @torch.no_grad()
-    def after_step(step: int, steps: int) -> None:
-        apply(masks)
-        for scale, floor in floors:
-            scale.clamp_(min=floor)
-
+    call, after_step = partial(_answer, model.module, weights), _bounded(scales, zeros_of(model.module))
     with rounding_inputs(model.module, taken):
         notes = train(model, data, recipe, after_step=after_step, call=call, others=others, observe=observe)
         learned = {name: _told(model.module, name, scale, taken.get(name)) for name, scale in weights.items()}
@@ -115,6 +104,29 @@ def lsq(
     for note in notes:
         log.warning(note)
     return {"notes": notes, "learned": learned}
+
+
+def _grid(bits: int, activations: int | None) -> Grid:
+    """Return the integers of weights; channels may be turned by a negative factor, and bytes that multiply lack 128."""
+    return Grid(bits, narrow=bool(activations) and bits == BYTE)
+
+
+def _answer(module: nn.Module, weights: dict[str, Scale], images: Tensor) -> Any:
+    """Return what a network gives with its weights rounded."""
+    return functional_call(module, _rounded(module, weights), (images,), tie_weights=False)
+
+
+def _bounded(scales: list[nn.Parameter], masks: list[tuple[nn.Parameter, Tensor]]) -> AfterStep:
+    """Return what is done after each step: zeros stay zero, and no scale gets near to it."""
+    floors = [(scale, LEAST * scale.detach().clone()) for scale in scales]
+
+    @torch.no_grad()
+    def after_step(step: int, steps: int) -> None:
+        apply(masks)
+        for scale, floor in floors:
+            scale.clamp_(min=floor)
+
+    return after_step
 
 
 def _scale_of(module: nn.Module, name: str, grid: Grid, per_channel: bool) -> Scale:

@@ -71,6 +71,14 @@ class Recipe:
             raise UserError(f"{self.of} needs training images and the data has none; give some, or {self.instead}.")
         return split
 
+    def batches(self, split: Split) -> int:
+        """Return the steps of an epoch."""
+        return max(1, len(split) // self.batch_size)
+
+    def order(self, split: Split) -> list[int]:
+        """Draw the order of images of an epoch; a last, smaller batch is left out, as of one image BatchNorm fails."""
+        return torch.randperm(len(split)).tolist()[: self.batches(split) * self.batch_size]
+
 
 def train(
     model: Model,
@@ -85,42 +93,58 @@ def train(
     """Train all weights in place and return notes on what was not trained; weights that are zero may not stay so.
 
     `call` maps images to what the network gives, if that is not the network itself. `others` are optimizers of
-    parameters that are not the network's own; they step when the network's does, and no schedule changes them. Weights
-    that do not require gradients are left as they are, which a note says.
+    parameters that are not the network's own, of which no schedule changes the rate. Weights that do not require
+    gradients are left as they are, which a note says.
     """
     split, module, others = recipe.images(model, data), model.module, list(others)
     parameters = _trainable(module, recipe)
     beside = [each for other in others for group in other.param_groups for each in group["params"]]
     optimizer = recipe.optimizing(parameters)
-    unfit = misfits(model)
-    taken = dict.fromkeys(_left_out(unfit, recipe))
-    steps = max(1, len(split) // recipe.batch_size)
-    total = recipe.epochs * steps
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=total)
+    taken = dict.fromkeys(_left_out(unfit := misfits(model), recipe))
+    steps = recipe.epochs * recipe.batches(split)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps)
     observe(0, call)
     with led(recipe.of, recipe.instead):
         module.train()
     size, step = min(recipe.batch_size, len(split)), 0
     with enough_values(module, recipe.of, recipe.instead, size), left_out(unfit):
         for epoch in tqdm(range(1, recipe.epochs + 1), desc="fine-tuning", unit="epoch", disable=None, leave=False):
-            # A last, smaller batch is left out, since BatchNorm could not train on a single image.
-            order = torch.randperm(len(split)).tolist()[: steps * recipe.batch_size]
             losses: list[Tensor] = []
-            for images, labels in split.batches(recipe.batch_size, parameters[0].device, order):
-                for each in (optimizer, *others):
-                    each.zero_grad()
-                with led(recipe.of, recipe.instead):
-                    output = (call or module)(augmented(images, recipe.augment))
-                    logits = _training_logits(output, len(images), model.num_classes, taken, recipe)
-                    losses.append(_backward(data.logits(logits), labels, recipe))
-                for each in (optimizer, *others):
-                    each.step()
+            for images, labels in split.batches(recipe.batch_size, parameters[0].device, recipe.order(split)):
+                loss = partial(_loss, call or module, images, labels, model, data, recipe, taken)
+                losses.append(_step([optimizer, *others], loss))
                 schedule.step()
-                after_step(step := step + 1, total)
+                after_step(step := step + 1, steps)
             _refuse_divergence(module, [*losses, *beside], epoch, recipe)
             observe(epoch, call)
     module.eval()
     return [*taken, *_untrained(module, recipe)]
+
+
+def _step(optimizers: list[torch.optim.Optimizer], loss: Callable[[], Tensor]) -> Tensor:
+    """Go a step down a loss, which computes gradients and is returned."""
+    for each in optimizers:
+        each.zero_grad()
+    found = loss()
+    for each in optimizers:
+        each.step()
+    return found
+
+
+def _loss(
+    network: Callable[[Tensor], Any],
+    images: Tensor,
+    labels: Tensor,
+    model: Model,
+    data: Data,
+    recipe: Recipe,
+    notes: dict[str, None],
+) -> Tensor:
+    """Compute gradients of the loss of a batch, which is returned; adds to `notes` what was trained."""
+    with led(recipe.of, recipe.instead):
+        output = network(augmented(images, recipe.augment))
+        logits = _training_logits(output, len(images), model.num_classes, notes, recipe)
+        return _backward(data.logits(logits), labels, recipe)
 
 
 def augmented(images: Tensor, how: list[str]) -> Tensor:

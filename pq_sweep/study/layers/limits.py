@@ -224,8 +224,7 @@ def _step(problem: Problem, state: _State, share: Array) -> tuple[_State, Array]
     width = problem.offset.shape[1]
     ends, others, gain = _conditions(problem)
     target = share * state.gap() / (3 * width + 1)
-    inverse = np.linalg.inv(state.matrix)
-    inverse = (inverse + inverse.swapaxes(1, 2)) / 2
+    inverse = _symmetric(np.linalg.inv(state.matrix))
 
     def products(matrix: Array) -> tuple[Array, Array, Array]:
         half = matrix @ others
@@ -243,10 +242,8 @@ def _step(problem: Problem, state: _State, share: Array) -> tuple[_State, Array]
     scaled = 1 / np.sqrt(own)  # the multipliers may be of very different sizes
     even = system * scaled[:, :, None] * scaled[:, None, :]
     change = scaled * np.linalg.solve(even, (scaled * wanted)[..., None])[..., 0]
-    matrix = (others * change[:, None, :]) @ ends.T
-    matrix = matrix + matrix.swapaxes(1, 2)
-    moments = target[:, None, None] * inverse - state.moments - state.moments @ matrix @ inverse
-    moments = (moments + moments.swapaxes(1, 2)) / 2
+    matrix = 2 * _symmetric((others * change[:, None, :]) @ ends.T)
+    moments = _symmetric(target[:, None, None] * inverse - state.moments - state.moments @ matrix @ inverse)
     slacks = target[:, None] / sizes - slack - slack * change[:, :-1] / sizes
     first = np.minimum(_way(state.matrix, matrix), _way_of_numbers(sizes, change[:, :-1]))[:, None]
     second = np.minimum(_way(state.moments, moments), _way_of_numbers(slack, slacks))[:, None]
@@ -257,6 +254,10 @@ def _step(problem: Problem, state: _State, share: Array) -> tuple[_State, Array]
         slack + second * slacks,
     )
     return new, np.minimum(first, second)[:, 0]
+
+
+def _symmetric(matrix: Any) -> Array:
+    return np.asarray((matrix + matrix.swapaxes(1, 2)) / 2, dtype=float)
 
 
 def _way(matrix: Array, change: Array) -> Array:
