@@ -29,7 +29,6 @@ from pq_sweep.compress.qdq import (
     prepare,
     sharing,
 )
-from pq_sweep.compress.recode import round_for_outputs
 from pq_sweep.compress.weight_only import Grid, chosen_weights, quantize_weights, with_types
 from pq_sweep.types import Data, Record, Stage, UserError, choose
 
@@ -115,6 +114,8 @@ def int8(
         excluded = match_layers(graph.model, exclude)
         written = graph.quantized(exclude=excluded)
         if rounding == "optimal":
+            from pq_sweep.compress.recode import round_for_outputs
+
             round_for_outputs(written, graph.model, calibration_images(data, images), graph.limits)
         onnx.save(written, target)
     return {"excluded_nodes": excluded, "rounding": rounding, **graph.record}
@@ -207,6 +208,8 @@ def weights(
         chosen = chosen_weights(graph, excluded)
         quantize_weights(graph, chosen, grid)
         if rounding == "optimal":
+            from pq_sweep.compress.recode import round_for_outputs
+
             round_for_outputs(graph, onnx.load(source), calibration_images(data, images), grid.limits)
         onnx.save(graph, target)
     record = {"excluded_nodes": excluded, "quantized_weights": len(chosen), "stored_bits": grid.container}

@@ -12,7 +12,8 @@ from conftest import ROOT, Launch, python, refused
 from pq_sweep.sweep.cli import EXAMPLES, in_order
 
 CONF = ROOT / "conf"
-CHOICES = sorted(path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml"))
+# Options that several choices share are no choice themselves.
+CHOICES = sorted(path.relative_to(CONF) for path in CONF.glob("*/**/*.yaml") if path.parent.name != "recipe")
 LIGHT_MODULES = (
     "core.environment",
     "compress.quantizers",
