@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -190,6 +191,12 @@ def refused(call: Callable[[], Any]) -> str:
     assert text.endswith(".")
     assert "\n" not in text
     return text
+
+
+def hear_signals() -> None:
+    """Let Ctrl-C and a closed terminal reach a new process, which the tests' own shell may have had ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def new_user() -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, new_user, python
+from conftest import ROOT, hear_signals, new_user, python
 from gpu.test_answers import BY_OPTION, BY_PRECISION
 from hydra import compose, initialize_config_dir
 
@@ -509,8 +509,9 @@ gpu_check.main()
 def test_a_check_that_is_stopped_leaves_a_whole_report(tmp_path: Path, stop: signal.Signals) -> None:
     own = {"TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT, env=new_user() | own, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-c", STOPPED, str(tmp_path)], cwd=ROOT, env=new_user() | own, stderr=subprocess.PIPE,
+        preexec_fn=hear_signals,
+    )  # fmt: skip
     pid = tmp_path / "pid"
     while not (pid.exists() and pid.read_text()) and process.poll() is None:
         time.sleep(0.02)

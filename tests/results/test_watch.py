@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import new_user, python, refused
+from conftest import hear_signals, new_user, python, refused
 from rich.console import Console
 from sweep_folders import announced, dead_pid, write_error, write_manifest, write_result, write_status
 
@@ -602,7 +602,7 @@ def test_who_stops_watching_is_told_that_jobs_go_on(sweep: Path, queue: Queue) -
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=restore_interrupt,
+        preexec_fn=hear_signals,
     )
     assert process.stderr is not None
     assert "1 running" in process.stderr.readline()  # it watches
@@ -610,11 +610,6 @@ def test_who_stops_watching_is_told_that_jobs_go_on(sweep: Path, queue: Queue) -
     _, err = process.communicate(timeout=60)
     assert process.returncode not in (0, -signal.SIGINT)
     assert err.splitlines() == ["no longer watched; jobs of SLURM go on"]
-
-
-def restore_interrupt() -> None:
-    """Let Ctrl-C through even if the tests themselves run in the background, where shells have it ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_the_live_table_counts_what_it_does_not_show(sweep: Path, queue: Queue) -> None:

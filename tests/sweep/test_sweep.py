@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from commands import LAUNCH, SHORT, imported, launch_in, new_user
-from conftest import ROOT, Launch, Ran, only_sweep, python, results
+from conftest import ROOT, Launch, Ran, hear_signals, only_sweep, python, results
 from hydra import compose, initialize_config_dir
 from hydra.core.utils import JobReturn, JobStatus
 from mlflow import MlflowClient
@@ -264,11 +264,6 @@ def test_sweep_does_not_write_into_the_folder_of_another(tmp_path: Path, launch:
     assert not any(path for folder in taken for path in folder.iterdir())
 
 
-def restore_interrupt() -> None:
-    """Let Ctrl-C through even if the tests themselves run in the background, where shells have it ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @contextmanager
 def three_jobs(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a sweep of three jobs of which the second would measure for minutes."""
@@ -281,7 +276,7 @@ def three_jobs(folder: Path) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=restore_interrupt,
+        preexec_fn=hear_signals,
     )
     try:
         yield process

@@ -23,7 +23,7 @@ import pytest
 from browser import Seen, started
 from cluster.services import descendants, free_port, postgres
 from cluster.slurm import Unavailable
-from conftest import ROOT, Ran, new_user, only_sweep, python
+from conftest import ROOT, Ran, hear_signals, new_user, only_sweep, python
 from mlflow import MlflowClient
 from playwright.sync_api import Page
 from stored_runs import parent_and_jobs
@@ -75,11 +75,6 @@ class Shown:
         return found.group()
 
 
-def hear_interrupts() -> None:
-    """Let Ctrl-C through even if the tests themselves run in the background, where shells have it ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 @contextmanager
 def shown(folder: Path, *arguments: str, lines: int = 1, **environ: str) -> Iterator[Shown]:
     """Run what `make ui` runs, until it has printed so many lines, and end it as Ctrl-C does."""
@@ -94,7 +89,7 @@ def shown(folder: Path, *arguments: str, lines: int = 1, **environ: str) -> Iter
             stderr=errors,
             text=True,
             start_new_session=True,
-            preexec_fn=hear_interrupts,
+            preexec_fn=hear_signals,
         )
     assert process.stdout is not None
     try:
