@@ -17,7 +17,8 @@ FLOORS = (
     ("inputs", "measure", "runtimes", "results"),
     ("compress", "tracking"),
     ("job",),
-    ("sweep", "doctor", "study"),
+    ("sweep", "doctor"),
+    ("study",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 DOOR = len(FLOORS)

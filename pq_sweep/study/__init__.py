@@ -12,8 +12,12 @@ from omegaconf import DictConfig
 
 @dataclass(frozen=True)
 class Case:
-    """One combination of the options of a command line: its config, the choice of each group, and its own words."""
+    """One combination of the options of a command line: its config, the choice of each group, and its own words.
+
+    `launcher` is where its work is done: the options of a Hydra launcher.
+    """
 
     cfg: DictConfig
     choices: dict[str, str]
     words: tuple[str, ...]
+    launcher: DictConfig

@@ -99,6 +99,8 @@ def refuse_foreign(name: str, keys: list[str]) -> None:
     if wrong := next((key for key in keys if re.split(r"[./@]", key)[0] in others), None):
         own.remove("_self_")
         raise UserError(f"{wrong} is no option of the study {name}, whose groups of options are: {', '.join(own)}.")
+    if wrong := next((key for key in keys if re.match(r"hydra\b(?!\.(launcher|searchpath)\b|/launcher)", key)), None):
+        raise UserError(f"{wrong} is an option of sweeps; a study writes into output=FOLDER.")
 
 
 def refuse_repeated(keys: list[str], words: list[str]) -> None:
@@ -130,7 +132,7 @@ def _case(composed: object, words: list[str]) -> Case:
     assert isinstance(composed, DictConfig)
     choices = {str(group): str(choice) for group, choice in composed.hydra.runtime.choices.items()}
     own = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    return Case(own, choices, tuple(words))
+    return Case(own, choices, tuple(words), composed.hydra.launcher)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,14 @@ def read_grid(jobs: Iterable[DictConfig]) -> Grid:
     grid, wrong = Grid(), list[list[str]]()
     for job in jobs:
         bare = spelled(without_hydra(job))
-        wrong.append([*several_chosen(job), *problems(bare), *launcher_problems(job), *tracking_problems(bare)])
+        wrong.append(
+            [
+                *several_chosen(job),
+                *problems(bare),
+                *launcher_problems(job.hydra.launcher, job.node),
+                *tracking_problems(bare),
+            ]
+        )
         if not wrong[-1]:
             options = resolved(bare)
             grid.announced.append(announce(job, options))

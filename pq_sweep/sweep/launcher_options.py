@@ -14,11 +14,10 @@ SHARING = ("user", "mcs", "topo")  # what SLURM's exclusive may be beside true a
 WHOLE = ("gpus_per_node", "cpus_per_task", "timeout_min", "max_num_timeout", "signal_delay_s", "array_parallelism")
 
 
-def launcher_problems(job: DictConfig) -> Iterator[str]:
-    """List what is wrong with the launcher's options and with the kind of node that a job asks for."""
-    launcher = job.hydra.launcher
+def launcher_problems(launcher: DictConfig, node: str | None = None) -> Iterator[str]:
+    """List what is wrong with a launcher's options and with the kind of node that a job asks for."""
     found = list(_kinds("hydra.launcher", launcher)) if str(launcher._target_).startswith("hydra_plugins.pq_") else []
-    yield from found or [*_node(job, launcher), *_limits(launcher)]
+    yield from found or [*_node(node, launcher), *_limits(launcher)]
 
 
 def _kinds(place: str, options: DictConfig) -> Iterator[str]:
@@ -53,13 +52,13 @@ def _is_number(name: Any, value: Any) -> bool:
     return name not in WHOLE or (isinstance(value, int) and not isinstance(value, bool))
 
 
-def _node(job: DictConfig, launcher: DictConfig) -> Iterator[str]:
+def _node(node: str | None, launcher: DictConfig) -> Iterator[str]:
     types = launcher.get("node_types") or {}
-    if job.node is not None and job.node not in types:
+    if node is not None and node not in types:
         valid = (
             f"valid are: {', '.join(types)}" if types else "it needs hydra/launcher=slurm, whose node_types it names"
         )
-        yield f"node={job.node} is not known; {valid}."
+        yield f"node={node} is not known; {valid}."
 
 
 def _limits(launcher: DictConfig) -> Iterator[str]:

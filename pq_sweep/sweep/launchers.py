@@ -76,7 +76,7 @@ class WatchedLauncher(BaseSubmititLauncher):
         assert self.config is not None
         folder = Path(str(self.config.hydra.sweep.dir))
         folder.mkdir(parents=True, exist_ok=True)
-        _share_path()
+        share_path()
         planned = [self._plan(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
         self._run(folder, planned)
         return [self._returned(plan) for plan in planned]
@@ -96,7 +96,7 @@ class WatchedLauncher(BaseSubmititLauncher):
     def _run(self, folder: Path, planned: list[Planned]) -> None:
         raise NotImplementedError
 
-    def _executor(self, node: str = "") -> submitit.AutoExecutor:
+    def executor(self, node: str = "") -> submitit.AutoExecutor:
         """Return submitit's executor with the launcher's options; those of the kind of node take precedence."""
         import submitit
 
@@ -133,10 +133,11 @@ class SlurmLauncher(WatchedLauncher):
 
     _EXECUTOR = "slurm"
 
-    def _run(self, folder: Path, planned: list[Planned]) -> None:
+    def __init__(self, setup: Sequence[str] | None = None, **params: Any) -> None:
         # srun does not always inherit the number of cores from sbatch, and torch would then run on one core.
-        self.params["setup"] = ["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *(self.params.get("setup") or ())]
+        super().__init__(setup=["export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK", *(setup or ())], **params)
 
+    def _run(self, folder: Path, planned: list[Planned]) -> None:
         # Two launchers that start the same sweep at once must not both find its jobs missing.
         with FileLock(SweepFolder(folder).submit_lock):
             missing = list(self._missing(folder, planned))
@@ -166,7 +167,7 @@ class SlurmLauncher(WatchedLauncher):
 
     def _submit(self, folder: Path, node: str, plans: list[Planned]) -> None:
         """Submit jobs of one kind of node in as few arrays as SLURM allows, and write down which job is which."""
-        executor, size = self._executor(node), max_array_size()
+        executor, size = self.executor(node), max_array_size()
         for start in range(0, len(plans), size):
             chunk = plans[start : start + size]
             arguments = zip(*(self._arguments(plan) for plan in chunk), strict=True)
@@ -196,7 +197,7 @@ class LocalLauncher(WatchedLauncher):
     def _run(self, folder: Path, planned: list[Planned]) -> None:
         self.visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         at_once = self.at_once or len(planned)
-        executor = self._executor()
+        executor = self.executor()
         waiting = list(planned)
         running: list[Planned] = []
 
@@ -225,7 +226,7 @@ def _node(plan: Planned) -> str:
     return plan.node or ""
 
 
-def _share_path() -> None:
+def share_path() -> None:
     """Let jobs find the modules beside the script, also when this process was started in another folder."""
     roots = dict.fromkeys(
         [str(Path(__file__).parent.parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

@@ -132,7 +132,7 @@ KINDS = {
 def test_options_of_a_launcher_have_their_kind(option: str) -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         words = ["hydra/launcher=slurm", f"hydra.launcher.{option}"]
-        (found,) = launcher_problems(compose("config", overrides=words, return_hydra_config=True))
+        (found,) = launcher_problems(compose("config", overrides=words, return_hydra_config=True).hydra.launcher)
     assert found.startswith(f"hydra.launcher.{KINDS[option]}")
 
 
@@ -140,4 +140,5 @@ def test_options_of_a_launcher_as_they_are_or_as_slurm_takes_them() -> None:
     for words in (["exclusive=user", "mem_gb=1.5", "setup=null", "gpus_per_node=null"], [], ["exclude='a,b'"]):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             options = ["hydra/launcher=slurm", *(f"hydra.launcher.{word}" for word in words)]
-            assert list(launcher_problems(compose("config", overrides=options, return_hydra_config=True))) == []
+            config = compose("config", overrides=options, return_hydra_config=True)
+            assert list(launcher_problems(config.hydra.launcher)) == []

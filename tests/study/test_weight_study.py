@@ -247,7 +247,9 @@ def test_one_that_cannot_be_looked_at_is_refused(tmp_path: Path, capsys: pytest.
 def case(model: dict[str, Any], words: str, **more: Any) -> Case:
     from omegaconf import OmegaConf
 
-    return Case(OmegaConf.create({"model": model, **more}), {"model": "chosen"}, tuple(words.split()))
+    return Case(
+        OmegaConf.create({"model": model, **more}), {"model": "chosen"}, tuple(words.split()), OmegaConf.create()
+    )
 
 
 def test_networks_are_told_apart() -> None:
@@ -278,6 +280,10 @@ def test_bits_are_a_list_or_one_number() -> None:
         (
             ["model=resnet18", "model=vgg7"],
             "gives model twice; give it once, several values by commas: model=resnet18,vgg7.",
+        ),
+        (
+            ["hydra/launcher=slurm"],
+            "hydra/launcher=slurm starts jobs, and this study takes seconds here; leave it out.",
         ),
         (["model=torchvision"], "model.name has no value; give model.name=..."),
         (["model=torchvision", "model.name=resnet1"], "model.name=resnet1 is not known; valid are: alexnet, "),

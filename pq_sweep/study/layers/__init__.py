@@ -12,6 +12,7 @@ from pq_sweep.job.check import component_problems, refuse
 from pq_sweep.study import Case
 from pq_sweep.study.layers.options import options_of
 from pq_sweep.study.weights import names_of, only, writable
+from pq_sweep.sweep.launcher_options import launcher_problems
 
 
 def run(cases: list[Case]) -> bool:
@@ -21,8 +22,7 @@ def run(cases: list[Case]) -> bool:
     """
     names, options, output = names_of(cases), options_of(cases), only(cases, "output")
     for case in cases:
-        refuse(" ".join(component_problems(case.cfg, ["model", "dataset"])))
-        refuse(_elsewhere(case.choices.get("hydra/launcher", "basic")))
+        refuse(" ".join([*component_problems(case.cfg, ["model", "dataset"]), *launcher_problems(case.launcher)]))
     folder = writable(output)
     with quick_imports("torch"):
         from pq_sweep.study.layers.files import show, write
@@ -30,13 +30,3 @@ def run(cases: list[Case]) -> bool:
     found, failed = looked_at(dict(zip(names, cases, strict=True)), options, folder)
     show(found, failed, write(found, failed, folder))
     return not failed
-
-
-def _elsewhere(launcher: str) -> str | None:
-    """Say that a study starts no jobs, if a launcher is asked for."""
-    if launcher == "basic":
-        return None
-    return (
-        f"hydra/launcher={launcher} is for sweeps, and a study runs in this process; start it several times, on any"
-        " nodes, with other layers=... and one output=..., and then once with all layers."
-    )

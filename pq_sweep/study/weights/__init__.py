@@ -29,6 +29,8 @@ def run(cases: list[Case]) -> bool:
     names, bits, output = names_of(cases), bits_of(cases), only(cases, "output")
     for case in cases:
         refuse(" ".join(component_problems(case.cfg, ["model"])))
+        if (launcher := case.choices.get("hydra/launcher", "basic")) != "basic":
+            raise UserError(f"hydra/launcher={launcher} starts jobs, and this study takes seconds here; leave it out.")
     folder = writable(output)
     with quick_imports("torch"):
         from pq_sweep.study.weights.files import show, write
