@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import altair as alt
@@ -13,6 +14,7 @@ from pq_sweep.study.layers.slices import Found
 from pq_sweep.study.layers.verdict import better
 
 NAMES = ("nearest", "heuristic", "bound", "magnitude", "obs", "exact")
+NEAR_ZERO = alt.Scale(type="symlog", constant=0.01)  # which shows the small ones apart, and zero
 TIP: list[Any] = [
     "network:N",
     "layer:N",
@@ -45,6 +47,41 @@ def boxes(networks: list[Network]) -> Figure:
         " algorithm, if the whole box is there." + left
     )
     return figure("figure4", "Layers: what can be reached", alt.layer(line, drawn, corners), caption)
+
+
+def effects(networks: list[Network]) -> Figure | None:
+    """Draw what the noise of a single layer costs in accuracy, if that was looked at."""
+    values = [value for network in networks for value in _effects(network)]
+    if not values:
+        return None
+    base = alt.Chart(alt.InlineData(values=values), width="container", height=HEIGHT)
+    drawn = base.mark_point(filled=True, size=45, opacity=0.75).encode(
+        x=alt.X("noise:Q", title="noise of the layer's output over its signal", scale=NEAR_ZERO),
+        y=alt.Y("drop:Q", title="accuracy lost, points"),
+        color=alt.Color("method:N", title=None),
+        shape=alt.Shape("network:N", title=None),
+        tooltip=["network:N", "layer:N", "bits:O", "method:N", alt.Tooltip("noise:Q", format=".4f"), "drop:Q"],
+    )  # fmt: skip
+    caption = (
+        "Each point is a network of which one layer alone is quantized or pruned, at the same size. Noise is the"
+        " squared error of the layer's output on the calibration images; accuracy is that of"
+        f" {values[0]['images']} evaluation images."
+    )
+    return figure("figure6", "What a layer's noise costs in accuracy", drawn, caption)
+
+
+def _effects(network: Network) -> Iterator[dict[str, Any]]:
+    """Yield the points of a network."""
+    for each, drop in network.drops():
+        yield {
+            "network": network.name,
+            "layer": each.layer,
+            "bits": each.bits,
+            "method": each.method,
+            "noise": round(each.noise, 6),
+            "drop": round(drop, 3),
+            "images": each.images,
+        }
 
 
 def _value(network: str, found: Found) -> dict[str, Any] | None:

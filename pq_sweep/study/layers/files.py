@@ -18,10 +18,10 @@ from pq_sweep.core.environment import command_line, versions
 from pq_sweep.core.files import write_text
 from pq_sweep.results.report.files import on_paper
 from pq_sweep.results.report.page import rendered
-from pq_sweep.study.layers.charts import boxes
+from pq_sweep.study.layers.charts import boxes, effects
 from pq_sweep.study.layers.gather import Network
 from pq_sweep.study.layers.slices import FULL_BITS, Found
-from pq_sweep.study.layers.verdict import advice, better, summary
+from pq_sweep.study.layers.verdict import advice, better, effect, summary
 
 WIDTH = 118  # of what is not shown in a terminal
 HEADINGS = ("layer", "bits", "nearest", "heuristic", "bound", "magnitude", "OBS", "exact", "proven", "better")
@@ -31,7 +31,9 @@ def write(networks: list[Network], failed: dict[str, str], folder: Path) -> Path
     """Write all files into a folder and return it."""
     write_text(folder / "layers.csv", table(networks))
     write_text(folder / "verdict.txt", "\n".join(_sentences(networks)) + "\n")
-    drawn = [boxes(networks)]
+    drawn = [each for each in (boxes(networks), effects(networks)) if each]
+    if len(drawn) > 1:
+        write_text(folder / "accuracy.csv", csv_of([row for network in networks for row in _effects(network)]))
     for each in drawn:
         write_text(folder / f"{each.name}.svg", vl_convert.vegalite_to_svg(on_paper(each.spec)))
     content = {
@@ -52,7 +54,11 @@ def write(networks: list[Network], failed: dict[str, str], folder: Path) -> Path
 
 def table(networks: list[Network]) -> str:
     """Return the CSV: a row for each slice and bit width, as docs/studies.md describes it."""
-    rows = [_row(network.name, found) for network in networks for found in network.found]
+    return csv_of([_row(network.name, found) for network in networks for found in network.found])
+
+
+def csv_of(rows: list[dict[str, Any]]) -> str:
+    """Return rows of the same keys as CSV."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), restval="")
     writer.writeheader()
@@ -85,6 +91,14 @@ def _row(network: str, found: Found) -> dict[str, Any]:
     }
 
 
+def _effects(network: Network) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `accuracy.csv`, as docs/studies.md describes them."""
+    for each, drop in network.drops():
+        own = {"network": network.name, "layer": each.layer, "bits": each.bits, "method": each.method}
+        counted = {"images": each.images, "accuracy": each.right / each.images, "drop_points": drop}
+        yield own | {"noise": each.noise, "output_db": each.db} | counted
+
+
 def _layers(network: Network) -> dict[str, list[Found]]:
     layers: dict[str, list[Found]] = {}
     for found in network.found:
@@ -96,7 +110,7 @@ def _sentences(networks: list[Network]) -> Iterator[str]:
     """Yield a sentence for each network, its notes, and a sentence for each of its layers."""
     for network in networks:
         yield f"{network.name}: {summary(network.found)}"
-        yield from (f"  {note}" for note in network.notes)
+        yield from (f"  {note}" for note in (*effect(network), *network.notes))
         yield from (f"  {layer}: {advice(found)}" for layer, found in _layers(network).items())
 
 
@@ -106,6 +120,7 @@ def _shown(network: Network) -> dict[str, Any]:
     return {
         "name": network.name,
         "summary": summary(network.found),
+        "effects": [*effect(network)],
         "notes": network.notes,
         "layers": layers,
         "rows": [_cells(found) for found in network.found],
@@ -136,8 +151,8 @@ def show(networks: list[Network], failed: dict[str, str], folder: Path) -> None:
         for found in network.found:
             drawn.add_row(*map(Text, _cells(found)))
         console.print(drawn)
-        for line in (summary(network.found), *network.notes):
+        for line in (summary(network.found), *effect(network), *network.notes):
             console.print(Text(line))
     for name, why in failed.items():
         console.print(Text(f"{name} is left out: {why}", style="yellow"))
-    console.print(Text(f"page: {folder / 'layers.html'}; layers.csv, verdict.txt and figure4.svg lie beside it"))
+    console.print(Text(f"page: {folder / 'layers.html'}; layers.csv, verdict.txt and figures lie beside it"))

@@ -1,97 +1,51 @@
-"""Slices of networks and what is found for them, here or by jobs; each result is a file, from which a study goes on."""
+"""Networks and what is found for their layers: their slices, and what one layer's noise does to the accuracy."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from omegaconf import DictConfig
-from submitit.helpers import DelayedSubmission
-from tqdm import tqdm
+from omegaconf import OmegaConf
 
 from pq_sweep.compress.moments import Moments, layer_moments
 from pq_sweep.compress.weight_only import Grid, fitted
-from pq_sweep.core.files import read_json, write_json
 from pq_sweep.core.fingerprint import digest
 from pq_sweep.core.options import spelled
 from pq_sweep.core.sentences import listed
-from pq_sweep.core.weights import Target, prunable
-from pq_sweep.job.run import load
+from pq_sweep.core.weights import Target, network_state
 from pq_sweep.job.stages import sentence
 from pq_sweep.study import Case
+from pq_sweep.study.layers.effects import METHODS, ORIGINAL, Altered, Effect, by_name, loaded, noise_of
 from pq_sweep.study.layers.options import Options
-from pq_sweep.study.layers.slices import Found, Slice, measured
-from pq_sweep.sweep.calls import launched
-from pq_sweep.types import Model, UserError
+from pq_sweep.study.layers.slices import FULL_BITS, Compared, Found, Slice
+from pq_sweep.study.layers.work import Layer, Unit, Worker, done, launcher_of
+from pq_sweep.types import Data, Model, UserError
 
-BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # which has everything done in this process
 SMALL_KERNEL = 16  # of which a slice takes whole channels
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network, what was found for its layers, and sentences on what was left out."""
+    """A network, what was found for its layers, and sentences on what was left out.
+
+    `effects` has the original too, if accuracy was asked for.
+    """
 
     name: str
     found: list[Found]
     notes: tuple[str, ...]
+    effects: tuple[Effect, ...] = ()
 
-
-@dataclass(frozen=True)
-class Layer:
-    """The slices of a network's layer."""
-
-    network: str
-    name: str
-    slices: tuple[Slice, ...]
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Computes what is not known yet of a layer; each result is a file of a folder, so that a second start goes on."""
-
-    options: Options
-    folder: Path
-
-    def __call__(self, layer: Layer, tell: Callable[[], object] = lambda: None) -> str | None:
-        """Compute what is missing, tell of each result, and return why that failed, if it did."""
-        try:
-            for each, bits in self.missing(layer):
-                found = measured(each, bits, self.options.samples, self.options.limit_s)
-                write_json(self._path(each, bits), asdict(found))
-                tell()
-        except Exception as error:
-            return sentence(error, "layers")
-        return None
-
-    def missing(self, layer: Layer) -> Iterator[tuple[Slice, int]]:
-        """Yield slices and bit widths of which nothing, or only a part, is kept."""
-        for each in layer.slices:
-            yield from ((each, bits) for bits in self.options.bits if self._kept(each, bits) is None)
-
-    def found(self, layer: Layer) -> Iterator[Found]:
-        """Yield what is kept, by slices and bit widths."""
-        for each in layer.slices:
-            yield from filter(None, (self._kept(each, bits) for bits in self.options.bits))
-
-    def checkpoint(self, layer: Layer) -> DelayedSubmission:
-        """Let submitit queue a job again that SLURM stopped."""
-        return DelayedSubmission(self, layer)
-
-    def _path(self, here: Slice, bits: int) -> Path:
-        return self.folder / f"{here.key(bits, self.options.samples, self.options.limit_s)}.json"
-
-    def _kept(self, here: Slice, bits: int) -> Found | None:
-        try:
-            record: dict[str, Any] = read_json(self._path(here, bits))
-            return Found(**record)
-        except (OSError, ValueError, TypeError):
-            return None
+    def drops(self) -> Iterator[tuple[Effect, float]]:
+        """Yield what each altered layer costs in points of accuracy; nothing if the original's answers are unknown."""
+        original = [each.right for each in self.effects if each.method == ORIGINAL]
+        for each in self.effects:
+            if original and each.method != ORIGINAL:
+                yield each, 100 * (original[0] - each.right) / each.images
 
 
 def looked_at(cases: dict[str, Case], options: Options, folder: Path) -> tuple[list[Network], dict[str, str]]:
@@ -102,64 +56,72 @@ def looked_at(cases: dict[str, Case], options: Options, folder: Path) -> tuple[l
             layers[name], notes[name] = _layers_of(name, case, options)
         except Exception as error:
             failed[name] = sentence(error, "load")
-    worker = Worker(options, folder.resolve() / "slices")
+    worker = Worker(folder.resolve() / "slices")
     worker.folder.mkdir(exist_ok=True)
-    failed |= computed(worker, [each for own in layers.values() for each in own], launcher_of([*cases.values()]))
-    networks = [Network(name, [found for layer in own for found in worker.found(layer)], notes[name])
-                for name, own in layers.items()]  # fmt: skip
+    failed |= done(worker, [each for own in layers.values() for each in own], launcher_of([*cases.values()]))
+    networks = [_network(name, worker, own, notes[name]) for name, own in layers.items()]
     if not any(network.found for network in networks):
         raise UserError("\n".join(dict.fromkeys(failed.values())))
     return [network for network in networks if network.found], failed
 
 
+def _network(name: str, worker: Worker, layers: list[Layer], notes: tuple[str, ...]) -> Network:
+    found = [each for layer in layers for each in worker.found(layer)]
+    effects = tuple(each for each in found if isinstance(each, Effect))
+    return Network(name, [each for each in found if isinstance(each, Found)], notes, effects)
+
+
 def _layers_of(name: str, case: Case, options: Options) -> tuple[list[Layer], tuple[str, ...]]:
-    """Return the layers of a network with their slices, and sentences on what was left out."""
-    torch.manual_seed(0)  # for weights that are random
-    model, data = load(spelled(case.cfg), "cpu")
+    """Return the layers of a network with all that is asked of them, and sentences on what was left out."""
+    network = OmegaConf.to_yaml(spelled(case.cfg), resolve=True)
+    model, data = loaded(network)
+    _require_images(data, options)
+    targets = chosen(model, options.layers)
+    moments = layer_moments(model, [*targets.values()], data.calibrating().take(options.images))
+    seen = {layer: target for layer, target in targets.items() if target in moments}
+    blind = [layer for layer in targets if layer not in seen]
+    notes = [f"the inputs of {listed(blind)} cannot be seen, so nothing is said of these."] if blind else []
+    answers = _answers(network, model, data, options) if options.evaluation else None
+    layers = [Layer(name, layer, tuple(_units(layer, target, moments[target], options, answers)))
+              for layer, target in seen.items()]  # fmt: skip
+    whole = [Layer(name, ORIGINAL, (answers,))] if answers else []
+    return [*whole, *layers], (*notes, *model.notes)
+
+
+def _require_images(data: Data, options: Options) -> None:
+    """Refuse more images than there are."""
     if options.images > len(data.calibration):
         raise UserError(
             f"images={options.images} does not fit the {len(data.calibration)} calibration images; lower it or raise"
             " dataset.calibration."
         )
-    targets = chosen(model, options.layers)
-    moments = layer_moments(model, [*targets.values()], data.calibrating().take(options.images))
-    blind = [layer for layer, target in targets.items() if target not in moments]
-    notes = [f"the inputs of {listed(blind)} cannot be seen, so nothing is said of these."] if blind else []
-    layers = [Layer(name, layer, tuple(slices_of(layer, target, moments[target], options)))
-              for layer, target in targets.items() if target in moments]  # fmt: skip
-    return layers, (*notes, *model.notes)
+    if options.evaluation > len(data.evaluation):
+        raise UserError(
+            f"evaluation={options.evaluation} does not fit the {len(data.evaluation)} evaluation images; lower it."
+        )
 
 
-def launcher_of(cases: list[Case]) -> DictConfig:
-    """Return where all that a command line asks for is computed."""
-    first, *others = [case.launcher for case in cases]
-    if any(other != first for other in others):
-        raise UserError("a study takes hydra/launcher and its options once; give one value of each.")
-    return first
+def _answers(network: str, model: Model, data: Data, options: Options) -> Altered:
+    """Return the original, which is to answer as many images as its altered forms."""
+    identity = data.identity(data.evaluation.take(options.evaluation))
+    state = digest(network_state(model) | {"images": identity})
+    return Altered(network, state, ORIGINAL, FULL_BITS, ORIGINAL, 0.0, options.evaluation)
 
 
-def computed(worker: Worker, layers: list[Layer], launcher: DictConfig) -> dict[str, str]:
-    """Compute what is missing, here or as a job for each layer, and return why, for each layer that failed."""
-    items = {f"{layer.network} {layer.name}": layer for layer in layers if any(worker.missing(layer))}
-
-    def left() -> int:
-        return sum(len([*worker.missing(layer)]) for layer in items.values())
-
-    total = left()
-    with tqdm(total=total, desc="layers", unit="slice", disable=None, leave=False) as bar:
-        if launcher._target_ == BASIC or not items:
-            return {name: why for name, layer in items.items() if (why := worker(layer, bar.update))}
-        record = worker.folder.parent / ".submitit" / f"{digest(asdict(worker.options))}.json"
-        record.parent.mkdir(exist_ok=True)
-        failed = launched(launcher, worker, items, lambda: bar.update(total - bar.n - left()), record)
-    lost = [name for name, layer in items.items() if name not in failed and any(worker.missing(layer))]
-    return failed | dict.fromkeys(lost, "not all of its slices were found; start again with the same output=.")
+def _units(layer: str, target: Target, moments: Moments, options: Options, answers: Altered | None) -> Iterator[Unit]:
+    """Yield what is to be found out about a layer."""
+    for here in slices_of(layer, target, moments, options):
+        yield from (Compared(here, bits, options.samples, options.limit_s) for bits in options.bits)
+    for bits in options.bits if answers else ():
+        for method in METHODS:
+            noise = noise_of(getattr(*target), moments, bits, method)
+            if answers and not math.isnan(noise):
+                yield replace(answers, layer=layer, bits=bits, method=method, noise=noise)
 
 
 def chosen(model: Model, patterns: tuple[str, ...]) -> dict[str, Target]:
     """Return the weights that layers' names or patterns name, by the names of their layers; all without a pattern."""
-    names = {part: name for name, part in model.module.named_modules()}
-    known = {_named(names[part], weight): (part, weight) for part, weight in prunable(model.module)}
+    known = by_name(model.module)
     found: dict[str, Target] = {}
     for pattern in patterns:
         matches = {name: target for name, target in known.items() if _fits(name, pattern)}
@@ -167,10 +129,6 @@ def chosen(model: Model, patterns: tuple[str, ...]) -> dict[str, Target]:
             raise UserError(f"layers={pattern} matches no layer; layers are {', '.join(known)}.")
         found |= matches
     return found or known
-
-
-def _named(layer: str, weight: str) -> str:
-    return layer if weight == "weight" else f"{layer}.{weight}".lstrip(".")
 
 
 def _fits(name: str, pattern: str) -> bool:

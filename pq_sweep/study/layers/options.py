@@ -12,7 +12,7 @@ from pq_sweep.study import Case
 from pq_sweep.study.weights import bits_of, only
 from pq_sweep.types import UserError
 
-WHOLE = ("images", "inputs", "slices", "rows", "samples")
+WHOLE = {"images": 1, "inputs": 1, "slices": 1, "rows": 1, "samples": 0, "evaluation": 0}  # and the least of each
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Options:
     slices: int
     rows: int
     samples: int
+    evaluation: int
     limit_s: float
 
 
@@ -33,8 +34,8 @@ def options_of(cases: list[Case]) -> Options:
     """Return what all networks are asked, or refuse what is out of range."""
     numbers = {name: only(cases, name) for name in WHOLE}
     for name, value in numbers.items():
-        if type(value) is not int or value < (0 if name == "samples" else 1):
-            raise UserError(f"{name}={value} is out of range; give a whole number from {int(name != 'samples')} on.")
+        if type(value) is not int or value < WHOLE[name]:
+            raise UserError(f"{name}={value} is out of range; give a whole number from {WHOLE[name]} on.")
     limit = only(cases, "limit_s")
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit > 0:
         raise UserError(f"limit_s={limit} is out of range; give seconds, more than 0.")

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,27 @@ class Found:
     def is_proven(self) -> bool:
         """Say whether no other choice of weights keeps more of any row."""
         return self.proven == self.rows
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A slice that is to be quantized and pruned in each way, at a bit width and within limits."""
+
+    here: Slice
+    bits: int
+    samples: int
+    limit_s: float
+
+    kind: ClassVar[type[Found]] = Found
+
+    @property
+    def key(self) -> str:
+        """Return a hash of all that the result depends on."""
+        return self.here.key(self.bits, self.samples, self.limit_s)
+
+    def compute(self) -> Found:
+        """Quantize and prune."""
+        return measured(self.here, self.bits, self.samples, self.limit_s)
 
 
 def measured(here: Slice, bits: int, samples: int, limit_s: float) -> Found:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+from pq_sweep.study.layers.effects import METHODS, correlation
+from pq_sweep.study.layers.gather import Network
 from pq_sweep.study.layers.slices import Found
 
 QUANTIZE, PRUNE, OPEN = "quantize", "prune", "open"
@@ -35,6 +37,21 @@ def _at(bits: int, found: list[Found]) -> str:
         if kind in kinds
     ]
     return f"at {bits} bits " + " and ".join(parts) + ", whatever the algorithm" * (kinds.count(OPEN) < len(kinds))
+
+
+def effect(network: Network) -> Iterator[str]:
+    """Yield a sentence on how a layer's noise and the loss of accuracy go together, if that was looked at."""
+    drops = list(network.drops())
+    for method in METHODS:
+        own = [(each.noise, drop) for each, drop in drops if each.method == method]
+        if own:
+            found, most = correlation(*zip(*own, strict=True)), max(drop for _, drop in own)
+            told = "is not defined, as one of both never changes" if found is None else f"is {found:.2f}"
+            counts = f"{len(own)} cases, {drops[0][0].images} images, at most {most:.1f} points lost"
+            yield (
+                f"with one layer {method} at a time, the rank correlation of its output's noise and the accuracy lost"
+                f" {told} ({counts})."
+            )
 
 
 def advice(layer: list[Found]) -> str:
