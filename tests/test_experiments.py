@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from pq_sweep.job.check import problems
+from pq_sweep.sweep.composing import compose_quickly
 from pq_sweep.sweep.grid import compose_grid
 
 CONF = ROOT / "conf"
@@ -57,6 +58,7 @@ every_grid = pytest.mark.parametrize("name", [maybe_slow(name) for name in FILES
 @cache
 def jobs_of(name: str) -> list[DictConfig]:
     """Return the jobs that `launch.py experiment=...` would run, without Hydra's own part."""
+    compose_quickly()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("config", overrides=[f"experiment={name}"], return_hydra_config=True)
         grid = list(compose_grid(config))

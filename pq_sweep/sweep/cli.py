@@ -15,6 +15,7 @@ from pathlib import Path
 from hydra._internal.utils import get_args_parser
 
 from pq_sweep.core.sources import fix_search_path
+from pq_sweep.sweep.composing import compose_quickly
 from pq_sweep.sweep.current import CURRENT
 from pq_sweep.sweep.explain import explain
 from pq_sweep.sweep.quoting import quoted
@@ -43,6 +44,7 @@ def main(launch: Callable[[], None], conf: Path) -> None:
     atexit.register(leave, codes)  # what registers first is called last
     sys.path.append(str(Path.cwd()))  # where a user's own components are
     fix_search_path()
+    compose_quickly()
     wants_traceback = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # lets errors through to here
     code = 0
