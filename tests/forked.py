@@ -152,6 +152,7 @@ def serve(end: int) -> None:
     for name in IMPORTED:
         with suppress(ModuleNotFoundError):  # not everything is installed wherever tests for a GPU run
             importlib.import_module(name)
+    _read_operators()
     gc.collect()
     gc.freeze()
     requests = socket.socket(fileno=end)
@@ -168,6 +169,17 @@ def serve(end: int) -> None:
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
+
+
+def _read_operators() -> None:
+    """Let torch's exporter read its operators, which it does once in a process."""
+    with suppress(ImportError, AttributeError):
+        from torch.onnx._internal._lazy_import import onnxscript_apis  # type: ignore[attr-defined]
+
+        from pq_sweep.runtimes.export import read_operators_once
+
+        read_operators_once()
+        onnxscript_apis.get_torchlib_ops()
 
 
 def _fork_and_tell(request: dict[str, Any], out: int, err: int, answer: int) -> None:

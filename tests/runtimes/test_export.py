@@ -187,3 +187,16 @@ def test_the_tolerance_is_relative_to_the_largest_logit(
     else:
         with pytest.raises(ExportError):
             check_export(model, off)
+
+
+def test_the_exporters_operators_are_read_once(graph: Path, tmp_path: Path) -> None:
+    from torch.onnx._internal import _lazy_import
+
+    read = vars(_lazy_import)["onnxscript_apis"].get_torchlib_ops
+    before = read.cache_info()
+    for number, model in enumerate((digits_cnn(), attention())):
+        path = tmp_path / f"{number}.onnx"
+        export_onnx(model, path)
+        assert check_export(model, path) < TOLERANCE
+    after = read.cache_info()
+    assert (after.misses, after.hits >= before.hits + 2) == (1, True)
