@@ -6,12 +6,14 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,37 @@ def run(folder: Path, *overrides: str) -> dict[str, Any]:
     return result
 
 
+Before = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Run a job once for all tests that begin with it, and return its folder, beside which its cache lies."""
+
+    @lru_cache
+    def make(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("before")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PQ_SWEEP_CACHE", str(folder / "cache"))
+            patch.setattr(resume, "WORTH_KEEPING_S", 0.0 if "pruner=random" in overrides else resume.WORTH_KEEPING_S)
+            run(folder / "a", *overrides)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def before(made: Callable[..., Path], tmp_path: Path) -> Before:
+    """Have a job be there that was run before, in the folder `a`, and return its result."""
+
+    def copied(*overrides: str) -> dict[str, Any]:
+        shutil.copytree(made(*overrides), tmp_path, dirs_exist_ok=True)
+        result: dict[str, Any] = json.loads((tmp_path / "a" / "0" / "result.json").read_text())
+        return result
+
+    return copied
+
+
 def artifact(folder: Path, result: dict[str, Any]) -> bytes:
     return (folder / "0" / result["session"]["artifact"]).read_bytes()
 
@@ -112,8 +145,8 @@ def test_a_word_that_is_neither_on_nor_off_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_jobs_that_differ_later_share_what_is_before(tmp_path: Path) -> None:
-    run(tmp_path / "a", *INT8)
+def test_jobs_that_differ_later_share_what_is_before(before: Before, tmp_path: Path) -> None:
+    before(*INT8)
     plain = run(tmp_path / "b", "runtime=onnxruntime")
     mixed = run(tmp_path / "c", *JOBS["mixed"])
 
@@ -172,16 +205,16 @@ def changed_weight(folder: Path) -> tuple[str, ...]:
     return (f"model.weights={folder / 'w.safetensors'}",)
 
 
-def test_a_changed_weight_misses(tmp_path: Path) -> None:
-    run(tmp_path / "a", *INT8)
+def test_a_changed_weight_misses(before: Before, tmp_path: Path) -> None:
+    before(*INT8)
 
     # The graph without its weights is that of any weights.
     assert run(tmp_path / "b", *INT8, *changed_weight(tmp_path))["from_cache"] == ["trace"]
 
 
 @pytest.mark.parametrize("option", ["quantizer.images=17", "quantizer.calibration=entropy", "quantizer.exclude=[last]"])
-def test_a_changed_option_misses(tmp_path: Path, option: str) -> None:
-    run(tmp_path / "a", *INT8)
+def test_a_changed_option_misses(before: Before, tmp_path: Path, option: str) -> None:
+    before(*INT8)
     run(tmp_path / "b", *INT8, option)
 
     assert len(records("quantized")) == 2
@@ -202,8 +235,8 @@ def test_a_changed_image_misses(tmp_path: Path, which: str) -> None:
 
 
 @pytest.mark.slow
-def test_another_version_of_a_library_misses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run(tmp_path / "a", *INT8)
+def test_another_version_of_a_library_misses(monkeypatch: pytest.MonkeyPatch, before: Before, tmp_path: Path) -> None:
+    before(*INT8)
     other = cache.versions() | {"onnx": "1.0.0"}
     monkeypatch.setattr(cache, "versions", lambda: other)
 
@@ -211,8 +244,8 @@ def test_another_version_of_a_library_misses(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.slow
-def test_other_code_misses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run(tmp_path / "a", *INT8)
+def test_other_code_misses(monkeypatch: pytest.MonkeyPatch, before: Before, tmp_path: Path) -> None:
+    before(*INT8)
     monkeypatch.setattr(cache, "code", lambda options: fingerprint.code(options) + "x")
 
     assert run(tmp_path / "b", *INT8)["from_cache"] == []
@@ -233,10 +266,10 @@ def test_a_component_of_ones_own_is_part_of_the_code(monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 @pytest.mark.parametrize("change", ["seed=1", "pruner.amount=0.4", "recovery.lr=0.003", "dataset.calibration=100"])
 def test_training_is_shared_only_by_what_is_the_same(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
+    monkeypatch: pytest.MonkeyPatch, before: Before, tmp_path: Path, change: str
 ) -> None:
     monkeypatch.setattr(resume, "WORTH_KEEPING_S", 0.0)
-    run(tmp_path / "a", *JOBS["random"])
+    before(*JOBS["random"])
     found = run(tmp_path / "b", *JOBS["random"], change)
 
     assert "recover" not in found["from_cache"]
@@ -274,8 +307,10 @@ def test_a_quick_step_asks_for_no_image(monkeypatch: pytest.MonkeyPatch, tmp_pat
 # --- accidents --------------------------------------------------------------------------------------------------------
 
 
-def test_a_truncated_file_is_made_again_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = run(tmp_path / "a", *INT8)
+def test_a_truncated_file_is_made_again_with_a_warning(
+    before: Before, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = before(*INT8)
     (graph,) = cache.home().glob("quantized/*/model.onnx")
     graph.write_bytes(graph.read_bytes()[:-7])
     with caplog.at_level(logging.WARNING):
