@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from enum import IntEnum
 from functools import partial
 from importlib.util import find_spec
@@ -22,8 +23,10 @@ import onnx
 import pytest
 import torch
 from commands import SHORT
-from conftest import Launch, new_user, only_sweep, python, refused, results
+from conftest import ROOT, Launch, new_user, only_sweep, python, refused, results
+from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from independent import relative_error, runtime, torch_logits
 from mlflow import MlflowClient
 from onnx import ModelProto, helper, numpy_helper
@@ -36,6 +39,8 @@ from pq_sweep.core.cache import Cache
 from pq_sweep.core.folder import JobFolder
 from pq_sweep.inputs.datasets import digits, fake
 from pq_sweep.inputs.models import digits_cnn, torchvision_model
+from pq_sweep.job.learned import taught
+from pq_sweep.job.probing import without_probe
 from pq_sweep.job.stages import Stages
 from pq_sweep.runtimes import RuntimeMismatch, engines, ort, rtx
 from pq_sweep.types import Data, Model, Preprocess, Session, Workspace
@@ -455,6 +460,34 @@ def test_graphs_in_int4_are_built(
     assert types["Int4"] == layers
     assert types["Half"] > 10 * types["Float"]
     assert set(types) - {"Int4", "Half", "Float"} <= {"Int64", "Int32", "Bool"}  # of shapes
+
+
+LEARNED = {"digits_cnn": (8, 7), "digits_cnn of few bits": (3, 4), "resnet18": (4, 7)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LEARNED)
+def test_graphs_with_learned_integers_are_built(
+    made: Callable[[str], tuple[Model, Data]], tmp_path: Path, case: str
+) -> None:
+    """Every layer that was trained with rounding is computed in INT8, fewer bits too."""
+    bits, activations = LEARNED[case]
+    model, data = made(case.partition(" ")[0])
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        words = ["recovery=lsq", f"recovery.bits={bits}", f"recovery.activations={activations}", "quantizer=learned"]
+        cfg = compose("config", overrides=[*words, "recovery.epochs=1"])
+    data = replace(data, train=(data.train or data.calibration).take(64))
+    train = instantiate(without_probe(cfg.recovery), _partial_=True, _convert_="all")
+    record = json.loads(json.dumps(train(model, data)))
+    quantizer = taught(instantiate(cfg.quantizer, _partial_=True, _convert_="all"), record)
+    session, folder = built(tmp_path, model, data, quantizer, "8.0", optimization_level=0)
+
+    graph, types = onnx.load(folder.parent / "model.onnx").graph, session.details["layers"]["outputs"]
+    products = [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    assert session.details["builder_warnings"] == []
+    assert session.details["quantizer"]["learned_weights"] == len(products) == len(record["learned"])
+    assert session.details["quantizer"]["learned_activations"] == len(products)
+    assert types["Int8"] >= len(products)
 
 
 @pytest.mark.parametrize(("name", "least", "less"), [("fp8", "8.9", "8.6"), ("int4", "8.0", "7.5")])
