@@ -1,10 +1,13 @@
-"""How all parts read and write files: JSON that is whole or not there, and the end of a long text."""
+"""How all parts read and write files: JSON and tables that are whole or not there, and the end of a long text."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,15 @@ def write_json(path: Path, content: Any) -> None:
     """Write plain values, lists of numbers on one line; raise ValueError for NaN and infinity."""
     text = json.dumps(content, indent=1, allow_nan=False)
     write_text(path, NUMBERS.sub(lambda match: " ".join(match.group().split()), text) + "\n")
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]], columns: Iterable[str] = ()) -> None:
+    """Write rows as CSV with a heading: the given columns, or all keys in the order in which they first come."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns) or list(dict.fromkeys(key for row in rows for key in row)), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -17,7 +15,7 @@ from omegaconf import DictConfig, flag_override
 from pq_sweep.compress.mixed import SILENT_DB
 from pq_sweep.compress.observing import unobserved
 from pq_sweep.compress.representations import Probe, images_to_probe
-from pq_sweep.core.files import write_text
+from pq_sweep.core.files import write_table
 from pq_sweep.core.options import PROBE
 from pq_sweep.job.stages import Stages
 from pq_sweep.job.steps import Origin
@@ -103,7 +101,7 @@ def tell(stage: Stages, records: dict[str, Record | None]) -> None:
     rows: list[Record] = []
     for found in seen.values():
         rows += _following(rows, found["rows"])
-    write_text(stage.files.representations, _table(rows))
+    write_table(stage.files.representations, [{name: _cell(row[name]) for name in row} for row in rows], COLUMNS)
     draw(rows, stage.files.representations_drawn)
 
 
@@ -116,14 +114,6 @@ def _following(before: list[Record], rows: list[Record]) -> list[Record]:
 def untold(record: Record | None) -> Record | None:
     """Return what else a record has."""
     return record and {name: value for name, value in record.items() if name != KEY}
-
-
-def _table(rows: list[Record]) -> str:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
 
 
 def _cell(value: Any) -> Any:

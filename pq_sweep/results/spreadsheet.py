@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
-from pq_sweep.core.files import write_text
+from pq_sweep.core.files import write_table
 from pq_sweep.core.folder import SweepFolder
 from pq_sweep.results.rows import Row, batch_sizes
 from pq_sweep.results.sweeps import Sweep
@@ -28,12 +26,8 @@ def write_csv(sweep: Sweep) -> Path:
         _pq_bench(row) | {key: _cell(value) for key, value in row.items() if key not in HIDDEN} for row in sweep.rows
     ]
     columns = dict.fromkeys([*PQ_BENCH, *(key for row in rows for key in row)])
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(columns), restval="")
-    writer.writeheader()
-    writer.writerows(rows)
     path = SweepFolder(sweep.folder).table
-    write_text(path, text.getvalue())
+    write_table(path, rows, columns)
     return path
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pq_sweep.core.environment import command_line, versions
-from pq_sweep.core.files import write_text
+from pq_sweep.core.files import write_table, write_text
 from pq_sweep.results.report.files import on_paper
 from pq_sweep.results.report.page import rendered
 from pq_sweep.study.layers.charts import boxes, effects
@@ -29,11 +27,11 @@ HEADINGS = ("layer", "bits", "nearest", "heuristic", "bound", "magnitude", "OBS"
 
 def write(networks: list[Network], failed: dict[str, str], folder: Path) -> Path:
     """Write all files into a folder and return it."""
-    write_text(folder / "layers.csv", table(networks))
+    write_table(folder / "layers.csv", [_row(network.name, found) for network in networks for found in network.found])
     write_text(folder / "verdict.txt", "\n".join(_sentences(networks)) + "\n")
     drawn = [each for each in (boxes(networks), effects(networks)) if each]
     if len(drawn) > 1:
-        write_text(folder / "accuracy.csv", csv_of([row for network in networks for row in _effects(network)]))
+        write_table(folder / "accuracy.csv", [row for network in networks for row in _effects(network)])
     for each in drawn:
         write_text(folder / f"{each.name}.svg", vl_convert.vegalite_to_svg(on_paper(each.spec)))
     content = {
@@ -52,21 +50,8 @@ def write(networks: list[Network], failed: dict[str, str], folder: Path) -> Path
     return folder
 
 
-def table(networks: list[Network]) -> str:
-    """Return the CSV: a row for each slice and bit width, as docs/studies.md describes it."""
-    return csv_of([_row(network.name, found) for network in networks for found in network.found])
-
-
-def csv_of(rows: list[dict[str, Any]]) -> str:
-    """Return rows of the same keys as CSV."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _row(network: str, found: Found) -> dict[str, Any]:
+    """Return a row of `layers.csv`, as docs/studies.md describes it."""
     return {
         "network": network,
         "layer": found.layer,

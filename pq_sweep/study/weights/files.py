@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from pq_sweep.core.environment import command_line, versions
-from pq_sweep.core.files import write_text
+from pq_sweep.core.files import write_table, write_text
 from pq_sweep.results.report.files import on_paper
 from pq_sweep.results.report.page import rendered
 from pq_sweep.study.weights.advice import advice, summary
@@ -28,7 +26,7 @@ WIDTH = 118  # of what is not shown in a terminal
 
 def write(networks: list[Network], failed: dict[str, str], folder: Path) -> Path:
     """Write all files into a folder and return it."""
-    write_text(folder / "weights.csv", table(networks))
+    write_table(folder / "weights.csv", [row for network in networks for row in _rows(network)])
     write_text(folder / "advice.txt", "\n".join(_sentences(networks)) + "\n")
     drawn = list(figures(networks))
     for each in tqdm(drawn, desc="figures", disable=None, leave=False):
@@ -45,17 +43,8 @@ def write(networks: list[Network], failed: dict[str, str], folder: Path) -> Path
     return folder
 
 
-def table(networks: list[Network]) -> str:
-    """Return the CSV: a row for each tensor and bit width, as docs/studies.md describes it."""
-    rows = [row for network in networks for row in _rows(network)]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), restval="")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _rows(network: Network) -> Iterator[dict[str, Any]]:
+    """Yield the rows of `weights.csv`, as docs/studies.md describes them: one for each tensor and bit width."""
     for tensor in network.tensors:
         for width in tensor.widths:
             yield {
