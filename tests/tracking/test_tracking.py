@@ -254,6 +254,16 @@ def test_a_job_that_ran_again_replaces_its_run(uri: str, tracker: Mlflow, sweep:
     assert parent.info.status == "FINISHED"
 
 
+def test_representations_of_layers_go_to_the_store_with_their_picture(uri: str, tracker: Mlflow, sweep: Path) -> None:
+    files = JobFolder(sweep / "0")
+    files.representations.write_text("epoch,layer,snr_db\n1,fc1,12.5\n")
+    files.representations_drawn.write_text("<svg></svg>")
+    track(tracker, sweep)
+    run = parent_and_jobs(uri)[1]["0"]
+    assert {"representations.csv", "representations.svg"} <= artifacts(uri, run)
+    assert artifact(uri, run, "representations.csv") == files.representations.read_text()
+
+
 def test_job_that_was_killed_while_it_was_logged_is_completed(uri: str, tracker: Mlflow, sweep: Path) -> None:
     tracker.begin(sweep)
     parent, _ = parent_and_jobs(uri)
