@@ -7,12 +7,12 @@ Better?, NeurIPS 2023, section 5) compares it with pruning.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,20 @@ log = logging.getLogger(__name__)
 LEAST = 1e-3
 # Values of an activation, and images, from which its first scale is found.
 VALUES, IMAGES = 1 << 16, 64
+
+
+class Rounding(Protocol):
+    """How a tensor is rounded: the step `value` of the integers of a grid."""
+
+    @property
+    def value(self) -> Tensor: ...
+
+    @property
+    def grid(self) -> Grid: ...
+
+    def rounded(self, values: Tensor) -> Tensor: ...
+
+    def codes(self, values: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -91,14 +105,15 @@ def lsq(
     recipe = Recipe("recovery=lsq", "recovery=none", epochs, lr, batch_size, optimizer, weight_decay, augment or [])
     split, grid = recipe.images(model, data), _grid(bits, activations)
     weights = {name: _scale_of(model.module, name, grid, per_channel) for name in prunable_by_name(model.module)}
-    taken = _scales_of_activations(model, split, activations, recipe) if activations else {}
+    seen = inputs_of(model, split, recipe) if activations else {}
+    taken = {name: _scale_of_activation(parts, activations or bits) for name, parts in seen.items()}
     scales = [scale.value for scale in (*weights.values(), *taken.values())]
     others = [torch.optim.Adam(scales, lr=lr_scale)] if scales else []
-    call, after_step = partial(_answer, model.module, weights), _bounded(scales, zeros_of(model.module))
+    call, after_step = partial(answer, model.module, weights), _bounded(scales, zeros_of(model.module))
     with rounding_inputs(model.module, taken):
         notes = train(model, data, recipe, after_step=after_step, call=call, others=others, observe=observe)
-        learned = {name: _told(model.module, name, scale, taken.get(name)) for name, scale in weights.items()}
-        _settle(model.module, weights)
+        learned = {name: told_of(model.module, name, scale, taken.get(name)) for name, scale in weights.items()}
+        settle(model.module, weights)
         reestimate(model, data, recipe)
         observe(epochs + 1)
     for note in notes:
@@ -111,7 +126,7 @@ def _grid(bits: int, activations: int | None) -> Grid:
     return Grid(bits, narrow=bool(activations) and bits == BYTE)
 
 
-def _answer(module: nn.Module, weights: dict[str, Scale], images: Tensor) -> Any:
+def answer(module: nn.Module, weights: Mapping[str, Rounding], images: Tensor) -> Any:
     """Return what a network gives with its weights rounded."""
     return functional_call(module, _rounded(module, weights), (images,), tie_weights=False)
 
@@ -152,7 +167,7 @@ def _same(module: nn.Module, name: str) -> list[str]:
     return [other for other, each in named if each is not None and memory(each) == place]
 
 
-def _rounded(module: nn.Module, weights: dict[str, Scale]) -> dict[str, Tensor]:
+def _rounded(module: nn.Module, weights: Mapping[str, Rounding]) -> dict[str, Tensor]:
     """Return all rounded weights, by all names that they have in a network."""
     found: dict[str, Tensor] = {}
     for name, scale in weights.items():
@@ -161,19 +176,19 @@ def _rounded(module: nn.Module, weights: dict[str, Scale]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _settle(module: nn.Module, weights: dict[str, Scale]) -> None:
+def settle(module: nn.Module, weights: Mapping[str, Rounding]) -> None:
     """Leave a network with its rounded weights; there is one kind of zero."""
     for name, scale in weights.items():
         weight = module.get_parameter(name)
         weight.copy_(scale.codes(weight) * scale.value + 0.0)
 
 
-def _told(module: nn.Module, name: str, scale: Scale, taken: Scale | None) -> Record:
+def told_of(module: nn.Module, name: str, scale: Rounding, taken: Rounding | None) -> Record:
     """Return what was learned of a weight as plain values, with the largest integer of each output channel.
 
     What makes a graph may multiply each channel by a number, as BatchNorm does; that integer tells by which.
     """
-    codes = scale.codes(module.get_parameter(name).detach())
+    codes = (module.get_parameter(name).detach() / scale.value).round()  # of a network that is settled
     largest = codes.movedim(_outputs(module, name), 0).flatten(1).abs().amax(1)
     found: Record = {"bits": scale.grid.bits, "scale": scale.value.detach().flatten().tolist()}
     found["largest"] = largest.int().tolist()
@@ -187,7 +202,7 @@ def _told(module: nn.Module, name: str, scale: Scale, taken: Scale | None) -> Re
 
 
 @contextmanager
-def rounding_inputs(module: nn.Module, scales: dict[str, Scale]) -> Iterator[None]:
+def rounding_inputs(module: nn.Module, scales: Mapping[str, Rounding]) -> Iterator[None]:
     """Round what the layers of these weights take."""
     layers = _layers(module, list(scales))
 
@@ -209,12 +224,15 @@ def _layers(module: nn.Module, names: list[str]) -> dict[nn.Module, str]:
     return found
 
 
-def _scales_of_activations(model: Model, split: Split, bits: int, recipe: Recipe) -> dict[str, Scale]:
-    """Return the scale of what each convolution and linear layer takes, by the name of its weight.
+Seen = list[tuple[Tensor, float]]  # values that a layer takes, and how many an image has
 
-    Layers that are never called, such as those of attention that one function computes, have none.
+
+def inputs_of(model: Model, split: Split, recipe: Recipe) -> dict[str, Seen]:
+    """Return some of what each convolution and linear layer takes, by the name of its weight.
+
+    Layers that are never called, such as those of attention that one function computes, have nothing.
     """
-    seen: dict[str, list[tuple[Tensor, float]]] = {}
+    seen: dict[str, Seen] = {}
     layers = _layers(model.module, list(prunable_by_name(model.module)))
 
     def look(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -233,10 +251,10 @@ def _scales_of_activations(model: Model, split: Split, bits: int, recipe: Recipe
             "recovery.activations finds no convolution or linear layer that the network calls; give"
             " recovery.activations=null."
         )
-    return {name: _scale_of_activation(parts, bits) for name, parts in seen.items()}
+    return seen
 
 
-def _scale_of_activation(parts: list[tuple[Tensor, float]], bits: int) -> Scale:
+def _scale_of_activation(parts: Seen, bits: int) -> Scale:
     values = torch.cat([flat for flat, _ in parts])
     grid = Grid(bits, signed=bool((values < 0).any()))
     start = torch.from_numpy(fitted(values[None].cpu().numpy(), grid)[1]).to(values.device)

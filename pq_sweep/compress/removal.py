@@ -52,15 +52,15 @@ def remove(
     require_parameters(module, prunable(module))
     before, notes = _parameters(module), untouched(module)
     multiple = rounding(module, round_to)
-    with _trainable(module):
+    with trainable(module):
         score = _importance(model, data, importance, p, stage)
-        with _explained(model):
+        with explained(model):
             options = {"pruning_ratio": float(amount), "global_pruning": global_ranking, "round_to": multiple}
-            pruner = _pruner(model, score, **options)
+            pruner = pruner_of(model, score, **options)
             pruner.step()
     module.zero_grad(set_to_none=True)
     refresh(module)
-    with _explained(model), torch.no_grad():
+    with explained(model), torch.no_grad():
         module(model.sample())
     reached = {"channels": pruner.removed(), "parameters": 1 - _parameters(module) / before}
     if amount > 0:
@@ -104,8 +104,8 @@ def replay(model: Model, record: Record) -> None:
     """Repeat a removal on a freshly made network, so that the removed network's state_dict fits it."""
     module = model.module
     layers = dict(module.named_modules())  # the library's own replay splits names at their dots
-    with _trainable(module):
-        graph = _graph(module, model.sample())
+    with trainable(module):
+        graph = graph_of(module, model.sample())
         for name, outputs, channels in record["history"]:
             functions = graph.get_pruner_of_module(layers[name])
             function = functions.prune_out_channels if outputs else functions.prune_in_channels
@@ -113,7 +113,7 @@ def replay(model: Model, record: Record) -> None:
     refresh(module)
 
 
-def _pruner(model: Model, score: Score, **options: Any) -> Pruner:
+def pruner_of(model: Model, score: Score, **options: Any) -> Pruner:
     """Return a pruner that keeps the classifier's outputs and the channels that pass a `Stay`."""
     with traceable(model.module):
         pruner = Pruner(
@@ -133,7 +133,7 @@ def _pruner(model: Model, score: Score, **options: Any) -> Pruner:
     return pruner
 
 
-def _graph(module: nn.Module, images: Tensor, run: Callable[..., Any] | None = None) -> tp.DependencyGraph:
+def graph_of(module: nn.Module, images: Tensor, run: Callable[..., Any] | None = None) -> tp.DependencyGraph:
     """Return what depends on what in the output of the network, or of `run`."""
     with traceable(module):
         custom = shrinkers(module, tp.importance.GroupMagnitudeImportance())
@@ -222,7 +222,7 @@ def _gradients(model: Model, data: Data, *, absolute: bool) -> list[Tensor]:
 
 
 @contextmanager
-def _explained(model: Model) -> Iterator[None]:
+def explained(model: Model, of: str = "pruner=remove") -> Iterator[None]:
     """Turn any error of torch-pruning, or of a network that it leaves broken, into one sentence."""
     try:
         yield
@@ -232,7 +232,7 @@ def _explained(model: Model) -> Iterator[None]:
         where = " ".join(getattr(error, "__notes__", [])) or f"through {_culprit(model)}"
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".: ")
         raise UserError(
-            f"pruner=remove cannot follow the channels {where} ({reason}); use a pruner that sets zeros, such as"
+            f"{of} cannot follow the channels {where} ({reason}); use a pruner that sets zeros, such as"
             " pruner=l1_global, or give the class that it cannot follow a stand-in in"
             " pq_sweep.compress.blocks.STAND_INS."
         ) from error
@@ -260,8 +260,8 @@ def _traces(model: Model, part: nn.Module) -> bool:
     outputs: list[Any] = []
     hook = part.register_forward_hook(lambda part, _, output: outputs.append(output))
     try:
-        with _trainable(model.module):
-            graph = _graph(model.module, model.sample(), lambda module, images: (module(images), *outputs)[-1])
+        with trainable(model.module):
+            graph = graph_of(model.module, model.sample(), lambda module, images: (module(images), *outputs)[-1])
             list(graph.get_all_groups())
     except Exception:
         return False
@@ -275,7 +275,7 @@ def _parameters(module: nn.Module) -> int:
 
 
 @contextmanager
-def _trainable(module: nn.Module) -> Iterator[None]:
+def trainable(module: nn.Module) -> Iterator[None]:
     """Let every parameter require gradients for a while: torch-pruning silently removes nothing otherwise."""
     flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     module.requires_grad_(True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from pq_sweep.compress.idle import left_out, misfits
 from pq_sweep.compress.observing import Observe, unobserved
 from pq_sweep.core.outputs import entries, holds_logits, named, training_key
 from pq_sweep.core.sentences import listed, reason
-from pq_sweep.core.weights import parameters_once, prunable
-from pq_sweep.types import Data, Model, Split, UserError, choose
+from pq_sweep.core.weights import parameters_once, prunable, random_states, restore_random
+from pq_sweep.types import Data, Model, Record, Split, UserError, choose
 
 # What is done after each step of an optimizer; it is told the number of the step, from 1 on, and how many there are.
 AfterStep = Callable[[int, int], None]
@@ -80,6 +81,37 @@ class Recipe:
         return torch.randperm(len(split)).tolist()[: self.batches(split) * self.batch_size]
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file with which a training that was stopped goes on behind its last whole epoch, and ends as it would have.
+
+    `state` gives what a component keeps beside the network, as tensors and plain values, and `restore` takes it back.
+    """
+
+    path: Path
+    state: Callable[[], Record]
+    restore: Callable[[Record], None]
+
+    def save(self, epoch: int, parts: dict[str, Any], notes: Iterable[str]) -> None:
+        """Write all that the next epoch depends on: `parts` have a state_dict."""
+        states = {name: part.state_dict() for name, part in parts.items()} | random_states()
+        aside = self.path.with_name(f".{self.path.name}")
+        torch.save({"epoch": epoch, "notes": [*notes], "own": self.state(), **states}, aside)
+        aside.rename(self.path)
+
+    def load(self, parts: dict[str, Any], notes: dict[str, None]) -> int:
+        """Restore what was saved, and return the epoch behind which that was: 0 if there is nothing."""
+        if not self.path.exists():
+            return 0
+        saved: Record = torch.load(self.path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        self.restore(saved["own"])
+        restore_random(saved)
+        notes |= dict.fromkeys(saved["notes"])
+        return int(saved["epoch"])
+
+
 def train(
     model: Model,
     data: Data,
@@ -89,12 +121,13 @@ def train(
     call: Callable[[Tensor], Any] | None = None,
     others: Iterable[torch.optim.Optimizer] = (),
     observe: Observe = unobserved,
+    checkpoint: Checkpoint | None = None,
 ) -> list[str]:
     """Train all weights in place and return notes on what was not trained; weights that are zero may not stay so.
 
     `call` maps images to what the network gives, if that is not the network itself. `others` are optimizers of
     parameters that are not the network's own, of which no schedule changes the rate. Weights that do not require
-    gradients are left as they are, which a note says.
+    gradients are left as they are, which a note says. With a `checkpoint` training goes on where it was stopped.
     """
     split, module, others = recipe.images(model, data), model.module, list(others)
     parameters = _trainable(module, recipe)
@@ -106,9 +139,12 @@ def train(
     observe(0, call)
     with led(recipe.of, recipe.instead):
         module.train()
-    size, step = min(recipe.batch_size, len(split)), 0
+    parts = {"network": module, "optimizer": optimizer, "schedule": schedule}
+    parts |= {f"other {number}": each for number, each in enumerate(others)}
+    done = checkpoint.load(parts, taken) if checkpoint else 0
+    size, step = min(recipe.batch_size, len(split)), done * recipe.batches(split)
     with enough_values(module, recipe.of, recipe.instead, size), left_out(unfit):
-        for epoch in tqdm(range(1, recipe.epochs + 1), desc="fine-tuning", unit="epoch", disable=None, leave=False):
+        for epoch in _epochs(done, recipe.epochs):
             losses: list[Tensor] = []
             for images, labels in split.batches(recipe.batch_size, parameters[0].device, recipe.order(split)):
                 loss = partial(_loss, call or module, images, labels, model, data, recipe, taken)
@@ -117,8 +153,16 @@ def train(
                 after_step(step := step + 1, steps)
             _refuse_divergence(module, [*losses, *beside], epoch, recipe)
             observe(epoch, call)
+            if checkpoint:
+                checkpoint.save(epoch, parts, taken)
     module.eval()
     return [*taken, *_untrained(module, recipe)]
+
+
+def _epochs(done: int, epochs: int) -> Iterable[int]:
+    """Return the numbers of the epochs that are left, behind a bar."""
+    left = range(done + 1, epochs + 1)
+    return tqdm(left, "fine-tuning", epochs, initial=done, unit="epoch", disable=None, leave=False)
 
 
 def _step(optimizers: list[torch.optim.Optimizer], loss: Callable[[], Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 # Options that are numbers: the least and largest value, and whether it is a whole number.
 WHOLE_FROM_ONE = ("evaluation", "images", "batch_size", "eval_batch_size", "threads", "iterations", "min_iterations",
-                  "epochs", "round_to", "num_classes", "window", "p", "repeats")  # fmt: skip
+                  "epochs", "projections", "prunings", "round_to", "num_classes", "window", "p", "repeats")  # fmt: skip
 FROM_ZERO = (
     "warmup_s",
     "warmup_max_s",
@@ -24,6 +24,7 @@ FROM_ZERO = (
     "interval",
     "lr",
     "lr_scale",
+    "lr_quant",
     "weight_decay",
     "n",
     "max_drop",
@@ -37,6 +38,7 @@ RANGES: dict[str, tuple[float, float, bool]] = {
     "dim": (0, 1, True),
     "percentile": (50, 100, False),
     "bits": (2, 8, True),
+    "least_bits": (2, 8, True),
     "probe_images": (2, 1000, True),
     "activations": (2, 8, True),
     "block": (2, math.inf, True),
@@ -47,7 +49,8 @@ NUMBERS = frozenset(
     {*RANGES, "amount", "amount_last", "m", "low", "high", "step", "optimization_level", "seed", "repeat"}
 )
 SWITCHES = ("every_weight", "global_ranking", "paired", "channels_last", "cuda_graph", "tf32", "sparsity", "log_model",
-            "build_only", "resume", "per_channel", "probe")  # fmt: skip
+            "build_only", "resume", "per_channel", "probe",
+            "projection", "joint")  # fmt: skip
 LISTS = ("exclude", "batch_sizes", "augment", "probe_layers")
 LISTS_OF_LAYERS = ("exclude", "probe_layers")
 LISTS_OF_NUMBERS = ("batch_sizes",)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.nn import Module
 
 from pq_sweep.core.environment import device_name
-from pq_sweep.core.weights import load_state, network_state, network_structure
+from pq_sweep.core.weights import load_state, network_state, network_structure, random_states, restore_random
 from pq_sweep.job.stages import Stages
 from pq_sweep.types import Cache, Data, Model, Record
 
@@ -34,7 +34,7 @@ class Origin:
 def origin_of(component: DictConfig, data: Data, device: str) -> Origin:
     """Return what a component's outcome depends on, the present state of the random numbers included."""
     options = OmegaConf.to_container(component, resolve=True)
-    random = [hashlib.sha256(state.numpy().tobytes()).hexdigest() for state in _random_states().values()]
+    random = [hashlib.sha256(state.numpy().tobytes()).hexdigest() for state in random_states().values()]
     where = {"device": device_name(device), "threads": torch.get_num_threads()}
     return Origin({"component": options, "random": random} | where, lambda: data.identity(data.calibration, data.train))
 
@@ -127,13 +127,8 @@ def _reorder(names: dict[Module, list[str]]) -> None:
 
 def _save(model: Model, path: Path, record: Any) -> Any:
     """Save weights and the state of the random numbers, so that a continued job goes on as this one would have."""
-    torch.save({"network": model.module.state_dict(), **_random_states()}, path)
+    torch.save({"network": model.module.state_dict(), **random_states()}, path)
     return record
-
-
-def _random_states() -> dict[str, torch.Tensor]:
-    states = {"random": torch.get_rng_state()}
-    return states | ({"random_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
 
 
 def _restore(model: Model, path: Path, record: Any) -> None:
@@ -144,6 +139,4 @@ def _restore(model: Model, path: Path, record: Any) -> None:
 
         replay(model, record)
     load_state(model.module, state["network"])
-    torch.set_rng_state(state["random"].cpu())
-    if "random_cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random_cuda"].cpu())
+    restore_random(state)
