@@ -112,8 +112,8 @@ def lsq(
     call, after_step = partial(answer, model.module, weights), _bounded(scales, zeros_of(model.module))
     with rounding_inputs(model.module, taken):
         notes = train(model, data, recipe, after_step=after_step, call=call, others=others, observe=observe)
-        learned = {name: told_of(model.module, name, scale, taken.get(name)) for name, scale in weights.items()}
         settle(model.module, weights)
+        learned = {name: told_of(model.module, name, scale, taken.get(name)) for name, scale in weights.items()}
         reestimate(model, data, recipe)
         observe(epochs + 1)
     for note in notes:
