@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import SHORT
 from conftest import refused
 from independent import torch_logits
 from learned_files import assert_equal_answers, logits_node_by_node, rounding, written
@@ -30,6 +31,7 @@ from pq_sweep.compress.removal import replay
 from pq_sweep.core.weights import prunable_by_name
 from pq_sweep.inputs.datasets import digits, image_folder
 from pq_sweep.inputs.models import cifar_resnet, digits_cnn
+from pq_sweep.job import run as job
 from pq_sweep.job.probing import without_probe
 from pq_sweep.types import Data, Model, Preprocess, Record
 
@@ -429,3 +431,43 @@ def test_resnet20_of_cifar_is_what_it_says(
     assert all(least <= entry["bits"] <= most for entry in record["learned"].values())
     # Statistics of channels that hardly vary make more of what FP32 rounds off.
     assert_equal_answers(model, record, path, data.evaluation.fetch(list(range(2000))), bits=most, rest=1e-3)
+
+
+@pytest.mark.slow
+def test_pruned_weights_stay_zero(data: Data) -> None:
+    model = digits_cnn()
+    with torch.no_grad():
+        model.module.get_parameter("body.0.weight")[:, :16] = 0
+    record = trained(model, data, amount=0.0, epochs=2, prunings=1, projections=1)
+
+    assert record["history"] == []
+    assert (model.module.get_parameter("body.0.weight")[:, :16] == 0).all()
+
+
+def job_in(folder: Path, *overrides: str) -> Record:
+    """Run a job in this process and return its result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ("recovery=geta", "quantizer=learned", "runtime=onnxruntime", "recovery.epochs=2", "recovery.prunings=2")
+    job.run(composed(*words, "tracking=none", "cache=off", *SHORT, *overrides), folder)
+    result: Record = json.loads((folder / "result.json").read_text())
+    return result
+
+
+@pytest.mark.slow
+def test_a_job_has_the_smaller_network_and_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = job_in(tmp_path / "whole")
+    assert whole["session"]["precision"] == "w8"
+    assert whole["network"]["params"] < 0.4 * whole["baseline"]["params"]
+    assert whole["bits"]["rel_bops"] < 0.08
+    assert whole["bits"]["packed_bytes"] < whole["size_bytes"]["compressed"] < 0.1 * whole["size_bytes"]["original"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "open_session", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            job_in(tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "train", None)  # it cannot be trained again
+        again = job_in(tmp_path / "cut")
+    assert again["accuracy"] == whole["accuracy"]
+    assert (tmp_path / "cut" / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
+    assert not list((tmp_path / "cut").glob("*.kept.pt"))

@@ -13,15 +13,15 @@ from typing import Any
 
 import torch
 
-from pq_sweep.compress.geta.groups import Group, groups_of, take_out, zero
-from pq_sweep.compress.geta.qasso import START_BITS, Course, Qasso
+from pq_sweep.compress.geta.groups import groups_of, take_out, zero
+from pq_sweep.compress.geta.qasso import START_BITS, Course, Qasso, Rules, Wanted
 from pq_sweep.compress.geta.quantizer import Inputs, Learnable
 from pq_sweep.compress.lsq import answer, inputs_of, rounding_inputs, settle, told_of
 from pq_sweep.compress.observing import Observe, unobserved
 from pq_sweep.compress.recovery import reestimate
 from pq_sweep.compress.training import Checkpoint, Recipe, train
 from pq_sweep.core.weights import prunable_by_name
-from pq_sweep.types import Data, Model, Record, Stage, UserError
+from pq_sweep.types import Data, Model, Record, Stage
 
 log = logging.getLogger(__name__)
 
@@ -53,31 +53,43 @@ def geta(
     With `activations`, what layers take is rounded too, to at most so many bits. Bits are lowered in `projections`
     periods, and channels leave in `prunings` periods. Without `projection` bits are lowered at once, and without
     `joint` channels are forgotten evenly and steps learned by gradients: both to see what the paper's rules give.
-    The network is left smaller, with its rounded weights and BatchNorm's statistics measured anew; the history of the
-    removal and what was learned for `quantizer=learned` are in the record. A stopped job goes on between epochs.
+    Weights that are zero stay zero. The network is left smaller, with its rounded weights and BatchNorm's statistics
+    measured anew; the history of the removal and what was learned for `quantizer=learned` are in the record. A stopped
+    job goes on between epochs.
     """
-    if not 0 <= amount < 1:
-        raise UserError(f"recovery.amount={amount} is out of range; give the share of channels, 0 <= amount < 1.")
     recipe = Recipe("recovery=geta", "recovery=lsq", epochs, lr, batch_size, optimizer, weight_decay, augment or [])
-    split, module = recipe.images(model, data), model.module
     groups, notes = groups_of(model)
-    weights = {name: Learnable(weight, START_BITS) for name, weight in prunable_by_name(module).items()}
-    seen = inputs_of(model, split, recipe) if activations else {}
-    taken = {name: Inputs(torch.cat([values for values, _ in parts]), START_BITS) for name, parts in seen.items()}
-    course = Course(epochs * recipe.batches(split), projections, prunings)
-    state = Qasso(module, groups, weights, dict(taken), course, amount, least_bits, bits, activations or bits,
-                  projection, joint)  # fmt: skip
-    learned = [each for quantizer in (*weights.values(), *taken.values()) for each in quantizer.parameters()]
-    others = [torch.optim.Adam(learned, lr=lr_quant)]
-    with rounding_inputs(module, taken):
-        call = partial(answer, module, weights)
-        notes += train(model, data, recipe, after_step=state.after_step, call=call, others=others, observe=observe,
-                       checkpoint=_checkpoint(state, stage, observe))  # fmt: skip
-        settle(module, weights)
-        zero(module, groups, state.gone)
+    state = Qasso(
+        model.module,
+        groups,
+        {name: Learnable(weight, START_BITS) for name, weight in prunable_by_name(model.module).items()},
+        _of_inputs(model, data, recipe) if activations else {},
+        Course(epochs * recipe.batches(recipe.images(model, data)), projections, prunings),
+        Wanted(amount, least_bits, bits, activations or bits),
+        Rules(projection, joint),
+    )
+    with rounding_inputs(model.module, state.inputs):
+        notes += train(
+            model,
+            data,
+            recipe,
+            after_step=state.after_step,
+            call=partial(answer, model.module, state.weights),
+            others=[torch.optim.Adam(state.learned(), lr=lr_quant)],
+            observe=observe,
+            checkpoint=_checkpoint(state, stage, observe),
+        )
+        settle(model.module, state.weights)
+        zero(model.module, groups, state.gone)
         reestimate(model, data, recipe)
         observe(epochs + 1)
-    return {"notes": notes, **_smaller(model, groups, state, taken)}
+    return {"notes": notes, **_smaller(model, state)}
+
+
+def _of_inputs(model: Model, data: Data, recipe: Recipe) -> dict[str, Inputs]:
+    """Return the quantizers of what layers take, by the names of their weights."""
+    seen = inputs_of(model, recipe.images(model, data), recipe)
+    return {name: Inputs(torch.cat([values for values, _ in parts]), START_BITS) for name, parts in seen.items()}
 
 
 def _checkpoint(state: Qasso, stage: Stage | None, observe: Observe) -> Checkpoint | None:
@@ -87,16 +99,16 @@ def _checkpoint(state: Qasso, stage: Stage | None, observe: Observe) -> Checkpoi
     return Checkpoint(stage.folder / "training.kept.pt", state.state, state.restore)
 
 
-def _smaller(model: Model, groups: list[Group], state: Qasso, taken: dict[str, Inputs]) -> Record:
+def _smaller(model: Model, state: Qasso) -> Record:
     """Take the channels out, and return what the result records."""
     history = take_out(model, state.gone)
-    told = {name: told_of(model.module, name, each, taken.get(name)) for name, each in state.weights.items()}
+    told = {name: told_of(model.module, name, each, state.inputs.get(name)) for name, each in state.weights.items()}
     bits = [(told[name]["bits"], model.module.get_parameter(name).numel()) for name in told]
     record: dict[str, Any] = {
         "history": history,
         "learned": told,
         "channels": {group.root: [group.channels, group.channels - len(state.gone.get(group.root, ()))]
-                     for group in groups},
+                     for group in state.groups},
         "mean_bits": sum(each * count for each, count in bits) / sum(count for _, count in bits),
     }  # fmt: skip
     return record

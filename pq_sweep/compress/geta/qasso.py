@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pq_sweep.compress.geta.groups import Channels, Group, Part, zero
-from pq_sweep.compress.geta.quantizer import Learnable
+from pq_sweep.compress.geta.quantizer import Inputs, Learnable
+from pq_sweep.compress.training import apply, zeros_of
 from pq_sweep.types import Record, UserError
 
 log = logging.getLogger(__name__)
@@ -88,24 +89,57 @@ class Period:
         return self.step == self.steps - 1
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be reached: the share of channels that leave, and the bits of weights and of what layers take."""
+
+    amount: float
+    least: int
+    most: int
+    most_inputs: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.amount < 1:
+            raise UserError(
+                f"recovery.amount={self.amount} is out of range; give the share of channels, 0 <= amount < 1."
+            )
+        if self.least > min(self.most, self.most_inputs):
+            raise UserError(f"recovery.least_bits={self.least} is more than the most bits; lower it.")
+
+    def channels(self, groups: list[Group]) -> int:
+        """Return how many channels leave, or refuse more than all but one of each group."""
+        total = sum(group.channels for group in groups)
+        wanted, most = round(self.amount * total), total - len(groups)
+        if wanted > most:
+            raise UserError(
+                f"recovery.amount={self.amount} wants {wanted} of {total} channels to leave, and each of the"
+                f" {len(groups)} groups keeps one; give at most {int(1000 * most / total) / 1000}."
+            )
+        return wanted
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Which rules of the paper are followed: bits that fall step by step, and equations 13 and 14."""
+
+    projection: bool = True
+    joint: bool = True
+
+
 @dataclass
 class Qasso:
     """The state of the optimizer: which channels are gone or being forgotten, and how many bits are allowed.
 
-    `inputs` are the quantizers of what layers take. `amount` of the channels leave, at most all but one of each group.
+    `inputs` are the quantizers of what layers take.
     """
 
     module: nn.Module
     groups: list[Group]
     weights: dict[str, Learnable]
-    inputs: dict[str, Learnable]
+    inputs: dict[str, Inputs]
     course: Course
-    amount: float
-    least: int
-    most: int
-    most_inputs: int
-    projection: bool = True
-    joint: bool = True
+    wanted: Wanted
+    rules: Rules
     gone: Channels = field(default_factory=dict)
     redundant: Channels = field(default_factory=dict)
     before: dict[str, Tensor] = field(default_factory=dict)
@@ -113,15 +147,11 @@ class Qasso:
 
     def __post_init__(self) -> None:
         self.course.refuse_short()
-        channels = sum(group.channels for group in self.groups)
-        self.wanted, most = round(self.amount * channels), channels - len(self.groups)
-        if self.wanted > most:
-            raise UserError(
-                f"recovery.amount={self.amount} wants {self.wanted} of {channels} channels to leave, and each of the"
-                f" {len(self.groups)} groups keeps one; give at most {int(1000 * most / channels) / 1000}."
-            )
-        if self.least > min(self.most, self.most_inputs):
-            raise UserError(f"recovery.least_bits={self.least} is more than the most bits; lower it.")
+        self.channels, self.masks = self.wanted.channels(self.groups), zeros_of(self.module)
+
+    def learned(self) -> list[nn.Parameter]:
+        """Return what quantizers learn."""
+        return [parameter for quantizer in self._quantizers() for parameter in quantizer.parameters()]
 
     def after_step(self, step: int, steps: int) -> None:
         """Do what belongs to a step of the weights' optimizer; `step` counts from 1."""
@@ -138,6 +168,7 @@ class Qasso:
             else:
                 self._project({"weights": START_BITS, "inputs": START_BITS})
             zero(self.module, self.groups, self.gone)
+            apply(self.masks)
             if self.course.place(min(step, steps - 1))[0] == "joint":
                 self._remember()
             if place == length - 1:
@@ -147,7 +178,7 @@ class Qasso:
         """Return what the optimizer goes on with after a stop."""
         learned = [[each.detach().clone() for each in quantizer.parameters()] for quantizer in self._quantizers()]
         kept = {"gone": self.gone, "redundant": self.redundant, "before": self.before, "steps": self.steps_before}
-        fixed = not any(each.requires_grad for quantizer in self._quantizers() for each in quantizer.parameters())
+        fixed = not any(each.requires_grad for each in self.learned())
         return {**kept, "learned": learned, "fixed": fixed}
 
     @torch.no_grad()
@@ -175,22 +206,22 @@ class Qasso:
 
     def _allowed(self, periods: int) -> dict[str, float]:
         """Return the most bits after so many projections, which are reached step by step."""
-        share = periods / self.course.projections if self.projection else 1.0
-        ends = {"weights": self.most, "inputs": self.most_inputs}
+        share = periods / self.course.projections if self.rules.projection else 1.0
+        ends = {"weights": self.wanted.most, "inputs": self.wanted.most_inputs}
         return {name: START_BITS - (START_BITS - end) * share for name, end in ends.items()}
 
     def _project(self, most: dict[str, float]) -> None:
         for name, each in (("weights", self.weights), ("inputs", self.inputs)):
             for quantizer in each.values():
-                quantizer.keep_within(self.least, most[name])
+                quantizer.keep_within(self.wanted.least, most[name])
 
     def _settle(self) -> None:
         """Fix a whole number of bits for each quantizer, which then learns no more."""
-        for most, each in ((self.most, self.weights), (self.most_inputs, self.inputs)):
+        for most, each in ((self.wanted.most, self.weights), (self.wanted.most_inputs, self.inputs)):
             for quantizer in each.values():
-                bits = min(most, max(self.least, round(quantizer.bits())))
+                bits = min(most, max(self.wanted.least, round(quantizer.bits())))
                 quantizer.log_step.copy_(quantizer.log_step_at(bits))
-        for parameter in [parameter for quantizer in self._quantizers() for parameter in quantizer.parameters()]:
+        for parameter in self.learned():
             parameter.requires_grad_(False)
             parameter.grad = None
 
@@ -206,8 +237,8 @@ class Qasso:
         """Forget redundant channels a little more; after the last step of a period they are gone."""
         if period.step == 0:
             share = (period.number + 1) / self.course.prunings
-            self._choose(round(self.wanted * share) - sum(map(len, self.gone.values())))
-        if self.joint:
+            self._choose(round(self.channels * share) - sum(map(len, self.gone.values())))
+        if self.rules.joint:
             for name, each in self.weights.items():
                 each.log_step.copy_(self.steps_before[name])
         for group in self.groups:
@@ -252,13 +283,13 @@ class Qasso:
         looks = [self._look(group, part) for part in group.parts]
         way, clipped = torch.cat([look.way for look in looks]), torch.cat([look.clipped for look in looks])
         left = period.steps - period.step
-        rate = forget_rate(way, clipped, left) if self.joint else 1 / left
+        rate = forget_rate(way, clipped, left) if self.rules.joint else 1 / left
         for look in looks:
-            if look.quantizer and self.joint:
+            if look.quantizer and self.rules.joint:
                 free = step_size(look.way, look.rest, rate)
-                lowest = look.quantizer.log_step_at(self.least)
+                lowest = look.quantizer.log_step_at(self.wanted.least)
                 look.quantizer.log_step.copy_(lowest if free is None else torch.tensor(free).log().to(lowest))
-                look.quantizer.keep_within(self.least, self.most)
+                look.quantizer.keep_within(self.wanted.least, self.wanted.most)
             parameter = self.module.get_parameter(look.part.parameter)
             rows = group.rows(look.part, self.redundant[group.root])
             before = self.before[look.part.parameter][rows]
