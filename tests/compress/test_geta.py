@@ -245,7 +245,14 @@ def _has_groups(model: Model) -> bool:
         return False
 
 
-@pytest.mark.parametrize("name", ["digits_cnn", "resnet18", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "digits_cnn",
+        "resnet18",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("mobilenet_v2", "densenet121")),
+    ],
+)
 def test_what_is_zero_can_be_taken_out(name: str) -> None:
     model = fresh(name=name)
     groups, _ = groups_of(model)

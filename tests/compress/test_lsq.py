@@ -197,6 +197,7 @@ def images(data: Data) -> Tensor:
     return data.evaluation.fetch(list(range(len(data.evaluation))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "per_channel"), [(2, False), (3, True), (8, False)])
 def test_file_is_the_network(bits: int, per_channel: bool, data: Data, images: Tensor, tmp_path: Path) -> None:
     model = digits_cnn()
@@ -208,6 +209,7 @@ def test_file_is_the_network(bits: int, per_channel: bool, data: Data, images: T
     assert kinds == {getattr(onnx.TensorProto, container)}
 
 
+@pytest.mark.slow
 def test_learned_scales_are_in_the_file_as_they_are(data: Data, tmp_path: Path) -> None:
     """The linear layers have no BatchNorm behind them."""
     model = digits_cnn()
@@ -218,6 +220,7 @@ def test_learned_scales_are_in_the_file_as_they_are(data: Data, tmp_path: Path) 
         assert found[f"{name}_scale"] == np.float32(record["learned"][name]["scale"][0])
 
 
+@pytest.mark.slow
 def test_exact_bits_are_noted(data: Data, tmp_path: Path) -> None:
     """Three bits are stored in four, and all in eight where activations are rounded."""
     model = digits_cnn()
@@ -242,6 +245,7 @@ def test_file_rounds_activations_as_the_network_did(
     assert_few_ties(logits_of(path, images, bits=bits, activations=activations), expected, rest)
 
 
+@pytest.mark.slow
 def test_what_tensorrt_is_given(data: Data, tmp_path: Path) -> None:
     """It takes bytes with a sign alone, and scales above zero, also where BatchNorm turns channels."""
     model = digits_cnn()
@@ -268,6 +272,7 @@ def test_bits_are_told_of_weights_and_activations(data: Data, tmp_path: Path) ->
     assert {(each.weight_bits, each.activation_bits) for each in found.products} == {(3, 4)}
 
 
+@pytest.mark.slow
 def test_activations_are_one_step_of_integers_in_the_file(data: Data, tmp_path: Path) -> None:
     model = digits_cnn()
     record = trained(model, data, bits=4, activations=8)

@@ -72,6 +72,7 @@ def differing(first: Path, second: Path) -> set[str]:
     return {name for name in values[0] if not np.array_equal(values[0][name], values[1][name])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "gain"), [(8, 2), (4, 8), (3, 8), (2, 5)])
 def test_few_bits_answer_more_as_the_network_does(
     source: Path, data: Data, images: Tensor, bits: int, gain: float
@@ -88,6 +89,7 @@ def test_few_bits_answer_more_as_the_network_does(
     assert max(each.max() for each in codes) <= 2 ** (bits - 1) - 1
 
 
+@pytest.mark.slow
 def test_blocks_keep_their_scales(source: Path, data: Data, images: Tensor) -> None:
     expected = onnx_logits(source, images)
     nearest, optimal = (written(source, data, rounding, bits=3, block=32) for rounding in ("nearest", "optimal"))
@@ -122,6 +124,7 @@ def test_seven_bits_stay_seven_bits_where_products_saturate(
     assert max(np.abs(each).max() for each in codes) <= 64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["weights", "int8"])
 def test_what_is_pruned_stays_pruned(name: str, data: Data, tmp_path: Path) -> None:
     model = digits_cnn()
@@ -135,6 +138,7 @@ def test_what_is_pruned_stays_pruned(name: str, data: Data, tmp_path: Path) -> N
     assert all(not after[key][before[key] == 0].any() for key in before)
 
 
+@pytest.mark.slow
 def test_excluded_layers_stay_in_float(source: Path, data: Data) -> None:
     graph = onnx.load(written(source, data, "optimal", bits=3, exclude=["first"]))
     floats = [each.name for each in stored_weights(graph.graph) if each.scale is None]
@@ -169,6 +173,7 @@ def test_every_kind_of_layer_is_rounded(case: str, tmp_path: Path) -> None:
     assert snr_db(expected, onnx_logits(optimal, images)) > snr_db(expected, onnx_logits(nearest, images)) + 3
 
 
+@pytest.mark.slow
 def test_integers_are_the_same_each_time(source: Path, data: Data) -> None:
     first, second = (written(source, data, "optimal", bits=bits, exclude=list(some)).read_bytes()
                      for bits, some in itertools.repeat((4, ()), 2))  # fmt: skip

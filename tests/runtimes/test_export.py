@@ -189,6 +189,7 @@ def test_the_tolerance_is_relative_to_the_largest_logit(
             check_export(model, off)
 
 
+@pytest.mark.slow
 def test_the_exporters_operators_are_read_once(graph: Path, tmp_path: Path) -> None:
     from torch.onnx._internal import _lazy_import
 

@@ -108,6 +108,7 @@ def other_solver(problem: Problem, row: int) -> float:
     return float(offset @ problem.moments @ offset - solved.obj_val)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inputs", "bits"), [(1, 2), (7, 2), (7, 3), (20, 4), (36, 2)])
 def test_another_solver_agrees(inputs: int, bits: int) -> None:
     rows, hessian = layer(inputs, inputs, 3, samples=80)

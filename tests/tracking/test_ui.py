@@ -359,6 +359,7 @@ def test_ui_without_a_store_says_to_make_a_sweep_first(tmp_path: Path) -> None:
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_ui_of_a_server_that_is_down_says_so_without_its_password(tmp_path: Path) -> None:
     done = ui(tmp_path, MLFLOW_TRACKING_URI="http://me:s3cret@127.0.0.1:9")
 
