@@ -88,28 +88,33 @@ class Checkpoint:
     `state` gives what a component keeps beside the network, as tensors and plain values, and `restore` takes it back.
     """
 
-    path: Path
-    state: Callable[[], Record]
-    restore: Callable[[Record], None]
+    path: Path | None
+    state: Callable[[], Record] = dict
+    restore: Callable[[Record], object] = dict
 
-    def save(self, epoch: int, parts: dict[str, Any], notes: Iterable[str]) -> None:
+    def save(self, epoch: int, parts: dict[int, Any], notes: Iterable[str]) -> None:
         """Write all that the next epoch depends on: `parts` have a state_dict."""
-        states = {name: part.state_dict() for name, part in parts.items()} | random_states()
+        if self.path is None:
+            return
+        states = {place: part.state_dict() for place, part in parts.items()}
         aside = self.path.with_name(f".{self.path.name}")
-        torch.save({"epoch": epoch, "notes": [*notes], "own": self.state(), **states}, aside)
+        torch.save({"epoch": epoch, "notes": [*notes], "own": self.state(), "parts": states, **random_states()}, aside)
         aside.rename(self.path)
 
-    def load(self, parts: dict[str, Any], notes: dict[str, None]) -> int:
+    def load(self, parts: dict[int, Any], notes: dict[str, None]) -> int:
         """Restore what was saved, and return the epoch behind which that was: 0 if there is nothing."""
-        if not self.path.exists():
+        if self.path is None or not self.path.exists():
             return 0
         saved: Record = torch.load(self.path, map_location="cpu", weights_only=True)
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        for place, part in parts.items():
+            part.load_state_dict(saved["parts"][place])
         self.restore(saved["own"])
         restore_random(saved)
         notes |= dict.fromkeys(saved["notes"])
         return int(saved["epoch"])
+
+
+NOT_KEPT = Checkpoint(None)
 
 
 def train(
@@ -121,27 +126,23 @@ def train(
     call: Callable[[Tensor], Any] | None = None,
     others: Iterable[torch.optim.Optimizer] = (),
     observe: Observe = unobserved,
-    checkpoint: Checkpoint | None = None,
+    checkpoint: Checkpoint = NOT_KEPT,
 ) -> list[str]:
     """Train all weights in place and return notes on what was not trained; weights that are zero may not stay so.
 
-    `call` maps images to what the network gives, if that is not the network itself. `others` are optimizers of
-    parameters that are not the network's own, of which no schedule changes the rate. Weights that do not require
-    gradients are left as they are, which a note says. With a `checkpoint` training goes on where it was stopped.
+    `call` maps images to what the network gives, if that is not the network itself. No schedule changes the rate of the
+    optimizers of `others`. Weights without gradients stay, which a note says. A `checkpoint` lets training go on.
     """
     split, module, others = recipe.images(model, data), model.module, list(others)
-    parameters = _trainable(module, recipe)
+    optimizer = recipe.optimizing(parameters := _trainable(module, recipe))
     beside = [each for other in others for group in other.param_groups for each in group["params"]]
-    optimizer = recipe.optimizing(parameters)
     taken = dict.fromkeys(_left_out(unfit := misfits(model), recipe))
     steps = recipe.epochs * recipe.batches(split)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=steps)
     observe(0, call)
     with led(recipe.of, recipe.instead):
         module.train()
-    parts = {"network": module, "optimizer": optimizer, "schedule": schedule}
-    parts |= {f"other {number}": each for number, each in enumerate(others)}
-    done = checkpoint.load(parts, taken) if checkpoint else 0
+    done = checkpoint.load(parts := dict(enumerate([module, optimizer, schedule, *others])), taken)
     size, step = min(recipe.batch_size, len(split)), done * recipe.batches(split)
     with enough_values(module, recipe.of, recipe.instead, size), left_out(unfit):
         for epoch in _epochs(done, recipe.epochs):
@@ -153,8 +154,7 @@ def train(
                 after_step(step := step + 1, steps)
             _refuse_divergence(module, [*losses, *beside], epoch, recipe)
             observe(epoch, call)
-            if checkpoint:
-                checkpoint.save(epoch, parts, taken)
+            checkpoint.save(epoch, parts, taken)
     module.eval()
     return [*taken, *_untrained(module, recipe)]
 

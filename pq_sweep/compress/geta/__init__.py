@@ -19,7 +19,7 @@ from pq_sweep.compress.geta.quantizer import Inputs, Learnable
 from pq_sweep.compress.lsq import answer, inputs_of, rounding_inputs, settle, told_of
 from pq_sweep.compress.observing import Observe, unobserved
 from pq_sweep.compress.recovery import reestimate
-from pq_sweep.compress.training import Checkpoint, Recipe, train
+from pq_sweep.compress.training import NOT_KEPT, Checkpoint, Recipe, train
 from pq_sweep.core.weights import prunable_by_name
 from pq_sweep.types import Data, Model, Record, Stage
 
@@ -27,27 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def geta(
-    model: Model,
-    data: Data,
-    *,
-    amount: float,
-    least_bits: int,
-    bits: int,
-    activations: int | None,
-    projections: int,
-    prunings: int,
-    lr_quant: float,
-    epochs: int,
-    lr: float,
-    batch_size: int = 64,
-    optimizer: str = "adamw",
-    weight_decay: float = 0.01,
-    augment: list[str] | None = None,
-    projection: bool = True,
-    joint: bool = True,
-    observe: Observe = unobserved,
-    stage: Stage | None = None,
-) -> Record:
+    model: Model, data: Data, *, amount: float, least_bits: int, bits: int, activations: int | None,
+    projections: int, prunings: int, lr_quant: float, epochs: int, lr: float, batch_size: int = 64,
+    optimizer: str = "adamw", weight_decay: float = 0.01, augment: list[str] | None = None,
+    projection: bool = True, joint: bool = True, observe: Observe = unobserved, stage: Stage | None = None,
+) -> Record:  # fmt: skip
     """Train until `amount` of the channels have left, exactly, and each weight has from `least_bits` to `bits` bits.
 
     With `activations`, what layers take is rounded too, to at most so many bits. Bits are lowered in `projections`
@@ -58,28 +42,17 @@ def geta(
     job goes on between epochs.
     """
     recipe = Recipe("recovery=geta", "recovery=lsq", epochs, lr, batch_size, optimizer, weight_decay, augment or [])
+    course = Course(epochs * recipe.batches(recipe.images(model, data)), projections, prunings)
+    wanted = Wanted(amount, least_bits, bits, activations or bits)
     groups, notes = groups_of(model)
-    state = Qasso(
-        model.module,
-        groups,
-        {name: Learnable(weight, START_BITS) for name, weight in prunable_by_name(model.module).items()},
-        _of_inputs(model, data, recipe) if activations else {},
-        Course(epochs * recipe.batches(recipe.images(model, data)), projections, prunings),
-        Wanted(amount, least_bits, bits, activations or bits),
-        Rules(projection, joint),
-    )
-    with rounding_inputs(model.module, state.inputs):
-        notes += train(
-            model,
-            data,
-            recipe,
-            after_step=state.after_step,
-            call=partial(answer, model.module, state.weights),
-            others=[torch.optim.Adam(state.learned(), lr=lr_quant)],
-            observe=observe,
-            checkpoint=_checkpoint(state, stage, observe),
-        )
-        settle(model.module, state.weights)
+    weights = {name: Learnable(weight, START_BITS) for name, weight in prunable_by_name(model.module).items()}
+    inputs = _of_inputs(model, data, recipe) if activations else {}
+    state = Qasso(model.module, groups, weights, inputs, course, wanted, Rules(projection, joint))
+    call, others = partial(answer, model.module, weights), [torch.optim.Adam(state.learned(), lr=lr_quant)]
+    with rounding_inputs(model.module, inputs):
+        notes += train(model, data, recipe, after_step=state.after_step, call=call, others=others, observe=observe,
+                       checkpoint=_checkpoint(state, stage, observe))  # fmt: skip
+        settle(model.module, weights)
         zero(model.module, groups, state.gone)
         reestimate(model, data, recipe)
         observe(epochs + 1)
@@ -92,10 +65,10 @@ def _of_inputs(model: Model, data: Data, recipe: Recipe) -> dict[str, Inputs]:
     return {name: Inputs(torch.cat([values for values, _ in parts]), START_BITS) for name, parts in seen.items()}
 
 
-def _checkpoint(state: Qasso, stage: Stage | None, observe: Observe) -> Checkpoint | None:
+def _checkpoint(state: Qasso, stage: Stage | None, observe: Observe) -> Checkpoint:
     """Return where training goes on after a stop; a probe that looks at each epoch has to see all of them."""
     if stage is None or observe is not unobserved:
-        return None
+        return NOT_KEPT
     return Checkpoint(stage.folder / "training.kept.pt", state.state, state.restore)
 
 
