@@ -56,6 +56,8 @@ def geta(
         zero(model.module, groups, state.gone)
         reestimate(model, data, recipe)
         observe(epochs + 1)
+    for note in notes:
+        log.warning(note)
     return {"notes": notes, **_smaller(model, state)}
 
 

@@ -8,8 +8,8 @@ forgotten while bits are chosen (joint), and what is left is trained with fixed 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -35,37 +35,28 @@ class Course:
     projections: int
     prunings: int
 
-    def ends(self) -> dict[str, int]:
-        """Return the step behind the last one of each stage."""
-        total, found = 0.0, dict[str, int]()
-        for name, share in STAGES.items():
-            total += share
-            found[name] = round(total * self.steps)
-        return found
+    def lengths(self) -> dict[str, int]:
+        """Return how many steps each stage has."""
+        ends = [round(share * self.steps) for share in accumulate(STAGES.values())]
+        return {name: end - start for name, start, end in zip(STAGES, [0, *ends], ends, strict=False)}
 
     def place(self, step: int) -> tuple[str, int, int]:
         """Return the stage of a step, counted from 0, its number in the stage, and the length of the stage."""
-        start = 0
-        for name, end in self.ends().items():
-            if step < end:
-                return name, step - start, end - start
-            start = end
-        raise ValueError(f"step {step} is behind the last of {self.steps}")
+        for name, length in self.lengths().items():
+            if step < length:
+                return name, step, length
+            step -= length
+        raise ValueError(f"a training of {self.steps} steps has no later one")
 
     def refuse_short(self) -> None:
         """Raise a UserError if a stage has fewer steps than periods."""
-        lengths = dict(zip(STAGES, (end - start for start, end in self._spans()), strict=True))
         needed = {"warm-up": 1, "projection": self.projections, "joint": 2 * self.prunings, "cool-down": 1}
-        for name, least in needed.items():
-            if lengths[name] < least:
+        for name, length in self.lengths().items():
+            if length < needed[name]:
                 raise UserError(
-                    f"recovery=geta has {lengths[name]} steps for its {name}, which needs {least}; give more"
+                    f"recovery=geta has {length} steps for its {name}, which needs {needed[name]}; give more"
                     " recovery.epochs or training images, or fewer recovery.projections and recovery.prunings."
                 )
-
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        ends = list(self.ends().values())
-        yield from zip([0, *ends], ends, strict=False)
 
 
 @dataclass(frozen=True)
@@ -290,28 +281,28 @@ class Qasso:
                 lowest = look.quantizer.log_step_at(self.wanted.least)
                 look.quantizer.log_step.copy_(lowest if free is None else torch.tensor(free).log().to(lowest))
                 look.quantizer.keep_within(self.wanted.least, self.wanted.most)
-            parameter = self.module.get_parameter(look.part.parameter)
-            rows = group.rows(look.part, self.redundant[group.root])
-            before = self.before[look.part.parameter][rows]
+            before, rows = look.before, look.rows
             quantized = look.quantizer.codes(before) * look.quantizer.value if look.quantizer else before
-            parameter[rows] = 0 if period.is_last_step or not rate else parameter[rows] - rate * quantized
+            look.parameter[rows] = 0 if period.is_last_step or not rate else look.parameter[rows] - rate * quantized
 
     def _look(self, group: Group, part: Part) -> Look:
         """Look at the redundant rows of a parameter: how the optimizer moved them, and how they are rounded."""
-        rows = group.rows(part, self.redundant[group.root])
+        rows, parameter = group.rows(part, self.redundant[group.root]), self.module.get_parameter(part.parameter)
         before, quantizer = self.before[part.parameter][rows], self.weights.get(part.parameter)
-        way = before - self.module.get_parameter(part.parameter).detach()[rows]
+        way = before - parameter.detach()[rows]
         clipped, rest = before, torch.zeros_like(before)
         if quantizer:
             clipped, rest = (before.sign() * each for each in (quantizer.clipped(before), quantizer.residual(before)))
-        return Look(part, quantizer, way.flatten(), clipped.flatten(), rest.flatten())
+        return Look(parameter, rows, before, quantizer, way.flatten(), clipped.flatten(), rest.flatten())
 
 
 @dataclass(frozen=True)
 class Look:
     """The redundant rows of a parameter: `way` is what the optimizer took off them, its rate times its direction."""
 
-    part: Part
+    parameter: nn.Parameter
+    rows: Tensor
+    before: Tensor
     quantizer: Learnable | None
     way: Tensor
     clipped: Tensor
