@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from commands import SHORT
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from independent import runtime, torch_logits, workspace
-from test_conf import CONF
+from test_conf import CONF, composed
 from torch import Tensor, nn
 
+from pq_sweep.job import run as job
 from pq_sweep.job.learned import taught
 from pq_sweep.job.stages import Stages
 from pq_sweep.runtimes.export import fill, trace
@@ -103,3 +106,11 @@ def assert_few_ties(actual: np.ndarray, expected: np.ndarray, rest: float) -> No
     assert np.quantile(apart, 0.9) <= rest
     assert ((actual.argmax(1) == expected.argmax(1)) | close).all()
     assert close.mean() < 0.5
+
+
+def job_in(folder: Path, *words: str) -> Record:
+    """Run a job in this process, without tracking and with hardly a measurement, and return its result."""
+    folder.mkdir(parents=True, exist_ok=True)
+    job.run(composed(*words, "tracking=none", *SHORT), folder)
+    result: Record = json.loads((folder / "result.json").read_text())
+    return result

@@ -18,8 +18,9 @@ from pq_sweep.compress.choices import AUGMENTATIONS, OPTIMIZERS
 from pq_sweep.compress.idle import left_out, misfits
 from pq_sweep.compress.observing import Observe, unobserved
 from pq_sweep.core.outputs import entries, holds_logits, named, training_key
+from pq_sweep.core.randomness import random_states, restore_random
 from pq_sweep.core.sentences import listed, reason
-from pq_sweep.core.weights import parameters_once, prunable, random_states, restore_random
+from pq_sweep.core.weights import parameters_once, prunable
 from pq_sweep.types import Data, Model, Record, Split, UserError, choose
 
 # What is done after each step of an optimizer; it is told the number of the step, from 1 on, and how many there are.

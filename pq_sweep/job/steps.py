@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch.nn import Module
 
 from pq_sweep.core.environment import device_name
-from pq_sweep.core.weights import load_state, network_state, network_structure, random_states, restore_random
+from pq_sweep.core.randomness import random_states, restore_random
+from pq_sweep.core.weights import load_state, network_state, network_structure
 from pq_sweep.job.stages import Stages
 from pq_sweep.types import Cache, Data, Model, Record
 

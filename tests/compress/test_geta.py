@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commands import SHORT
 from conftest import refused
 from independent import torch_logits
-from learned_files import assert_equal_answers, logits_node_by_node, rounding, written
+from learned_files import assert_equal_answers, job_in, logits_node_by_node, rounding, written
 from omegaconf import OmegaConf
 from random_networks import attention, fresh
 from test_conf import composed
@@ -451,18 +450,13 @@ def test_pruned_weights_stay_zero(data: Data) -> None:
     assert (model.module.get_parameter("body.0.weight")[:, :16] == 0).all()
 
 
-def job_in(folder: Path, *overrides: str) -> Record:
-    """Run a job in this process and return its result."""
-    folder.mkdir(parents=True, exist_ok=True)
-    words = ("recovery=geta", "quantizer=learned", "runtime=onnxruntime", "recovery.epochs=2", "recovery.prunings=2")
-    job.run(composed(*words, "tracking=none", "cache=off", *SHORT, *overrides), folder)
-    result: Record = json.loads((folder / "result.json").read_text())
-    return result
+SHORT_JOB = ("recovery=geta", "quantizer=learned", "runtime=onnxruntime", "recovery.epochs=2", "recovery.prunings=2",
+             "cache=off")  # fmt: skip
 
 
 @pytest.mark.slow
 def test_a_job_has_the_smaller_network_and_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = job_in(tmp_path / "whole")
+    whole = job_in(tmp_path / "whole", *SHORT_JOB)
     assert whole["session"]["precision"] == "w8"
     assert whole["network"]["params"] < 0.4 * whole["baseline"]["params"]
     assert whole["bits"]["rel_bops"] < 0.08
@@ -471,10 +465,10 @@ def test_a_job_has_the_smaller_network_and_goes_on_with_it(tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr(job, "open_session", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            job_in(tmp_path / "cut")
+            job_in(tmp_path / "cut", *SHORT_JOB)
     with monkeypatch.context() as patch:
         patch.setattr(package, "train", None)  # it cannot be trained again
-        again = job_in(tmp_path / "cut")
+        again = job_in(tmp_path / "cut", *SHORT_JOB)
     assert again["accuracy"] == whole["accuracy"]
     assert (tmp_path / "cut" / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
     assert not list((tmp_path / "cut").glob("*.kept.pt"))

@@ -11,13 +11,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from commands import SHORT
 from conftest import refused
 from independent import tensors, torch_logits
 from learned_files import (
     assert_equal_answers,
     assert_few_ties,
     composed_quantizer,
+    job_in,
     logits_node_by_node,
     logits_of,
     rounding,
@@ -423,7 +423,7 @@ def test_options_that_can_be_are_not(options: tuple[str, ...]) -> None:
 
 # --- Jobs ------------------------------------------------------------------------------------------------------------
 
-SHORT_JOB = (*LEARNED, "recovery.epochs=1", "recovery.bits=3", "tracking=none", *SHORT)
+SHORT_JOB = (*LEARNED, "recovery.epochs=1", "recovery.bits=3")
 
 
 @pytest.fixture
@@ -431,19 +431,11 @@ def keep_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "WORTH_KEEPING_S", 0.0)
 
 
-def job_in(folder: Path, *overrides: str) -> Record:
-    """Run a job in this process and return its result."""
-    folder.mkdir(parents=True, exist_ok=True)
-    job.run(composed(*SHORT_JOB, *overrides), folder)
-    result: Record = json.loads((folder / "result.json").read_text())
-    return result
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("keep_everything")
 def test_a_job_that_goes_on_has_its_scales(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second try takes the trained network from disk; so does another job, from the cache, and a fresh process."""
-    whole = job_in(tmp_path / "whole", "cache=off")
+    whole = job_in(tmp_path / "whole", *SHORT_JOB, "cache=off")
     assert whole["session"]["precision"] == "w3"
     assert whole["bits"]["weight_bits"] == 3
     assert whole["session"]["quantizer"] == {"learned_weights": 7, "learned_activations": 0}
@@ -451,11 +443,11 @@ def test_a_job_that_goes_on_has_its_scales(tmp_path: Path, monkeypatch: pytest.M
     with monkeypatch.context() as patch:
         patch.setattr(job, "open_session", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            job_in(tmp_path / "cut")
+            job_in(tmp_path / "cut", *SHORT_JOB)
     with monkeypatch.context() as patch:
         patch.setattr(lsq, "train", None)  # it cannot be trained again
-        again = job_in(tmp_path / "cut")
-        other = job_in(tmp_path / "other", "recovery.lr_scale=1e-4", "measure.repeats=2")
+        again = job_in(tmp_path / "cut", *SHORT_JOB)
+        other = job_in(tmp_path / "other", *SHORT_JOB, "recovery.lr_scale=1e-4", "measure.repeats=2")
     for folder, result in (("cut", again), ("other", other)):
         assert result["accuracy"] == whole["accuracy"]
         assert (tmp_path / folder / "model.onnx").read_bytes() == (tmp_path / "whole" / "model.onnx").read_bytes()
@@ -463,7 +455,7 @@ def test_a_job_that_goes_on_has_its_scales(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.slow
 def test_a_job_with_activations_computes_in_integers(tmp_path: Path) -> None:
-    result = job_in(tmp_path / "0", "cache=off", "recovery.activations=8", "recovery.bits=4")
+    result = job_in(tmp_path / "0", *SHORT_JOB, "cache=off", "recovery.activations=8", "recovery.bits=4")
     assert result["session"]["precision"] == "int8"
     assert (result["bits"]["weight_bits"], result["bits"]["activation_bits"]) == (4, 8)
     assert result["accuracy"]["top1"] > 0.9
